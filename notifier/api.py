@@ -1,0 +1,145 @@
+"""What the API promises: the one endpoint, the shape of its body, its reply."""
+
+import json
+import re
+from typing import Any, NoReturn
+
+from flask import Blueprint, Response, current_app, jsonify, request
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate
+from werkzeug.exceptions import ClientDisconnected
+
+from notifier.errors import InvalidRequest
+from notifier.models import Message, Recipient
+
+MAX_TO = 320
+MAX_TITLE = 255
+MAX_MESSAGE = 10_000
+MAX_BODY_BYTES = 256 * 1024
+
+blueprint = Blueprint("notify", __name__, url_prefix="/api/v1.0")
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+def _not_blank(value: str) -> None:
+    if not value.strip():
+        raise ValidationError("must not be empty or blank")
+
+
+def _no_lone_surrogates(value: str) -> None:
+    if _SURROGATE.search(value):
+        raise ValidationError("must not contain lone surrogates")
+
+
+def _no_control_characters(value: str) -> None:
+    if _CONTROL.search(value):
+        raise ValidationError("must not contain control characters")
+
+
+class _Text(fields.String):
+    """A required string of 1 to `longest` characters that are not all white space.
+
+    The first rule that is broken is the one reported.
+    """
+
+    default_error_messages = {  # noqa: RUF012 marshmallow merges these over the class hierarchy
+        "required": "is missing",
+        "null": "must not be null",
+        "invalid": "must be a string",
+        "invalid_utf8": "must be a string",
+    }
+
+    def __init__(self, longest: int, *rules: Any) -> None:
+        too_long = f"must be at most {longest} characters"
+        length = validate.Length(max=longest, error=too_long)
+        super().__init__(
+            required=True,
+            validate=_first_of(_not_blank, length, _no_lone_surrogates, *rules),
+        )
+
+
+def _first_of(*rules: Any) -> Any:
+    def check(value: str) -> None:
+        for rule in rules:
+            rule(value)
+
+    return check
+
+
+class NotificationSchema(Schema):
+    """The body of a request: `{"to", "title", "message"}`, other fields ignored."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    to = _Text(MAX_TO, _no_control_characters, validate.Email(error="must be an e-mail address"))
+    title = _Text(MAX_TITLE, _no_control_characters)
+    message = _Text(MAX_MESSAGE)
+
+    @post_load
+    def _make(self, data: dict[str, str], **_: Any) -> Message:
+        return Message(**data)
+
+
+@blueprint.post("/recipient/<recipient>/notify", provide_automatic_options=False)
+def notify(recipient: str) -> Response:
+    """Deliver one notification, and say so only when every channel of the recipient has."""
+    to = _parse_recipient(recipient)
+    message = _parse_message(_read_json())
+    current_app.extensions["notifier"].delivery.deliver(to, message)
+    return jsonify(message="notification sent successfully")
+
+
+def _parse_recipient(text: str) -> Recipient:
+    try:
+        return Recipient(text)
+    except ValueError:
+        raise InvalidRequest(f"recipient: must be one of {', '.join(Recipient)}") from None
+
+
+def _parse_message(body: object) -> Message:
+    if not isinstance(body, dict):
+        raise InvalidRequest("body: must be a JSON object")
+    try:
+        message: Message = NotificationSchema().load(body)
+    except ValidationError as error:
+        raise InvalidRequest(_describe(error.messages_dict)) from None
+    return message
+
+
+def _describe(problems: dict[str, Any]) -> str:
+    """Write `{"to": ["is missing"]}` as `to: is missing`, fields in the order of the contract."""
+    in_order = [name for name in NotificationSchema().fields if name in problems]
+    return "; ".join(f"{name}: {problems[name][0]}" for name in in_order)
+
+
+def _read_json() -> object:
+    """Return the body as JSON, whatever its content type says.
+
+    Raises:
+        InvalidRequest: it is no UTF-8 or no JSON, or too deep or too large a number to be read.
+        RequestEntityTooLarge: it is larger than `MAX_BODY_BYTES`.
+    """
+    try:
+        text = request.get_data(cache=False).decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest("body: must be UTF-8") from None
+    except ClientDisconnected:
+        raise InvalidRequest("body: ends before its announced length") from None
+    if not text.strip():
+        raise InvalidRequest("body: must not be empty, expected a JSON object")
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InvalidRequest(f"body: not valid JSON at {where}") from None
+    except RecursionError:
+        raise InvalidRequest("body: nested too deeply") from None
+    except ValueError:  # json takes numbers of any length, int() does not
+        raise InvalidRequest("body: contains a number that is too long or not allowed") from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    """Refuse NaN and Infinity, which Python's parser takes and RFC 8259 does not."""
+    raise ValueError(name)

@@ -1,0 +1,82 @@
+"""The only place that wires things together; nothing imports it."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.request import getproxies_environment
+
+from flask import Flask
+
+from notifier import __version__, api, cli, error_handlers, ops
+from notifier.breakers import Breakers, Policy
+from notifier.db import Database
+from notifier.delivery import Delivery
+from notifier.preferences import Preferences
+from notifier.providers import Providers
+from notifier.settings import Settings, settings_or_exit
+from notifier.transport import Transport
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Notifier:
+    """The parts of the service in one worker, made after the fork."""
+
+    settings: Settings
+    database: Database
+    transport: Transport
+    preferences: Preferences
+    delivery: Delivery
+
+    def close(self) -> None:
+        """Undo the making in reverse; one failure is logged and the rest still close."""
+        for close in (self.delivery.close, self.transport.close):
+            _close(close)
+
+
+def _close(close: Callable[[], None]) -> None:
+    try:
+        close()
+    except Exception:
+        log.exception("could not close", extra={"part": close.__qualname__})
+
+
+def create_app(settings: Settings | None = None) -> Flask:
+    """Return the WSGI application; without `settings` they are read from the environment."""
+    settings = settings or settings_or_exit()
+    app = Flask("notifier", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = api.MAX_BODY_BYTES
+    app.url_map.merge_slashes = False  # a doubled slash is no such path, not a redirect to HTML
+    app.extensions["notifier"] = build(settings)
+    app.register_blueprint(api.blueprint)
+    ops.register(app)
+    error_handlers.register(app)
+    cli.register(app)
+    return app
+
+
+def build(settings: Settings) -> Notifier:
+    """Make the parts; nothing connects or starts a thread before it is needed."""
+    database = Database(settings)
+    preferences = Preferences(database, settings.cache_expired_time)
+    transport = Transport(
+        ca_bundle=settings.requests_ca_bundle or settings.curl_ca_bundle,
+        proxies=getproxies_environment(),
+        # Request threads and the fan-out's.
+        connections=2 * settings.web_threads,
+        user_agent=f"notifier/{__version__}",
+    )
+    providers = Providers(transport, Breakers(_policy(settings)), settings.http_client_timeout)
+    delivery = Delivery(preferences, providers, settings.notify_deadline, settings.web_threads)
+    return Notifier(settings, database, transport, preferences, delivery)
+
+
+def _policy(settings: Settings) -> Policy:
+    return Policy(
+        max_half_open=settings.circuit_breaker_max_half_open_requests,
+        open_seconds=settings.circuit_breaker_open_state_timeout,
+        min_calls=settings.circuit_breaker_min_requests_before_trip,
+        failure_percent=settings.circuit_breaker_failure_threshold_percent,
+        window_seconds=settings.circuit_breaker_window,
+    )

@@ -1,0 +1,234 @@
+"""One circuit breaker per provider host: may this host be called now?
+
+pybreaker supplies the states, their storage and the listeners. Its own admission is replaced:
+`CircuitBreaker.call` holds its lock while the call is under way, so that calls to one host would go
+one after another, and it counts failures in a row where we count a share of recent calls.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from pybreaker import (
+    STATE_CLOSED,
+    STATE_HALF_OPEN,
+    STATE_OPEN,
+    CircuitBreaker,
+    CircuitBreakerError,
+    CircuitBreakerListener,
+    CircuitBreakerState,
+    CircuitMemoryStorage,
+)
+
+WINDOW_BUCKETS = 10
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """When a breaker trips and recovers; times in seconds."""
+
+    max_half_open: int
+    open_seconds: float
+    min_calls: int
+    failure_percent: int
+    window_seconds: float
+
+
+class RollingWindow:
+    """Completed calls of the last `seconds`, in buckets. Not thread-safe: the breaker's lock is."""
+
+    def __init__(self, seconds: float) -> None:
+        self._bucket_seconds = seconds / WINDOW_BUCKETS
+        self._buckets: deque[list[int]] = deque()  # [number, calls, failures], oldest first
+
+    def add(self, now: float, *, failed: bool) -> None:
+        number = int(now / self._bucket_seconds)
+        if not self._buckets or self._buckets[-1][0] != number:
+            self._buckets.append([number, 0, 0])
+        self._buckets[-1][1] += 1
+        self._buckets[-1][2] += failed
+
+    def totals(self, now: float) -> tuple[int, int]:
+        """Return calls and failures of the window that ends at `now`."""
+        oldest = int(now / self._bucket_seconds) - WINDOW_BUCKETS + 1
+        while self._buckets and self._buckets[0][0] < oldest:
+            self._buckets.popleft()
+        return sum(b[1] for b in self._buckets), sum(b[2] for b in self._buckets)
+
+    def clear(self) -> None:
+        self._buckets.clear()
+
+
+class Call:
+    """A call that a breaker admitted; says at most once how it ended.
+
+    Without a word it counts for nothing, and its slot is free again.
+    """
+
+    __slots__ = ("failed", "generation")
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
+        self.failed: bool | None = None
+
+    def record(self, *, failed: bool) -> None:
+        self.failed = failed
+
+
+class Breaker:
+    """The breaker of one host in this worker.
+
+    Shared between threads: everything below, guarded by `_lock`, which is held to admit and to
+    record and never while a call is under way. Each change of state begins a new generation; a call
+    admitted under an earlier one changes nothing.
+    """
+
+    def __init__(
+        self, host: str, policy: Policy, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.host = host
+        self._policy = policy
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._changes = _Changes()
+        self._storage = CircuitMemoryStorage(STATE_CLOSED)
+        self._machine = CircuitBreaker(
+            name=host, state_storage=self._storage, listeners=[self._changes]
+        )
+        self._window = RollingWindow(policy.window_seconds)
+        self._generation = 0
+        self._in_flight = 0  # of this generation
+        self._opened_at = 0.0
+
+    @property
+    def state(self) -> str:
+        """`closed`, `open` or `half-open`, which it reads once the open time has passed."""
+        with self._lock:
+            return self._state()
+
+    @contextmanager
+    def calling(self) -> Iterator[Call]:
+        """Admit one call for the length of the block, which records how it went.
+
+        Raises:
+            CircuitBreakerError: not admitted; nothing may be sent.
+        """
+        with self._lock:
+            call = self._admit()
+        self._changes.announce()
+        try:
+            yield call
+        finally:
+            with self._lock:
+                self._settle(call)
+            self._changes.announce()
+
+    def _state(self) -> str:
+        state = self._storage.state
+        if state == STATE_OPEN and self._clock() >= self._opened_at + self._policy.open_seconds:
+            return STATE_HALF_OPEN
+        return state
+
+    def _admit(self) -> Call:
+        state = self._state()
+        if state == STATE_OPEN:
+            raise CircuitBreakerError(f"{self.host} is open")
+        if state == STATE_HALF_OPEN:
+            self._admit_probe()
+        self._in_flight += 1
+        return Call(self._generation)
+
+    def _admit_probe(self) -> None:
+        if self._storage.state == STATE_OPEN:
+            self._change(self._machine.half_open)
+        if self._in_flight + self._storage.success_counter >= self._policy.max_half_open:
+            raise CircuitBreakerError(f"{self.host} is half-open and has its probes")
+
+    def _settle(self, call: Call) -> None:
+        if call.generation != self._generation:
+            return
+        self._in_flight -= 1
+        if call.failed is None:
+            return
+        if self._storage.state == STATE_HALF_OPEN:
+            self._settle_probe(failed=call.failed)
+        else:
+            self._count(failed=call.failed)
+
+    def _settle_probe(self, *, failed: bool) -> None:
+        if failed:
+            self._open()
+            return
+        self._storage.increment_success_counter()
+        if self._storage.success_counter >= self._policy.max_half_open:
+            self._change(self._machine.close)
+            self._window.clear()
+
+    def _count(self, *, failed: bool) -> None:
+        now = self._clock()
+        self._window.add(now, failed=failed)
+        if not failed:
+            return
+        calls, failures = self._window.totals(now)
+        policy = self._policy
+        if calls >= policy.min_calls and 100 * failures >= policy.failure_percent * calls:
+            self._open()
+
+    def _open(self) -> None:
+        self._opened_at = self._clock()
+        self._change(self._machine.open)
+
+    def _change(self, transition: Callable[[], object]) -> None:
+        transition()
+        self._generation += 1
+        self._in_flight = 0
+
+
+class _Changes(CircuitBreakerListener):
+    """Keeps the changes of state until the breaker's lock is free, then logs them."""
+
+    def __init__(self) -> None:
+        self._changes: deque[tuple[str | None, str, str]] = deque()
+
+    def state_change(
+        self,
+        cb: CircuitBreaker,
+        old_state: CircuitBreakerState | None,
+        new_state: CircuitBreakerState,
+    ) -> None:
+        old = old_state.name if old_state else STATE_CLOSED
+        self._changes.append((cb.name, old, new_state.name))
+
+    def announce(self) -> None:
+        while self._changes:
+            try:
+                host, old, new = self._changes.popleft()
+            except IndexError:  # another thread was faster
+                return
+            level = logging.WARNING if new == STATE_OPEN else logging.INFO
+            log.log(
+                level,
+                "circuit breaker changed state",
+                extra={"host": host, "from_state": old, "to_state": new},
+            )
+
+
+class Breakers:
+    """The breakers of this worker by host. Shared: the dict; `setdefault` is atomic."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._by_host: dict[str, Breaker] = {}
+
+    def of(self, host: str) -> Breaker:
+        """Return the one breaker of `host` (`mail.example.com:443`), closed if it is new."""
+        breaker = self._by_host.get(host)
+        if breaker is None:
+            breaker = self._by_host.setdefault(host, Breaker(host, self._policy))
+        return breaker

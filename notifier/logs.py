@@ -1,0 +1,75 @@
+"""JSON logs: one object a line on stdout, free of secrets, texts and whole addresses.
+
+Events log a fixed message and allow-listed fields through `extra`. This module adds what every
+line has, and takes the text out of exceptions: a library's may quote a URL, a header or a body.
+"""
+
+import logging
+import re
+import sys
+import traceback
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, TextIO
+
+from pythonjsonlogger.core import RESERVED_ATTRS, LogData
+from pythonjsonlogger.json import JsonFormatter
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+# Libraries whose own lines quote hosts, paths or SQL; what matters of it we log ourselves.
+_QUIET_LIBRARIES = ("urllib3", "requests", "psycopg", "psycopg.pool", "yoyo", "werkzeug")
+
+# gunicorn quotes the bytes it could not parse as a request; they may be the rest of a body.
+_QUOTES_THE_REQUEST = re.compile(r"(Invalid request from ip=\S+): .*", re.DOTALL)
+
+_ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+
+class _Formatter(JsonFormatter):
+    """Fields in the order people read them: when, how bad, who, what."""
+
+    def __init__(self, app_name: str) -> None:
+        super().__init__(reserved_attrs=[*RESERVED_ATTRS, "color_message"])
+        self._app_name = app_name
+
+    def add_fields(
+        self, log_data: LogData, record: logging.LogRecord, message_dict: dict[str, Any]
+    ) -> None:
+        moment = datetime.fromtimestamp(record.created, UTC)
+        log_data["timestamp"] = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        log_data["level"] = record.levelname
+        log_data["logger"] = record.name
+        log_data["message"] = _QUOTES_THE_REQUEST.sub(r"\1", record.message)
+        log_data["app"] = self._app_name
+        log_data["request_id"] = request_id.get()
+        super().add_fields(log_data, record, message_dict)
+
+    def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802
+        return describe(ei[1]) if ei[1] else ""
+
+
+def describe(error: BaseException) -> str:
+    """Return the class and the frames of `error` and of what caused it, without any of its text."""
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    before = f"{describe(cause)}\n" if cause else ""
+    frames = "".join(traceback.format_list(traceback.extract_tb(error.__traceback__)))
+    return f"{before}{type(error).__module__}.{type(error).__qualname__}\n{frames}".rstrip()
+
+
+def mask_address(to: str) -> str:
+    """Return an address that support can recognise and nobody can use: `b***@example.com`."""
+    local, _, domain = to.rpartition("@")
+    return f"{local[:1]}***@{domain}"
+
+
+def configure(app_name: str, level: str, stream: TextIO = sys.stdout) -> None:
+    """Send every logger of this process to `stream` as JSON; safe to call again."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_Formatter(app_name))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for name in _QUIET_LIBRARIES:
+        logging.getLogger(name).setLevel(logging.CRITICAL)

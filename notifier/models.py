@@ -1,0 +1,70 @@
+"""The values that travel through the service. All of them are frozen."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from urllib3.exceptions import LocationParseError
+from urllib3.util import parse_url
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+class Channel(StrEnum):
+    """A way to reach a recipient; the value is PostgreSQL's `notification_provider_type`."""
+
+    EMAIL = "Email"
+    PUSH = "PushNotification"
+
+
+class Recipient(StrEnum):
+    """Who is reached; the value is the path segment of the API."""
+
+    BUYER = "buyer"
+    SELLER = "seller"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What the recipient gets: an e-mail address, a title and a text. Hidden from `repr`."""
+
+    to: str = field(repr=False)
+    title: str = field(repr=False)
+    message: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """A row of `notification_preferences`.
+
+    `url` is the column `host`; `host` is the name the breaker, the logs and the metrics use for it
+    (`mail.example.com:443`), None when the column holds no usable URL.
+    """
+
+    id: int
+    channel: Channel
+    name: str
+    url: str = field(repr=False)
+    host: str | None
+    secret_key: str = field(repr=False)
+
+    @classmethod
+    def from_row(cls, row: tuple[int, str, str, str, str | None]) -> "Provider":
+        """Take `(id, provider_type, provider_name, host, secret_key)` as PostgreSQL returns it."""
+        provider_id, channel, name, url, secret_key = row
+        url = url.strip()
+        return cls(provider_id, Channel(channel), name, url, host_label(url), secret_key or "")
+
+
+def host_label(url: str) -> str | None:
+    """Return lower-case `host:port`, the port always written, or None if `url` cannot be called.
+
+    urllib3's parser is the one that requests will use on the same text.
+    """
+    try:
+        parts = parse_url(url)
+    except LocationParseError:
+        return None
+    port = parts.port if parts.port is not None else DEFAULT_PORTS.get(parts.scheme or "")
+    if parts.scheme not in DEFAULT_PORTS or not parts.host or not port:
+        return None
+    return f"{parts.host.lower()}:{port}"

@@ -1,0 +1,132 @@
+"""How one message reaches one provider: one attempt, guarded by the breaker of its host."""
+
+import json
+import logging
+import time
+from http import HTTPStatus
+
+from pybreaker import CircuitBreakerError
+
+from notifier import logs
+from notifier.breakers import Breakers, Call
+from notifier.errors import AttemptFailed, TransportError
+from notifier.models import Message, Provider
+from notifier.transport import Transport
+
+# What an exchange without a status line means, by how far it came; anything else is unknown.
+OUTCOMES = {"url": "skipped", "dns": "not_sent", "connect": "not_sent", "tls": "not_sent"}
+
+SUCCESS = range(200, 300)
+REJECTED = range(300, 500)
+
+# The provider asks for patience: it has not taken the message, and is not well.
+TRY_LATER = frozenset(
+    {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
+)
+
+# Whether an outcome counts against the host. A rejection speaks for it: it answered in time. The
+# outcomes that are not here say nothing about it.
+BREAKER_FAILURE = {"not_sent": True, "unknown": True, "rejected": False}
+
+log = logging.getLogger(__name__)
+
+
+class Providers:
+    """Sends messages to providers. One per worker; may be used from any thread.
+
+    Args:
+        timeout: seconds that one attempt may take.
+    """
+
+    def __init__(self, transport: Transport, breakers: Breakers, timeout: float) -> None:
+        self._transport = transport
+        self._breakers = breakers
+        self._timeout = timeout
+
+    def send(self, provider: Provider, message: Message, deadline: float) -> None:
+        """Make one attempt; return if the provider accepted the message.
+
+        Args:
+            deadline: of the whole request, on `time.monotonic()`.
+
+        Raises:
+            AttemptFailed: it did not, or was not asked; says what that means for the next.
+        """
+        try:
+            self._guarded(provider, message, deadline)
+        except AttemptFailed as failure:
+            _log_failure(provider, failure)
+            raise
+
+    def _guarded(self, provider: Provider, message: Message, deadline: float) -> None:
+        if provider.host is None:
+            raise AttemptFailed("skipped", "url")
+        try:
+            with self._breakers.of(provider.host).calling() as call:
+                log.debug("breaker admits", extra={"host": provider.host})
+                self._recorded(call, provider, message, deadline)
+        except CircuitBreakerError:
+            raise AttemptFailed("skipped", "breaker") from None
+
+    def _recorded(self, call: Call, provider: Provider, message: Message, deadline: float) -> None:
+        try:
+            self._attempt(provider, message, deadline)
+        except AttemptFailed as failure:
+            if failure.outcome in BREAKER_FAILURE:
+                call.record(failed=BREAKER_FAILURE[failure.outcome])
+            raise
+        call.record(failed=False)
+
+    def _attempt(self, provider: Provider, message: Message, deadline: float) -> None:
+        own_deadline = time.monotonic() + self._timeout
+        try:
+            status = self._transport.post(
+                provider.url, _body(provider, message), _headers(), min(deadline, own_deadline)
+            )
+        except TransportError as error:
+            if deadline < own_deadline and time.monotonic() >= deadline:
+                raise AttemptFailed("cut_short", "deadline") from error
+            raise AttemptFailed(OUTCOMES.get(error.kind, "unknown"), error.kind) from error
+        _judge(status)
+
+
+def _body(provider: Provider, message: Message) -> bytes:
+    fields = {
+        "to": message.to,
+        "title": message.title,
+        "message": message.message,
+        "secret_key": provider.secret_key,
+    }
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _headers() -> dict[str, str]:
+    headers = {"Content-Type": "application/json"}
+    request_id = logs.request_id.get()
+    if request_id:
+        headers["X-Request-Id"] = request_id
+    return headers
+
+
+def _judge(status: int) -> None:
+    if status in SUCCESS:
+        return
+    if status in REJECTED and status not in TRY_LATER:
+        raise AttemptFailed("rejected", str(status))
+    raise AttemptFailed("not_sent" if status in TRY_LATER else "unknown", str(status))
+
+
+def _log_failure(provider: Provider, failure: AttemptFailed) -> None:
+    answered = failure.reason.isdigit()
+    log.log(
+        logging.WARNING if answered else logging.ERROR,
+        "provider did not accept" if answered else "provider was not reached",
+        extra={
+            "channel": provider.channel,
+            "provider": provider.name,
+            "provider_id": provider.id,
+            "host": provider.host,
+            "outcome": failure.outcome,
+            "reason": failure.reason,
+        },
+    )

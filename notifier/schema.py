@@ -1,0 +1,92 @@
+"""How the database gets its schema: the migrations, applied and undone by one process at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+from yoyo import default_migration_table, read_migrations
+from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
+from yoyo.connections import DatabaseURI
+
+from notifier.db import Database
+
+MIGRATIONS = Path(__file__).parent.parent / "migrations"
+
+# Any number will do, as long as it stays: it names this lock within the database.
+LOCK_KEY = 6_684_777_082
+LOCK_WAIT = "60s"
+
+
+class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]
+    """yoyo's backend, opening connections with our parameters instead of a URL's."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        uri = DatabaseURI("postgresql+psycopg", None, None, None, None, "notifier", {})
+        super().__init__(uri, default_migration_table)
+
+    def connect(self, dburi: DatabaseURI) -> psycopg.Connection[Any]:
+        return self._database.connect()
+
+    def copy(self) -> "_Backend":
+        return _Backend(self._database)
+
+    def get_log_data(self, migration: Any = None, operation: str = "apply") -> dict[str, Any]:
+        """Return yoyo's log row without the names of user and machine, whose look-up can fail in a
+        container and hang on a slow resolver."""
+        return {
+            "id": str(uuid4()),
+            "migration_id": migration.id,
+            "migration_hash": migration.hash,
+            "username": "notifier",
+            "hostname": "",
+            "created_at_utc": datetime.now(UTC).replace(tzinfo=None),
+            "operation": operation,
+        }
+
+
+def migrate(database: Database) -> list[str]:
+    """Apply what is pending and return the names of those migrations, possibly none.
+
+    Raises:
+        psycopg.Error: PostgreSQL cannot be reached or refused; what was applied before stays.
+    """
+    with _alone(database) as backend:
+        pending = backend.to_apply(read_migrations(str(MIGRATIONS)))
+        names = [migration.id for migration in pending]
+        backend.apply_migrations(pending)
+        return names
+
+
+def rollback(database: Database) -> str | None:
+    """Undo the last migration that is applied and return its name, None if there is none.
+
+    Raises:
+        psycopg.Error: PostgreSQL cannot be reached or refused.
+    """
+    with _alone(database) as backend:
+        last = backend.to_rollback(read_migrations(str(MIGRATIONS)))[:1]
+        names = [migration.id for migration in last]
+        backend.rollback_migrations(last)
+        return names[0] if names else None
+
+
+@contextmanager
+def _alone(database: Database) -> Iterator[_Backend]:
+    """Yield yoyo's backend while no other process migrates this database.
+
+    yoyo's own lock is a row that outlives a killed process, and it looks for pending migrations
+    before it takes it. PostgreSQL's advisory lock ends with the connection, however that ends; once
+    it is ours, a row that is left is a dead process's.
+    """
+    with database.connect() as connection:
+        connection.execute(f"SET lock_timeout = '{LOCK_WAIT}'")
+        connection.execute("SELECT pg_advisory_lock(%s)", (LOCK_KEY,))
+        with _Backend(database) as backend:
+            backend.init_database()
+            backend.break_lock()
+            yield backend

@@ -1,0 +1,200 @@
+"""What the environment sets: read once, validated as a whole, frozen."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Variables of the Go service's cache and framework that have no counterpart here.
+WITHOUT_EFFECT = ("GIN_MODE", "CACHE_NUM_COUNTERS", "CACHE_MAX_COST", "CACHE_BUFFER_ITEMS")
+
+# Below this much time left an attempt is not worth beginning.
+MIN_ATTEMPT = 0.25
+
+# Go takes the micro sign and the Greek letter mu.
+_UNITS = {
+    "ns": 1e-9,
+    "us": 1e-6,
+    "\u00b5s": 1e-6,
+    "\u03bcs": 1e-6,
+    "ms": 1e-3,
+    "s": 1.0,
+    "m": 60.0,
+    "h": 3600.0,
+}
+_TERM = re.compile(rf"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)({'|'.join(_UNITS)})")
+_MIN_DURATION, _MAX_DURATION = 0.001, 24 * 3600.0
+
+_LOG_LEVELS = {
+    "debug": "DEBUG",
+    "info": "INFO",
+    "warn": "WARNING",
+    "warning": "WARNING",
+    "error": "ERROR",
+    "fatal": "CRITICAL",
+    "critical": "CRITICAL",
+}
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
+
+class SettingsError(Exception):
+    """The environment cannot be used; the message is one line that names every wrong variable."""
+
+
+class Kind(NamedTuple):
+    """How a variable's text becomes a value; `parse` raises ValueError where it can't."""
+
+    expected: str
+    parse: Callable[[str], Any]
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of a duration written as in Go (`1m30s`).
+
+    Source: the grammar of Go's `time.ParseDuration`, without a sign.
+
+    Raises:
+        ValueError: not in that form, or not within 1ms and 24h.
+    """
+    terms = _TERM.findall(text)
+    if not terms or "".join(number + unit for number, unit in terms) != text:
+        raise ValueError(text)
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in terms)
+    if not _MIN_DURATION <= seconds <= _MAX_DURATION:
+        raise ValueError(text)
+    return seconds
+
+
+def _whole_number(low: int, high: int) -> Kind:
+    def parse(text: str) -> int:
+        # int() also takes signs, underscores and other scripts' digits.
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(text)
+        return int(text)
+
+    return Kind(f"a whole number from {low} to {high}", parse)
+
+
+def _one_of(choices: Mapping[str, str]) -> Kind:
+    def parse(text: str) -> str:
+        try:
+            return choices[text.lower()]
+        except KeyError:
+            raise ValueError(text) from None
+
+    return Kind(f"one of {', '.join(choices)}", parse)
+
+
+def _existing_path(text: str) -> str:
+    if not Path(text).exists():
+        raise ValueError(text)
+    return text
+
+
+_TEXT = Kind("a text", str)
+_DURATION = Kind("a duration such as 500ms, 5s or 1m30s, from 1ms to 24h", parse_duration)
+_COUNT = _whole_number(1, 1_000_000)
+_PORT = _whole_number(1, 65_535)
+_LISTEN_PORT = Kind(
+    "a port such as 8080 or :8080", lambda text: _PORT.parse(text.removeprefix(":"))
+)
+_PATH = Kind("the path of an existing file or folder", _existing_path)
+
+
+def _variable(kind: Kind, default: Any = ..., *, secret: bool = False) -> Any:
+    """Declare a field that is read from the variable of its name in capitals."""
+    given = {} if default is ... else {"default": default}
+    return field(metadata={"kind": kind, "secret": secret}, repr=not secret, **given)
+
+
+def available_cpus() -> int:
+    """Return the CPUs this process may run on, at least 1."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Every field is the environment variable of the same name; durations are in seconds."""
+
+    app_name: str = _variable(_TEXT, "notification-service")
+    log_level: str = _variable(_one_of(_LOG_LEVELS), "INFO")
+
+    http_server_port: int = _variable(_LISTEN_PORT, 8080)
+    web_concurrency: int = _variable(_whole_number(1, 256), min(4, available_cpus()))
+    web_threads: int = _variable(_whole_number(1, 512), 32)
+
+    http_client_timeout: float = _variable(_DURATION, 5.0)
+    notify_deadline: float = _variable(_DURATION, 0.0)  # 0: three attempts, see __post_init__
+
+    circuit_breaker_max_half_open_requests: int = _variable(_COUNT, 5)
+    circuit_breaker_open_state_timeout: float = _variable(_DURATION, 60.0)
+    circuit_breaker_min_requests_before_trip: int = _variable(_COUNT, 3)
+    circuit_breaker_failure_threshold_percent: int = _variable(_whole_number(1, 100), 60)
+    circuit_breaker_window: float = _variable(_DURATION, 60.0)
+
+    cache_expired_time: float = _variable(_DURATION, 600.0)
+
+    db_host: str = _variable(_TEXT)
+    db_port: int = _variable(_PORT)
+    db_name: str = _variable(_TEXT)
+    db_username: str = _variable(_TEXT)
+    db_password: str = _variable(_TEXT, secret=True)
+    db_sslmode: str = _variable(_one_of({mode: mode for mode in _SSL_MODES}), "disable")
+
+    requests_ca_bundle: str | None = _variable(_PATH, None)
+    curl_ca_bundle: str | None = _variable(_PATH, None)
+
+    def __post_init__(self) -> None:
+        if not self.notify_deadline:
+            object.__setattr__(self, "notify_deadline", 3 * self.http_client_timeout)
+        if self.notify_deadline < max(self.http_client_timeout, MIN_ATTEMPT):
+            raise SettingsError(
+                f"NOTIFY_DEADLINE is {self.notify_deadline:g}s: expected at least one attempt "
+                f"(HTTP_CLIENT_TIMEOUT, {self.http_client_timeout:g}s) and at least {MIN_ATTEMPT}s"
+            )
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> "Settings":
+        """Read the variables; an empty one counts as unset.
+
+        Raises:
+            SettingsError: one line that names every variable that is missing or wrong.
+        """
+        values: dict[str, Any] = {}
+        problems: list[str] = []
+        for spec in fields(cls):
+            try:
+                _read(spec, environ, values)
+            except SettingsError as error:
+                problems.append(str(error))
+        if problems:
+            raise SettingsError("; ".join(problems))
+        return cls(**values)
+
+
+def _read(spec: Field[Any], environ: Mapping[str, str], values: dict[str, Any]) -> None:
+    name, kind, secret = spec.name.upper(), spec.metadata["kind"], spec.metadata["secret"]
+    text = environ.get(name, "")
+    if not text.strip():
+        if spec.default is MISSING:
+            raise SettingsError(f"{name} is missing: expected {kind.expected}")
+        return
+    try:
+        values[spec.name] = kind.parse(text if secret else text.strip())
+    except ValueError:
+        shown = "wrong" if secret else json.dumps(text[:100], ensure_ascii=False)
+        raise SettingsError(f"{name} is {shown}: expected {kind.expected}") from None
+
+
+def settings_or_exit() -> Settings:
+    """Read the process's environment; if it cannot be used, end the process with one line."""
+    try:
+        return Settings.from_env(os.environ)
+    except SettingsError as error:
+        sys.exit(f"notifier cannot start: {error}")

@@ -1,0 +1,125 @@
+"""What the tests share: a real PostgreSQL, databases made from a migrated one, settings, providers."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from notifier import schema
+from notifier.db import Database
+from notifier.dev import postgres
+from notifier.settings import Settings
+from tests.scripted_provider import Script, ScriptedProvider
+
+Environment = dict[str, str]
+MakeSettings = Callable[..., Settings]
+MakeProvider = Callable[..., ScriptedProvider]
+
+# What a developer's shell sets must not decide a test: only what a test sets does.
+_OURS = [*Settings.__dataclass_fields__, "http_proxy", "https_proxy", "all_proxy", "no_proxy"]
+
+_names = itertools.count(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _clean_environment() -> None:
+    for name in _OURS:
+        os.environ.pop(name.upper(), None)
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Environment]:
+    """The `DB_*` of a throw-away PostgreSQL server."""
+    with postgres.server(ephemeral=True) as environment:
+        yield environment
+
+
+def connect(environment: Environment) -> psycopg.Connection[Any]:
+    """Return a connection in autocommit mode to the database of `environment`."""
+    return Database(Settings.from_env(environment)).connect()
+
+
+def _create_database(server: Environment, template: str = "template1") -> Environment:
+    name = f"test_{next(_names)}"
+    create = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
+    with connect(server) as connection:
+        connection.execute(create.format(sql.Identifier(name), sql.Identifier(template)))
+    return server | {"DB_NAME": name}
+
+
+@pytest.fixture(scope="session")
+def _migrated(server: Environment) -> Environment:
+    environment = _create_database(server)
+    schema.migrate(Database(Settings.from_env(environment)))
+    return environment
+
+
+@pytest.fixture
+def empty_database(server: Environment) -> Environment:
+    """The `DB_*` of a new database with nothing in it."""
+    return _create_database(server)
+
+
+@pytest.fixture
+def database(server: Environment, _migrated: Environment) -> Environment:
+    """The `DB_*` of a new database with the schema and no rows."""
+    return _create_database(server, _migrated["DB_NAME"])
+
+
+@pytest.fixture
+def add_provider(database: Environment) -> Callable[..., int]:
+    """Insert a row into `database` and return its id."""
+
+    def add(
+        url: str,
+        channel: str = "Email",
+        *,
+        priority: int = 0,
+        name: str = "a provider",
+        secret_key: str | None = "s3cr3t-key",
+    ) -> int:
+        with connect(database) as connection:
+            row = connection.execute(
+                "INSERT INTO notification_preferences"
+                " (provider_type, provider_name, host, priority, secret_key)"
+                " VALUES (%s, %s, %s, %s, %s) RETURNING id",
+                (channel, name, url, priority, secret_key),
+            ).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    return add
+
+
+@pytest.fixture
+def make_settings() -> MakeSettings:
+    """Make settings that need no database, with the fields that a test names."""
+
+    def make(**fields: Any) -> Settings:
+        unreachable = {
+            "db_host": "127.0.0.1",
+            "db_port": 1,
+            "db_name": "none",
+            "db_username": "none",
+            "db_password": "none",
+        }
+        return Settings(**(unreachable | fields))
+
+    return make
+
+
+@pytest.fixture
+def make_provider() -> Iterator[MakeProvider]:
+    """Start providers on real sockets; they are stopped when the test ends."""
+    with ExitStack() as stack:
+
+        def make(script: Script | None = None) -> ScriptedProvider:
+            return stack.enter_context(ScriptedProvider(script))
+
+        yield make

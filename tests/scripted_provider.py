@@ -1,0 +1,152 @@
+"""A provider on a real socket that does what a test tells it to, however rude."""
+
+import contextlib
+import json
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Received:
+    """One request as it arrived."""
+
+    path: str
+    headers: dict[str, str]  # names in lower case
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Peer:
+    """The provider's end of one connection, for scripts."""
+
+    def __init__(self, sock: socket.socket, stopping: threading.Event) -> None:
+        self._sock = sock
+        self._reader = sock.makefile("rb")
+        self._stopping = stopping
+
+    def read_request(self) -> Received | None:
+        """Return the next request, None when the caller has closed the connection."""
+        line = self._reader.readline()
+        if not line:
+            return None
+        headers: dict[str, str] = {}
+        while (header := self._reader.readline().strip()):
+            name, _, value = header.decode().partition(":")
+            headers[name.lower()] = value.strip()
+        body = self._reader.read(int(headers.get("content-length", 0)))
+        return Received(line.split()[1].decode(), headers, body)
+
+    def send(self, data: bytes) -> None:
+        self._sock.sendall(data)
+
+    def drip(self, data: bytes, pause: float = 0.05) -> None:
+        """Send `data` over and over, a byte at a time, until the caller leaves or the test ends."""
+        while True:
+            for byte in data:
+                if self._stopping.wait(pause):
+                    return
+                self._sock.sendall(bytes([byte]))
+
+    def hang(self) -> None:
+        """Say nothing until the test ends."""
+        self._stopping.wait()
+
+    def reset(self) -> None:
+        """Close with a TCP reset."""
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def close(self) -> None:
+        self._reader.close()
+        self._sock.close()
+
+
+Script = Callable[[Peer, Received], None]
+
+
+def answer(status: int = 200, body: bytes = b"{}", *headers: str) -> Script:
+    """Return a script that answers with `status` and keeps the connection."""
+    lines = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(body)}", *headers]
+    reply = "\r\n".join([*lines, "", ""]).encode() + body
+    return lambda peer, _: peer.send(reply)
+
+
+def hang(peer: Peer, _: Received) -> None:
+    peer.hang()
+
+
+def reset(peer: Peer, _: Received) -> None:
+    peer.reset()
+
+
+def close(peer: Peer, _: Received) -> None:
+    peer.close()
+
+
+class ScriptedProvider:
+    """Serves `script` on a free loopback port; set `script` to change its mind.
+
+    `received` holds the requests in the order of arrival, `connections` counts what was accepted.
+    """
+
+    def __init__(self, script: Script | None = None) -> None:
+        self.script = script or answer()
+        self.received: list[Received] = []
+        self.connections = 0
+        self._stopping = threading.Event()
+        self._serving: dict[threading.Thread, socket.socket] = {}
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/send"
+        self.host = f"127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "ScriptedProvider":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End every connection and the listener."""
+        self._stopping.set()
+        # Closing alone does not wake a thread that waits in accept().
+        try:
+            self._listener.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            socket.create_connection(("127.0.0.1", self.port)).close()  # macOS
+        self._thread.join(5)
+        self._listener.close()
+        for thread, sock in list(self._serving.items()):
+            with contextlib.suppress(OSError):  # it has ended by itself
+                sock.shutdown(socket.SHUT_RDWR)
+            thread.join(5)
+
+    def _accept(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            thread = threading.Thread(target=self._serve, args=(sock,), daemon=True)
+            self._serving[thread] = sock
+            thread.start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        peer = Peer(sock, self._stopping)
+        try:
+            while not self._stopping.is_set() and (request := peer.read_request()):
+                self.received.append(request)
+                self.script(peer, request)
+        except (OSError, ValueError):  # the caller left, or the script closed the connection
+            pass
+        finally:
+            peer.close()
