@@ -46,7 +46,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     """Return the WSGI application; without `settings` they are read from the environment."""
     settings = settings or settings_or_exit()
     app = Flask("notifier", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = api.MAX_BODY_BYTES
+    app.config["MAX_CONTENT_LENGTH"] = api.READ_LIMIT
     app.url_map.merge_slashes = False  # a doubled slash is no such path, not a redirect to HTML
     app.extensions["notifier"] = build(settings)
     app.register_blueprint(api.blueprint)

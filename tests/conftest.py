@@ -1,9 +1,11 @@
-"""What the tests share: a real PostgreSQL, databases made from a migrated one, settings, providers."""
+"""What the tests share: PostgreSQL, databases made from a migrated one, settings, providers."""
 
 import itertools
 import os
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -14,11 +16,14 @@ from notifier import schema
 from notifier.db import Database
 from notifier.dev import postgres
 from notifier.settings import Settings
+from notifier.transport import Transport
 from tests.scripted_provider import Script, ScriptedProvider
+from tests.service import Service
 
 Environment = dict[str, str]
 MakeSettings = Callable[..., Settings]
 MakeProvider = Callable[..., ScriptedProvider]
+MakeTransport = Callable[..., Transport]
 
 # What a developer's shell sets must not decide a test: only what a test sets does.
 _OURS = [*Settings.__dataclass_fields__, "http_proxy", "https_proxy", "all_proxy", "no_proxy"]
@@ -119,7 +124,42 @@ def make_provider() -> Iterator[MakeProvider]:
     """Start providers on real sockets; they are stopped when the test ends."""
     with ExitStack() as stack:
 
-        def make(script: Script | None = None) -> ScriptedProvider:
-            return stack.enter_context(ScriptedProvider(script))
+        def make(
+            script: Script | None = None, *, tls: ssl.SSLContext | None = None
+        ) -> ScriptedProvider:
+            return stack.enter_context(ScriptedProvider(script, tls=tls))
 
         yield make
+
+
+@pytest.fixture
+def make_transport() -> Iterator[MakeTransport]:
+    """Make transports, by default without proxies and with certifi's authorities."""
+    with ExitStack() as stack:
+
+        def make(
+            ca_bundle: Path | None = None, proxies: dict[str, str] | None = None
+        ) -> Transport:
+            transport = Transport(
+                str(ca_bundle) if ca_bundle else None,
+                proxies or {},
+                connections=8,
+                user_agent="notifier/test",
+            )
+            stack.callback(transport.close)
+            return transport
+
+        yield make
+
+
+@pytest.fixture
+def start_service(tmp_path: Path, database: Environment) -> Iterator[Callable[..., Service]]:
+    """Start gunicorn on `database`, with the variables that a test names; stopped at the end."""
+    with ExitStack() as stack:
+
+        def start(**variables: str) -> Service:
+            service = Service(tmp_path, database | variables)
+            stack.callback(service.stop)
+            return service.wait_until_ready()
+
+        yield start

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable
@@ -17,6 +18,7 @@ class Received:
     path: str
     headers: dict[str, str]  # names in lower case
     body: bytes
+    method: str = "POST"
 
     def json(self) -> Any:
         return json.loads(self.body)
@@ -40,7 +42,8 @@ class Peer:
             name, _, value = header.decode().partition(":")
             headers[name.lower()] = value.strip()
         body = self._reader.read(int(headers.get("content-length", 0)))
-        return Received(line.split()[1].decode(), headers, body)
+        method, path, _ = line.decode().split()
+        return Received(path, headers, body, method)
 
     def send(self, data: bytes) -> None:
         self._sock.sendall(data)
@@ -52,6 +55,15 @@ class Peer:
                 if self._stopping.wait(pause):
                     return
                 self._sock.sendall(bytes([byte]))
+
+    def tunnel(self, host: str, port: int) -> None:
+        """Say yes to a CONNECT and pass on what either side sends, until one of them leaves."""
+        with socket.create_connection((host, port)) as target:
+            self.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            back = threading.Thread(target=_pass_on, args=(target, self._sock), daemon=True)
+            back.start()
+            _pass_on(self._sock, target)
+            back.join(5)
 
     def hang(self) -> None:
         """Say nothing until the test ends."""
@@ -65,6 +77,13 @@ class Peer:
     def close(self) -> None:
         self._reader.close()
         self._sock.close()
+
+
+def _pass_on(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
 
 
 Script = Callable[[Peer, Received], None]
@@ -90,20 +109,24 @@ def close(peer: Peer, _: Received) -> None:
 
 
 class ScriptedProvider:
-    """Serves `script` on a free loopback port; set `script` to change its mind.
+    """Serves `script` on a free loopback port, over TLS if `tls` is a context for it; set `script`
+    to change its mind.
 
     `received` holds the requests in the order of arrival, `connections` counts what was accepted.
     """
 
-    def __init__(self, script: Script | None = None) -> None:
+    def __init__(
+        self, script: Script | None = None, *, tls: ssl.SSLContext | None = None
+    ) -> None:
         self.script = script or answer()
+        self._tls = tls
         self.received: list[Received] = []
         self.connections = 0
         self._stopping = threading.Event()
         self._serving: dict[threading.Thread, socket.socket] = {}
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port: int = self._listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/send"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}/send"
         self.host = f"127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
@@ -136,6 +159,8 @@ class ScriptedProvider:
             except OSError:
                 return
             self.connections += 1
+            if self._tls:
+                sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             thread = threading.Thread(target=self._serve, args=(sock,), daemon=True)
             self._serving[thread] = sock
             thread.start()
@@ -143,6 +168,8 @@ class ScriptedProvider:
     def _serve(self, sock: socket.socket) -> None:
         peer = Peer(sock, self._stopping)
         try:
+            if isinstance(sock, ssl.SSLSocket):
+                sock.do_handshake()
             while not self._stopping.is_set() and (request := peer.read_request()):
                 self.received.append(request)
                 self.script(peer, request)

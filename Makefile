@@ -1,0 +1,40 @@
+# Every command of the project; `make help` lists them.
+
+# The first Python on this machine that is new enough.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+# Runs a command on the DB_* of the environment, on `make run`'s own database when DB_HOST is unset.
+WITH_DATABASE := $(BIN)/python -m notifier.dev.postgres
+FLASK := $(BIN)/flask --app notifier.app
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test lint migrate rollback
+
+help: ## List the commands.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: .venv/installed ## Create .venv and install what is pinned.
+
+.venv/installed: requirements.txt requirements-dev.txt
+	@if [ -z "$(PYTHON)" ]; then echo "make: no Python 3.11 or newer found; set PYTHON=/path/to/python3" >&2; exit 1; fi
+	@$(PYTHON) -m venv --clear .venv || { echo "make: $(PYTHON) -m venv failed; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	@touch $@
+
+run: install ## Start the service, PostgreSQL and four mock providers; Ctrl-C stops all.
+	@exec $(BIN)/python -m notifier.dev.run
+
+test: install lint ## Check the style and types, and run every test.
+	$(BIN)/python -m pytest
+
+lint: install ## Check style, format and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+migrate: install ## Bring the database's schema up to date.
+	@$(WITH_DATABASE) $(FLASK) migrate
+
+rollback: install ## Undo the last migration.
+	@$(WITH_DATABASE) $(FLASK) rollback

@@ -1,0 +1,208 @@
+"""`make run`: the service and all it needs, in one terminal, gone with one Ctrl-C."""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import psycopg
+import requests
+
+from notifier import schema
+from notifier.db import Database
+from notifier.dev import postgres
+from notifier.dev.mock_provider import MockProvider
+from notifier.models import Channel
+from notifier.settings import Settings, SettingsError
+
+ROOT = Path(__file__).parent.parent.parent
+READY_WITHIN = 30.0
+
+EXAMPLE = '{"to": "seller@example.com", "title": "Sold", "message": "Your bicycle is sold."}'
+
+
+class Local(NamedTuple):
+    """A mock provider and its row."""
+
+    name: str
+    channel: Channel
+    port: int
+    priority: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+
+PROVIDERS = (
+    Local("email 1", Channel.EMAIL, 9090, 0),
+    Local("email 2", Channel.EMAIL, 9091, 1),
+    Local("push 1", Channel.PUSH, 9092, 0),
+    Local("push 2", Channel.PUSH, 9093, 1),
+)
+
+
+class CannotRun(Exception):
+    """Why `make run` does not work here, in one line."""
+
+
+def main() -> int:
+    """Run until a signal, or until the service ends; return the exit code."""
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # A flag, not an exception: that could come between a start and the note to stop it again.
+        signal.signal(number, lambda *_: stopping.set())
+    try:
+        with ExitStack() as stack:
+            return run(stack, stopping)
+    except (CannotRun, SettingsError, postgres.PostgresError) as error:
+        print(f"make run: {error}", file=sys.stderr)
+    except psycopg.Error as error:
+        first_line = str(error).strip().partition("\n")[0]
+        print(f"make run: PostgreSQL: {first_line}", file=sys.stderr)
+    return 1
+
+
+def run(stack: ExitStack, stopping: threading.Event) -> int:
+    """Start everything, each with its end noted in `stack`, and wait."""
+    environment = dict(os.environ)
+    own_database = not environment.get("DB_HOST", "").strip()
+    settings = Settings.from_env(environment | (_ANY_DATABASE if own_database else {}))
+    _check_ports(settings)
+    where = ""
+    if own_database:
+        server = postgres.acquire()
+        stack.callback(server.close)
+        environment |= server.env
+        settings = Settings.from_env(environment)
+        where = f" (password in {server.base / 'password'})"
+    _prepare_database(Database(settings))
+    for local in PROVIDERS:
+        stack.enter_context(MockProvider(local.name, local.port))
+    service = _start_service(stack, environment, settings)
+    if _until_ready(service, settings, stopping):
+        print(_welcome(settings, where), flush=True)
+    while service.poll() is None and not stopping.wait(0.2):
+        pass
+    if not stopping.is_set():
+        raise CannotRun("the service has ended by itself; its last lines say why")
+    return 0
+
+
+# Lets the other variables be checked before a server is started.
+_ANY_DATABASE = dict.fromkeys(("DB_HOST", "DB_NAME", "DB_USERNAME", "DB_PASSWORD"), "later") | {
+    "DB_PORT": "5432"
+}
+
+
+def _check_ports(settings: Settings) -> None:
+    wanted = {local.port: f'the mock provider "{local.name}"' for local in PROVIDERS}
+    if settings.http_server_port in wanted:
+        taken_by = wanted[settings.http_server_port]
+        raise CannotRun(f"HTTP_SERVER_PORT is {settings.http_server_port}, used by {taken_by}")
+    wanted[settings.http_server_port] = "the service (HTTP_SERVER_PORT sets another)"
+    for port, who in wanted.items():
+        if _is_taken(port):
+            raise CannotRun(f"port {port}, for {who}, is taken: stop what is using it")
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            return True
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not for TIME_WAIT
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def _prepare_database(database: Database) -> None:
+    """Migrate, and add the mock providers if there has never been a row."""
+    schema.migrate(database)
+    with database.connect() as connection, connection.transaction():
+        connection.execute("LOCK TABLE notification_preferences IN EXCLUSIVE MODE")
+        if connection.execute("SELECT FROM notification_preferences LIMIT 1").fetchone() is None:
+            connection.cursor().executemany(
+                "INSERT INTO notification_preferences"
+                " (provider_type, provider_name, host, priority, secret_key)"
+                " VALUES (%s, %s, %s, %s, %s)",
+                [
+                    (local.channel, local.name, local.url, local.priority, secrets.token_hex(8))
+                    for local in PROVIDERS
+                ],
+            )
+
+
+def _start_service(
+    stack: ExitStack, environment: dict[str, str], settings: Settings
+) -> "subprocess.Popen[bytes]":
+    # In a session of its own the terminal's Ctrl-C reaches only us, and the service is asked to
+    # stop once. The guard stops it too should we be killed.
+    python = [sys.executable, "-m"]
+    bind = f"127.0.0.1:{settings.http_server_port}"
+    service = subprocess.Popen(
+        [*python, "notifier.dev.guard", *python, "gunicorn", "--bind", bind],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    stack.callback(_stop_service, service)
+    return service
+
+
+def _stop_service(service: "subprocess.Popen[bytes]") -> None:
+    """Let the requests under way finish; a further signal hurries."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: service.send_signal(signal.SIGINT))
+    if service.stdin:
+        service.stdin.close()
+    service.wait()
+
+
+def _until_ready(
+    service: "subprocess.Popen[bytes]", settings: Settings, stopping: threading.Event
+) -> bool:
+    url = f"http://127.0.0.1:{settings.http_server_port}/healthz"
+    give_up = time.monotonic() + READY_WITHIN
+    while service.poll() is None and not stopping.wait(0.1):
+        with contextlib.suppress(requests.ConnectionError, requests.Timeout):
+            if requests.get(url, timeout=1).ok:
+                return True
+        if time.monotonic() > give_up:
+            raise CannotRun(f"the service does not answer within {READY_WITHIN:g} s")
+    return False
+
+
+def _welcome(settings: Settings, where: str) -> str:
+    service = f"http://127.0.0.1:{settings.http_server_port}"
+    providers = "\n".join(f"    {local.name:<10} {local.url}" for local in PROVIDERS)
+    database = f"{settings.db_host}:{settings.db_port}/{settings.db_name}"
+    return f"""
+The notifier is running.
+
+    service    {service}/
+{providers}
+    PostgreSQL {settings.db_username}@{database}{where}
+
+Open the providers' pages in a browser, then send a notification to a seller:
+
+    curl -i {service}/api/v1.0/recipient/seller/notify -d '{EXAMPLE}'
+
+Ctrl-C stops everything.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""End to end: a real gunicorn with two workers, a real PostgreSQL, real HTTP providers."""
+
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+import requests
+
+from tests.scripted_provider import Peer, Received, answer, close, reset
+from tests.service import MESSAGE, ROOT, Service, clean_environment
+
+StartService = Callable[..., Service]
+ENVELOPE_404 = {"error": {"code": "E103", "message": "no such path"}}
+
+
+def envelope(reply: bytes) -> tuple[int, dict[str, str]]:
+    head, _, body = reply.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]
+
+
+def test_a_buyer_gets_an_email_and_a_seller_an_email_and_a_push(
+    start_service: StartService, make_provider, add_provider
+):
+    email, push = make_provider(), make_provider()
+    add_provider(email.url, "Email")
+    add_provider(push.url, "PushNotification")
+    service = start_service()
+
+    reply = service.notify("buyer")
+    assert (reply.status_code, reply.json()) == (
+        200,
+        {"message": "notification sent successfully"},
+    )
+    assert (len(email.received), len(push.received)) == (1, 0)
+
+    assert service.notify("seller").status_code == 200
+    assert (len(email.received), len(push.received)) == (2, 1)
+    assert push.received[0].json() == MESSAGE | {"secret_key": "s3cr3t-key"}
+
+
+def test_every_one_of_many_notifications_at_once_arrives_exactly_once(
+    start_service: StartService, make_provider, add_provider
+):
+    email, push = make_provider(answer(202)), make_provider(answer(204, b""))
+    add_provider(email.url, "Email")
+    add_provider(push.url, "PushNotification")
+    service = start_service()
+    titles = [f"number {n}" for n in range(100)]
+
+    with ThreadPoolExecutor(20) as callers:
+        replies = callers.map(
+            lambda title: service.notify("seller", json=MESSAGE | {"title": title}), titles
+        )
+        assert [reply.status_code for reply in replies] == [200] * len(titles)
+
+    for provider in (email, push):
+        assert sorted(r.json()["title"] for r in provider.received) == sorted(titles)
+
+
+def test_a_failing_provider_is_stepped_over_and_then_no_longer_asked(
+    start_service: StartService, make_provider, add_provider
+):
+    down, up = make_provider(answer(503)), make_provider()
+    add_provider(down.url, priority=1)
+    add_provider(up.url, priority=2)
+    service = start_service(WEB_CONCURRENCY="1")
+
+    assert [service.notify().status_code for _ in range(5)] == [200] * 5
+    assert (len(down.received), len(up.received)) == (3, 5)
+    changes = [line for line in service.lines() if line["logger"] == "notifier.breakers"]
+    assert [(c["host"], c["from_state"], c["to_state"]) for c in changes] == [
+        (down.host, "closed", "open")
+    ]
+
+
+def test_without_a_provider_for_each_channel_nothing_is_called_delivered(
+    start_service: StartService, make_provider, add_provider
+):
+    email = make_provider()
+    add_provider(email.url, "Email")
+    reply = start_service().notify("seller")
+    assert reply.status_code == 500
+    assert reply.json() == {"error": {"code": "E102", "message": "internal server error"}}
+    assert len(email.received) == 1  # the other channel was not cancelled
+
+
+def test_the_request_id_reaches_providers_and_every_log_line_from_pool_threads_too(
+    start_service: StartService, make_provider, add_provider
+):
+    email, push = make_provider(), make_provider(answer(500))
+    add_provider(email.url, "Email")
+    add_provider(push.url, "PushNotification")
+    service = start_service()
+
+    reply = service.notify("seller", headers={"X-Request-Id": "order 4711"})
+    assert reply.headers["X-Request-Id"] == "order 4711"
+    assert email.received[0].headers["x-request-id"] == "order 4711"
+    assert push.received[0].headers["x-request-id"] == "order 4711"
+    of_request = [line for line in service.lines() if line["request_id"] == "order 4711"]
+    assert {"notifier.ops", "notifier.delivery", "notifier.providers"} <= {
+        line["logger"] for line in of_request
+    }
+    assert any(line.get("channel") == "PushNotification" for line in of_request)
+
+    unusable = service.notify("seller", headers={"X-Request-Id": "x" * 129})
+    assert len(unusable.headers["X-Request-Id"]) == 32
+
+
+@pytest.fixture(scope="module")
+def idle_service(tmp_path_factory: pytest.TempPathFactory, server) -> Iterator[Service]:
+    """A service whose callers never get as far as its database."""
+    service = Service(tmp_path_factory.mktemp("idle"), server)
+    yield service.wait_until_ready()
+    assert service.stop() == 0
+
+
+RAW = "POST /api/v1.0/recipient/buyer/notify HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+CHUNKED = f"{RAW}Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_text", "status", "code"),
+    [
+        (f"{RAW}Content-Length: 100\r\n\r\n{{", 422, "E101"),
+        (f"{CHUNKED}1\r\n{{\r\n0\r\n\r\n", 422, "E101"),
+        (f"{CHUNKED}zz\r\n{{\r\n0\r\n\r\n", 422, "E101"),
+        (CHUNKED + f"8000\r\n{'x' * 0x8000}\r\n" * 9 + "0\r\n\r\n", 413, "E105"),
+        (f"{RAW}Content-Length: 262145\r\n\r\n{'x' * 262145}", 413, "E105"),
+        (f"{RAW}Content-Length: 90\r\n\r\n{json.dumps(MESSAGE)}", 422, "E101"),
+        (RAW.replace("/api/", "/api//") + "\r\n", 404, "E103"),
+        (RAW.replace("buyer", "%FF") + "Content-Length: 2\r\n\r\n{}", 422, "E101"),
+        (RAW.replace("POST", "PURGE") + "\r\n", 405, "E104"),
+    ],
+    ids=[
+        "cut",
+        "chunked",
+        "bad-chunk",
+        "chunked-too-large",
+        "too-large",
+        "cut-after-json",
+        "slashes",
+        "path",
+        "verb",
+    ],
+)
+def test_what_is_malformed_on_the_wire_gets_the_envelope_and_never_a_500(
+    idle_service: Service, request_text: str, status: int, code: str
+):
+    reply = idle_service.send_raw(request_text.encode(), half_close=True)
+    assert envelope(reply)[0] == status
+    assert envelope(reply)[1]["code"] == code
+    assert not {line["level"] for line in idle_service.lines()} & {"ERROR", "CRITICAL"}
+
+
+def test_gunicorn_logs_json_and_says_what_of_a_go_environment_has_no_effect(
+    start_service: StartService,
+):
+    service = start_service(GIN_MODE="release", CACHE_MAX_COST="1000", APP_NAME="shop")
+    assert service.stop() == 0
+    lines = service.lines()
+    assert {line["app"] for line in lines} == {"shop"}
+    told = [line["variables"] for line in lines if "variables" in line]
+    assert told == [["GIN_MODE", "CACHE_MAX_COST"]]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "DB_HOST is missing"),
+        ({"DB_PORT": "abc"}, 'DB_PORT is "abc": expected a whole number from 1 to 65535'),
+        ({"HTTP_CLIENT_TIMEOUT": "5"}, 'HTTP_CLIENT_TIMEOUT is "5": expected a duration'),
+        ({"WEB_CONCURRENCY": "0"}, 'WEB_CONCURRENCY is "0": expected'),
+    ],
+)
+def test_a_wrong_environment_stops_the_start_with_one_line(
+    variables: dict[str, str], expected: str
+):
+    stopped = subprocess.run(
+        [sys.executable, "-m", "gunicorn"],
+        cwd=ROOT,
+        env=clean_environment() | variables,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert stopped.returncode == 1
+    assert stopped.stdout == ""
+    assert stopped.stderr.count("\n") == 1
+    assert expected in stopped.stderr
+
+
+def test_a_stop_lets_the_requests_under_way_finish(
+    start_service: StartService, make_provider, add_provider
+):
+    asked, may_answer = threading.Semaphore(0), threading.Event()
+
+    def answer_when_told(peer: Peer, received: Received) -> None:
+        asked.release()
+        may_answer.wait(20)
+        answer()(peer, received)
+
+    add_provider(make_provider(answer_when_told).url)
+    service = start_service()
+    with ThreadPoolExecutor(10) as callers:
+        replies = [callers.submit(service.notify) for _ in range(10)]
+        for _ in replies:
+            assert asked.acquire(timeout=20)
+        service.process.send_signal(signal.SIGTERM)
+        threading.Timer(0.5, may_answer.set).start()
+        assert [reply.result().status_code for reply in replies] == [200] * 10
+    assert service.process.wait(30) == 0
+    assert "Traceback" not in service.log.read_text()
+
+
+def test_a_killed_worker_is_replaced_and_costs_only_what_it_had_in_hand(
+    start_service: StartService, make_provider, add_provider
+):
+    add_provider(make_provider().url)
+    service = start_service()
+    victim = service.booted()[0]
+    count = itertools.count()
+
+    def notify(_: int) -> int | None:
+        if next(count) == 50:
+            victim.send_signal(signal.SIGKILL)
+        try:
+            return service.notify().status_code
+        except requests.RequestException:  # the worker died with this request
+            return None
+
+    with ThreadPoolExecutor(8) as callers:
+        outcomes = list(callers.map(notify, range(300)))
+    assert set(outcomes) <= {200, None}
+    assert outcomes.count(None) <= 8
+    psutil.wait_procs([victim], timeout=10)
+    service.wait_until_ready()
+    assert victim.pid not in [worker.pid for worker in service.booted()]
+    assert [service.notify().status_code for _ in range(10)] == [200] * 10
+
+
+SECRET, RECIPIENT, TEXT = "Sesame-0-pen", "very.private@example.com", "Nobody may read this"
+
+
+def test_no_secret_recipient_or_text_is_ever_logged(
+    start_service: StartService, make_provider, add_provider
+):
+    planted = {"to": RECIPIENT, "title": TEXT, "message": TEXT}
+    in_url = f"?key={SECRET}"
+
+    def echo(status: int, *more: str) -> Callable[[Peer, Received], None]:
+        return lambda peer, got: answer(status, got.body, f"X-Echo: {SECRET}", *more)(peer, got)
+
+    def garbage(peer: Peer, got: Received) -> None:
+        peer.send(got.body + b"\r\n\r\n")
+        peer.close()
+
+    def bad_header(peer: Peer, got: Received) -> None:
+        peer.send(b"HTTP/1.1 500 No\r\n" + got.body + b"\r\nContent-Length: 0\r\n\r\n")
+
+    scripts = [
+        *(echo(status) for status in (500, 400, 429)),
+        echo(302, f"Location: http://[{SECRET}/{RECIPIENT}"),
+        garbage,
+        bad_header,
+        reset,
+        close,
+    ]
+    for priority, script in enumerate(scripts):
+        add_provider(make_provider(script).url + in_url, priority=priority, secret_key=SECRET)
+    broken = (
+        f"ftp://{SECRET}",
+        f"http://127.0.0.1:1/{SECRET}",
+        f"https://{make_provider().host}/{SECRET}",
+    )
+    for url in broken:
+        add_provider(url, priority=50, secret_key=SECRET)
+    service = start_service(WEB_CONCURRENCY="1", HTTP_CLIENT_TIMEOUT="1s")
+
+    assert [service.notify("seller", json=planted).status_code for _ in range(5)] == [500] * 5
+    for body in (f'{{"to": "{RECIPIENT}", {TEXT}', f'{{"to": {TEXT}}}', f'"{TEXT}"'):
+        assert service.notify(data=body).status_code == 422
+    assert service.notify(json=planted | {"title": f"{TEXT}\n"}).status_code == 422
+    # The rest of a body that is longer than announced is read as the next request.
+    service.send_raw(
+        f"{RAW.replace('close', 'keep-alive')}Content-Length: 2\r\n\r\n{{}}"
+        f"{json.dumps(planted)}\r\n\r\n".encode()
+    )
+    service.send_raw(f"{RAW}X-Bad Header: {TEXT}\r\n\r\n".encode())
+    assert service.stop() == 0
+
+    log = service.log.read_text()
+    assert {line["level"] for line in service.lines()} == {"DEBUG", "INFO", "WARNING", "ERROR"}
+    for secret in (SECRET, RECIPIENT, TEXT):
+        assert secret not in log
+    assert "v***@example.com" in log
