@@ -41,6 +41,15 @@ def _no_control_characters(value: str) -> None:
         raise ValidationError("must not contain control characters")
 
 
+_EMAIL = validate.Email(error="must be an e-mail address")
+
+
+def _email_address(value: str) -> None:
+    _EMAIL(value)
+    if not value.isprintable():  # the validator takes line separators and invisible characters
+        raise ValidationError(_EMAIL.error)
+
+
 class _Text(fields.String):
     """A required string of 1 to `longest` characters that are not all white space.
 
@@ -77,7 +86,7 @@ class NotificationSchema(Schema):
     class Meta:
         unknown = EXCLUDE
 
-    to = _Text(MAX_TO, _no_control_characters, validate.Email(error="must be an e-mail address"))
+    to = _Text(MAX_TO, _no_control_characters, _email_address)
     title = _Text(MAX_TITLE, _no_control_characters)
     message = _Text(MAX_MESSAGE)
 

@@ -45,7 +45,8 @@ class RollingWindow:
 
     def __init__(self, seconds: float) -> None:
         self._bucket_seconds = seconds / WINDOW_BUCKETS
-        self._buckets: deque[list[int]] = deque()  # [number, calls, failures], oldest first
+        # [number, calls, failures], oldest first
+        self._buckets: deque[list[int]] = deque(maxlen=WINDOW_BUCKETS)
 
     def add(self, now: float, *, failed: bool) -> None:
         number = int(now / self._bucket_seconds)

@@ -64,7 +64,8 @@ class Delivery:
         deadline = time.monotonic() + self._deadline
         results = self._fan_out(CHANNELS[recipient], message, deadline)
         delivered = all(result.outcome == "delivered" for result in results)
-        log.info(
+        log.log(
+            logging.INFO if delivered else logging.ERROR,
             "notification delivered" if delivered else "notification failed",
             extra={
                 "recipient": recipient,

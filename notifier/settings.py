@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 # Variables of the Go service's cache and framework that have no counterpart here.
@@ -89,8 +88,8 @@ def _one_of(choices: Mapping[str, str]) -> Kind:
     return Kind(f"one of {', '.join(choices)}", parse)
 
 
-def _existing_path(text: str) -> str:
-    if not Path(text).exists():
+def _readable_path(text: str) -> str:
+    if not os.access(text, os.R_OK):
         raise ValueError(text)
     return text
 
@@ -102,7 +101,7 @@ _PORT = _whole_number(1, 65_535)
 _LISTEN_PORT = Kind(
     "a port such as 8080 or :8080", lambda text: _PORT.parse(text.removeprefix(":"))
 )
-_PATH = Kind("the path of an existing file or folder", _existing_path)
+_PATH = Kind("the path of a readable file or folder", _readable_path)
 
 
 def _variable(kind: Kind, default: Any = ..., *, secret: bool = False) -> Any:

@@ -90,10 +90,10 @@ def run(stack: ExitStack, stopping: threading.Event) -> int:
     service = _start_service(stack, environment, settings)
     if _until_ready(service, settings, stopping):
         print(_welcome(settings, where), flush=True)
-    while service.poll() is None and not stopping.wait(0.2):
-        pass
-    if not stopping.is_set():
-        raise CannotRun("the service has ended by itself; its last lines say why")
+    parent = os.getppid()
+    while not stopping.wait(0.2) and os.getppid() == parent:  # a killed make takes us along
+        if service.poll() is not None:
+            raise CannotRun("the service has ended by itself; its last lines say why")
     return 0
 
 
