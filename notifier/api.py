@@ -60,7 +60,6 @@ class _Text(fields.String):
         "required": "is missing",
         "null": "must not be null",
         "invalid": "must be a string",
-        "invalid_utf8": "must be a string",
     }
 
     def __init__(self, longest: int, *rules: Any) -> None:
@@ -122,9 +121,8 @@ def _parse_message(body: object) -> Message:
 
 
 def _describe(problems: dict[str, Any]) -> str:
-    """Write `{"to": ["is missing"]}` as `to: is missing`, fields in the order of the contract."""
-    in_order = [name for name in NotificationSchema().fields if name in problems]
-    return "; ".join(f"{name}: {problems[name][0]}" for name in in_order)
+    """Write `{"to": ["is missing"]}` as `to: is missing`."""
+    return "; ".join(f"{name}: {texts[0]}" for name, texts in problems.items())
 
 
 def _read_json() -> object:

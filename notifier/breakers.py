@@ -122,8 +122,8 @@ class Breaker:
         """
         with self._lock:
             call = self._admit()
-        self._changes.announce()
         try:
+            self._changes.announce()
             yield call
         finally:
             with self._lock:

@@ -45,7 +45,15 @@ class Database:
         Raises:
             psycopg.Error: PostgreSQL cannot be reached, is too slow, or refused the query.
         """
-        with self.connect() as connection, _cut_off(connection, DATABASE_WAIT):
+        limit = str(int(1000 * DATABASE_WAIT))
+        with (
+            self.connect() as connection,
+            _cut_off(connection, DATABASE_WAIT),
+            connection.transaction(),
+        ):
+            # The server must give up too, it does not notice that we have left; but only for this
+            # transaction, because a transaction pooler hands the session on.
+            connection.execute("SELECT set_config('statement_timeout', %s, true)", (limit,))
             return connection.execute(query, parameters).fetchall()
 
 

@@ -41,7 +41,9 @@ class _Formatter(JsonFormatter):
         log_data["timestamp"] = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
         log_data["level"] = record.levelname
         log_data["logger"] = record.name
-        log_data["message"] = _QUOTES_THE_REQUEST.sub(r"\1", record.message)
+        # In the record too: it is written into the line once more below.
+        record.message = _QUOTES_THE_REQUEST.sub(r"\1", record.message)
+        log_data["message"] = record.message
         log_data["app"] = self._app_name
         log_data["request_id"] = request_id.get()
         super().add_fields(log_data, record, message_dict)

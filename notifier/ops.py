@@ -22,6 +22,7 @@ def register(app: Flask) -> None:
     app.register_blueprint(blueprint)
     app.before_request(_begin)
     app.after_request(_end)
+    app.teardown_request(_forget)
 
 
 @blueprint.get(HEALTH_PATH, provide_automatic_options=False)
@@ -50,3 +51,7 @@ def _end(response: Response) -> Response:
         },
     )
     return response
+
+
+def _forget(_: BaseException | None) -> None:
+    request_id.set(None)  # the thread may log before its next request

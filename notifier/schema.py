@@ -35,6 +35,12 @@ class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]
     def copy(self) -> "_Backend":
         return _Backend(self._database)
 
+    def create_lock_table(self) -> None:
+        """Create yoyo's lock table if there is none; unlike yoyo's own, this tells of a failure."""
+        create = self.format_sql(self.create_lock_table_sql)
+        with self.transaction():
+            self.execute(create.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"))
+
     def get_log_data(self, migration: Any = None, operation: str = "apply") -> dict[str, Any]:
         """Return yoyo's log row without the names of user and machine, whose look-up can fail in a
         container and hang on a slow resolver."""
@@ -87,6 +93,6 @@ def _alone(database: Database) -> Iterator[_Backend]:
         connection.execute(f"SET lock_timeout = '{LOCK_WAIT}'")
         connection.execute("SELECT pg_advisory_lock(%s)", (LOCK_KEY,))
         with _Backend(database) as backend:
-            backend.init_database()
+            backend.create_lock_table()
             backend.break_lock()
             yield backend

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import ssl
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 # Variables of the Go service's cache and framework that have no counterpart here.
@@ -13,6 +15,9 @@ WITHOUT_EFFECT = ("GIN_MODE", "CACHE_NUM_COUNTERS", "CACHE_MAX_COST", "CACHE_BUF
 
 # Below this much time left an attempt is not worth beginning.
 MIN_ATTEMPT = 0.25
+
+# Leaves a moment to get to the first attempt.
+MIN_DEADLINE = 0.3
 
 # Go takes the micro sign and the Greek letter mu.
 _UNITS = {
@@ -28,12 +33,15 @@ _UNITS = {
 _TERM = re.compile(rf"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)({'|'.join(_UNITS)})")
 _MIN_DURATION, _MAX_DURATION = 0.001, 24 * 3600.0
 
+# Python's names and those of zap, which the Go service logged with.
 _LOG_LEVELS = {
     "debug": "DEBUG",
     "info": "INFO",
     "warn": "WARNING",
     "warning": "WARNING",
     "error": "ERROR",
+    "dpanic": "CRITICAL",
+    "panic": "CRITICAL",
     "fatal": "CRITICAL",
     "critical": "CRITICAL",
 }
@@ -88,9 +96,12 @@ def _one_of(choices: Mapping[str, str]) -> Kind:
     return Kind(f"one of {', '.join(choices)}", parse)
 
 
-def _readable_path(text: str) -> str:
-    if not os.access(text, os.R_OK):
-        raise ValueError(text)
+def _ca_bundle(text: str) -> str:
+    try:
+        where = "capath" if Path(text).is_dir() else "cafile"
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(**{where: text})
+    except OSError:  # SSLError is one
+        raise ValueError(text) from None
     return text
 
 
@@ -101,7 +112,7 @@ _PORT = _whole_number(1, 65_535)
 _LISTEN_PORT = Kind(
     "a port such as 8080 or :8080", lambda text: _PORT.parse(text.removeprefix(":"))
 )
-_PATH = Kind("the path of a readable file or folder", _readable_path)
+_CA_BUNDLE = Kind("a readable PEM file, or folder, of certificates", _ca_bundle)
 
 
 def _variable(kind: Kind, default: Any = ..., *, secret: bool = False) -> Any:
@@ -146,16 +157,16 @@ class Settings:
     db_password: str = _variable(_TEXT, secret=True)
     db_sslmode: str = _variable(_one_of({mode: mode for mode in _SSL_MODES}), "disable")
 
-    requests_ca_bundle: str | None = _variable(_PATH, None)
-    curl_ca_bundle: str | None = _variable(_PATH, None)
+    requests_ca_bundle: str | None = _variable(_CA_BUNDLE, None)
+    curl_ca_bundle: str | None = _variable(_CA_BUNDLE, None)
 
     def __post_init__(self) -> None:
         if not self.notify_deadline:
             object.__setattr__(self, "notify_deadline", 3 * self.http_client_timeout)
-        if self.notify_deadline < max(self.http_client_timeout, MIN_ATTEMPT):
+        if self.notify_deadline < max(self.http_client_timeout, MIN_DEADLINE):
             raise SettingsError(
                 f"NOTIFY_DEADLINE is {self.notify_deadline:g}s: expected at least one attempt "
-                f"(HTTP_CLIENT_TIMEOUT, {self.http_client_timeout:g}s) and at least {MIN_ATTEMPT}s"
+                f"(HTTP_CLIENT_TIMEOUT, {self.http_client_timeout:g}s) and at least {MIN_DEADLINE}s"
             )
 
     @classmethod
@@ -187,7 +198,7 @@ def _read(spec: Field[Any], environ: Mapping[str, str], values: dict[str, Any]) 
     try:
         values[spec.name] = kind.parse(text if secret else text.strip())
     except ValueError:
-        shown = "wrong" if secret else json.dumps(text[:100], ensure_ascii=False)
+        shown = "wrong" if secret else json.dumps(text[:100])
         raise SettingsError(f"{name} is {shown}: expected {kind.expected}") from None
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
-from http.client import HTTPException, HTTPResponse
+from http.client import BadStatusLine, HTTPException, HTTPResponse, parse_headers
 from http.cookiejar import DefaultCookiePolicy
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -51,7 +51,7 @@ class _Exchange:
 
     deadline: float  # time.monotonic()
     look_ups: _LookUps
-    stage: str = "url"  # then dns, connect, tls, sent: how far it came
+    stage: str = "url"  # how far it came: then dns, connect, tunnel (a proxy's), tls, sent
     status: int | None = None
 
     def time_left(self) -> float:
@@ -59,6 +59,12 @@ class _Exchange:
         if left <= 0:
             raise TimeoutError("the deadline of the exchange has passed")
         return left
+
+    def sending(self) -> float:
+        """Note that the provider is sent something, unless it is a proxy; return the time left."""
+        if self.stage != "tunnel":
+            self.stage = "sent"
+        return self.time_left()
 
     def status_arrived(self, status: int) -> None:
         self.status = status
@@ -74,17 +80,11 @@ class _Exchange:
         self.stage = "connect"
         for addresses_left in range(len(addresses), 0, -1):
             *how, _, address = addresses[-addresses_left]
-            sock = _BoundedSocket(*how)
             try:
-                sock.settimeout(self.time_left() / addresses_left)
-                sock.connect(address)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return _connected(how, address, self.time_left() / addresses_left)
             except OSError:
-                sock.close()
                 if addresses_left == 1:
                     raise
-            else:
-                return sock
         raise OSError("the name has no address")
 
     def _resolve(self, host: str, port: int) -> list[_Address]:
@@ -96,6 +96,18 @@ class _Exchange:
 
 def _look_up(host: str, port: int, flags: int = 0) -> list[_Address]:
     return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+
+
+def _connected(how: list[Any], address: Any, seconds: float) -> socket.socket:
+    sock = _BoundedSocket(*how)
+    try:
+        sock.settimeout(seconds)
+        sock.connect(address)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 # Sockets and connections are made deep inside urllib3; this is how they find their exchange.
@@ -114,16 +126,12 @@ class _BoundedSocket(socket.socket):
         return super().recv_into(*args)
 
     def send(self, *args: Any) -> int:
-        exchange = _exchange.get()
-        exchange.stage = "sent"
-        self.settimeout(exchange.time_left())
+        self.settimeout(_exchange.get().sending())
         return super().send(*args)
 
     def sendall(self, *args: Any) -> None:
         # A plain socket's time-out is for the whole of sendall(); a TLS one loops over send().
-        exchange = _exchange.get()
-        exchange.stage = "sent"
-        self.settimeout(exchange.time_left())
+        self.settimeout(_exchange.get().sending())
         super().sendall(*args)
 
 
@@ -136,12 +144,21 @@ class _BoundedTLSSocket(_BoundedSocket, ssl.SSLSocket):
 
 
 class _StatusFirst(HTTPResponse):
-    """Reports its status before it reads the headers, which may never end."""
+    """Reports its status before it reads the headers, which may never end.
+
+    Interim answers are stepped over, as RFC 9110 section 15.2 has it; http.client knows only 100.
+    """
 
     def _read_status(self) -> tuple[str, int, str]:
         line: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
-        if line[1] >= HTTPStatus.OK:
-            _exchange.get().status_arrived(line[1])
+        while line[1] < HTTPStatus.OK:
+            if line[1] == HTTPStatus.SWITCHING_PROTOCOLS:
+                raise BadStatusLine("nobody asked for another protocol")
+            parse_headers(self.fp)
+            line = super()._read_status()  # type: ignore[misc]
+        exchange = _exchange.get()
+        if exchange.stage == "sent":
+            exchange.status_arrived(line[1])
         return line
 
 
@@ -153,6 +170,14 @@ class _Connection(HTTPConnection):
             return _exchange.get().connect(self._dns_host, self.port)
         except (OSError, UnicodeError) as error:  # UnicodeError: a name that IDNA refuses
             raise NewConnectionError(self, "no connection") from error
+
+    def _tunnel(self) -> None:
+        _exchange.get().stage = "tunnel"
+        super()._tunnel()
+
+    def connect(self) -> None:
+        super().connect()
+        _exchange.get().stage = "connected"
 
 
 class _TLSConnection(_Connection, HTTPSConnection):
@@ -179,7 +204,8 @@ class _Adapter(HTTPAdapter):
         self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        manager = super().proxy_manager_for(proxy, ssl_context=self._context, **kwargs)
+        kwargs |= {"ssl_context": self._context, "proxy_ssl_context": self._context}
+        manager = super().proxy_manager_for(proxy, **kwargs)
         manager.pool_classes_by_scheme = self.poolmanager.pool_classes_by_scheme
         return manager
 
@@ -303,7 +329,7 @@ def _kind(error: BaseException, stage: str) -> str:
     if isinstance(error, requests.exceptions.InvalidURL | LocationParseError) or stage == "url":
         return "url"
     if stage != "sent":
-        return stage
+        return "connect" if stage == "tunnel" else stage
     chain = list(_chain(error))
     if any(isinstance(link, TimeoutError) for link in chain):
         return "timeout"

@@ -17,6 +17,7 @@ from notifier.db import Database
 from notifier.dev import postgres
 from notifier.settings import Settings
 from notifier.transport import Transport
+from tests.certificates import make_certificate
 from tests.scripted_provider import Script, ScriptedProvider
 from tests.service import Service
 
@@ -132,14 +133,18 @@ def make_provider() -> Iterator[MakeProvider]:
         yield make
 
 
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLContext]:
+    """A certificate for `localhost` and 127.0.0.1, and the context of a server that has it."""
+    return make_certificate(tmp_path_factory.mktemp("tls"), "DNS:localhost", "IP:127.0.0.1")
+
+
 @pytest.fixture
 def make_transport() -> Iterator[MakeTransport]:
     """Make transports, by default without proxies and with certifi's authorities."""
     with ExitStack() as stack:
 
-        def make(
-            ca_bundle: Path | None = None, proxies: dict[str, str] | None = None
-        ) -> Transport:
+        def make(ca_bundle: Path | None = None, proxies: dict[str, str] | None = None) -> Transport:
             transport = Transport(
                 str(ca_bundle) if ca_bundle else None,
                 proxies or {},

@@ -6,6 +6,7 @@ import socket
 import ssl
 import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ class Peer:
         if not line:
             return None
         headers: dict[str, str] = {}
-        while (header := self._reader.readline().strip()):
+        while header := self._reader.readline().strip():
             name, _, value = header.decode().partition(":")
             headers[name.lower()] = value.strip()
         body = self._reader.read(int(headers.get("content-length", 0)))
@@ -49,8 +50,12 @@ class Peer:
         self._sock.sendall(data)
 
     def drip(self, data: bytes, pause: float = 0.05) -> None:
-        """Send `data` over and over, a byte at a time, until the caller leaves or the test ends."""
-        while True:
+        """Send `data` over and over, a byte at a time, until the caller leaves or the test ends.
+
+        After a while it hangs instead, so that a caller who would wait for ever fails.
+        """
+        give_up = time.monotonic() + 8
+        while time.monotonic() < give_up:
             for byte in data:
                 if self._stopping.wait(pause):
                     return
@@ -115,9 +120,7 @@ class ScriptedProvider:
     `received` holds the requests in the order of arrival, `connections` counts what was accepted.
     """
 
-    def __init__(
-        self, script: Script | None = None, *, tls: ssl.SSLContext | None = None
-    ) -> None:
+    def __init__(self, script: Script | None = None, *, tls: ssl.SSLContext | None = None) -> None:
         self.script = script or answer()
         self._tls = tls
         self.received: list[Received] = []
@@ -159,6 +162,8 @@ class ScriptedProvider:
             except OSError:
                 return
             self.connections += 1
+            # A reset drops what has not been sent: nothing may wait for an acknowledgement.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls:
                 sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             thread = threading.Thread(target=self._serve, args=(sock,), daemon=True)

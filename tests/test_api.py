@@ -1,0 +1,499 @@
+"""What the API promises: who is refused and why, and the one shape that every error has."""
+
+import dataclasses
+import io
+import json
+import logging
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
+
+from notifier import logs
+from notifier.api import MAX_BODY_BYTES
+from notifier.app import create_app
+from notifier.errors import DeliveryFailed
+from notifier.models import Message, Recipient
+from notifier.settings import Settings
+
+NOTIFY = "/api/v1.0/recipient/buyer/notify"
+GOOD = {"to": "buyer@example.com", "title": "Your order", "message": "It is on its way"}
+DELIVERED = {"message": "notification sent successfully"}
+
+NO_UTF_8 = "body: must be UTF-8"
+NO_JSON = "body: not valid JSON at line 1, column "
+NO_OBJECT = "body: must be a JSON object"
+EMPTY = "body: must not be empty, expected a JSON object"
+TOO_DEEP = "body: nested too deeply"
+NO_NUMBER = "body: contains a number that is too long or not allowed"
+
+BLANK = "must not be empty or blank"
+NO_STRING = "must be a string"
+CONTROL = "must not contain control characters"
+SURROGATES = "must not contain lone surrogates"
+
+
+class FakeDelivery:
+    """Keeps what it is asked to deliver; `act` decides how that ends."""
+
+    def __init__(self) -> None:
+        self.delivered: list[tuple[Recipient, Message]] = []
+        self.request_ids: list[str | None] = []
+        self.act: Callable[[], None] = lambda: None
+
+    def deliver(self, recipient: Recipient, message: Message) -> None:
+        self.delivered.append((recipient, message))
+        self.request_ids.append(logs.request_id.get())
+        self.act()
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@pytest.fixture(scope="module")
+def app() -> Flask:
+    names = ("db_host", "db_name", "db_username", "db_password")
+    return create_app(Settings(db_port=1, **dict.fromkeys(names, "none")))
+
+
+@pytest.fixture
+def delivery(app: Flask, monkeypatch: pytest.MonkeyPatch) -> FakeDelivery:
+    fake = FakeDelivery()
+    notifier = dataclasses.replace(app.extensions["notifier"], delivery=fake)
+    monkeypatch.setitem(app.extensions, "notifier", notifier)
+    return fake
+
+
+@pytest.fixture
+def client(app: Flask, delivery: FakeDelivery) -> FlaskClient:
+    del delivery  # nobody is reached
+    return app.test_client()
+
+
+def error_of(response: TestResponse) -> tuple[int, str, str]:
+    """Return status, code and message of an error, which has the one shape of all errors."""
+    assert response.mimetype == "application/json"
+    assert response.headers["X-Request-Id"]
+    body = response.get_json()
+    assert list(body) == ["error"]
+    assert sorted(body["error"]) == ["code", "message"]
+    code, message = body["error"]["code"], body["error"]["message"]
+    assert re.fullmatch(r"E10[1-6]", code)
+    assert message
+    assert message.splitlines() == [message]
+    return response.status_code, code, message
+
+
+def refusal(client: FlaskClient, body: bytes | str) -> str:
+    """Return why a body is refused."""
+    status, code, message = error_of(client.post(NOTIFY, data=body))
+    assert (status, code) == (422, "E101")
+    return message
+
+
+def body(**changed: Any) -> str:
+    return json.dumps(GOOD | changed)
+
+
+@pytest.mark.parametrize("recipient", ["buyer", "seller"])
+def test_a_good_request_is_delivered(
+    recipient: str, client: FlaskClient, delivery: FakeDelivery
+) -> None:
+    response = client.post(f"/api/v1.0/recipient/{recipient}/notify", json=GOOD)
+    assert (response.status_code, response.get_json()) == (200, DELIVERED)
+    assert response.mimetype == "application/json"
+    assert delivery.delivered == [(Recipient(recipient), Message(**GOOD))]
+
+
+@pytest.mark.parametrize(
+    "recipient",
+    ["Buyer", "BUYER", "buyers", "buye", "buyer%20", "%20buyer", "admin", "%ff", "%00", "buyer%0A"],
+)
+def test_another_recipient_is_refused(
+    recipient: str, client: FlaskClient, delivery: FakeDelivery
+) -> None:
+    response = client.post(f"/api/v1.0/recipient/{recipient}/notify", json=GOOD)
+    assert error_of(response) == (422, "E101", "recipient: must be one of buyer, seller")
+    assert delivery.delivered == []
+
+
+@pytest.mark.parametrize("field", GOOD)
+@pytest.mark.parametrize(
+    ("value", "wrong"),
+    [
+        (None, "must not be null"),
+        *[(value, BLANK) for value in ("", " ", " \t\r\n ", "\u00a0\u3000\u2028")],
+        *[(value, NO_STRING) for value in (7, 1.5, 0, True, False)],
+        *[(value, NO_STRING) for value in ([], {}, ["a@example.com"], {"a": "a@example.com"})],
+        *[(value, SURROGATES) for value in ("a\ud800@example.com", "\udc00\ud800")],
+    ],
+    ids=ascii,
+)
+def test_a_wrong_field_is_named_with_what_is_wrong(
+    field: str, value: object, wrong: str, client: FlaskClient, delivery: FakeDelivery
+) -> None:
+    assert refusal(client, body(**{field: value})) == f"{field}: {wrong}"
+    assert delivery.delivered == []
+
+
+@pytest.mark.parametrize("field", GOOD)
+def test_a_missing_field_is_named(field: str, client: FlaskClient) -> None:
+    without = {name: value for name, value in GOOD.items() if name != field}
+    assert refusal(client, json.dumps(without)) == f"{field}: is missing"
+
+
+def test_all_wrong_fields_are_named_in_the_order_of_the_contract(client: FlaskClient) -> None:
+    assert refusal(client, "{}") == "to: is missing; title: is missing; message: is missing"
+    wrong = '{"message": 1, "title": null, "to": "nobody", "other": 2}'
+    assert refusal(client, wrong) == (
+        "to: must be an e-mail address; title: must not be null; message: must be a string"
+    )
+
+
+@pytest.mark.parametrize("field", ["to", "title"])
+@pytest.mark.parametrize("character", ["\x00", "\t", "\n", "\r\n", "\x1b", "\x7f", "\x80", "\x9f"])
+def test_control_characters_are_refused_in_what_becomes_a_header(
+    field: str, character: str, client: FlaskClient
+) -> None:
+    for value in (f"a{character}@example.com", f"a@example.com{character}"):
+        assert refusal(client, body(**{field: value})) == f"{field}: {CONTROL}"
+
+
+def test_control_characters_are_allowed_in_the_message(
+    client: FlaskClient, delivery: FakeDelivery
+) -> None:
+    text = "Dear\tbuyer,\r\n\n\x00\x1b\x7f\x85"
+    assert client.post(NOTIFY, data=body(message=text)).status_code == 200
+    assert delivery.delivered[0][1].message == text
+
+
+@pytest.mark.parametrize(
+    ("field", "longest", "text"),
+    [
+        ("to", 320, f"{'a' * 64}@{'.'.join([letter * 63 for letter in 'bcde'])}"),
+        *[("title", 255, letter * 255) for letter in ("a", "\u00fc", "\U0001f600")],
+        *[("message", 10_000, letter * 10_000) for letter in ("a", "\u00fc", "\U0001f600")],
+    ],
+    ids=lambda value: ascii(value)[:9],
+)
+def test_a_text_may_have_as_many_characters_as_its_limit_and_no_more(
+    field: str, longest: int, text: str, client: FlaskClient, delivery: FakeDelivery
+) -> None:
+    escaped = body(**{field: text})
+    for fits in (escaped, json.dumps(json.loads(escaped), ensure_ascii=False)):
+        assert client.post(NOTIFY, data=fits).get_json() == DELIVERED
+    assert [getattr(message, field) for _, message in delivery.delivered] == [text, text]
+    too_long = body(**{field: text[0] + text})
+    assert refusal(client, too_long) == f"{field}: must be at most {longest} characters"
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        *["a@example.com", "first.last+tag@sub.example.co.uk", "o'hara@example.com"],
+        *["!#$%&'*+/=?^_`{|}~-@example.com", "UPPER@EXAMPLE.COM", "_@x-y.example", "1@2.example"],
+        *["user@[192.0.2.7]", '"quoted.local"@example.com', "postmaster@localhost"],
+        *["a@xn--bcher-kva.example", "\u00fcber@b\u00fccher.example"],
+    ],
+)
+def test_an_email_address_is_taken_as_it_is(
+    to: str, client: FlaskClient, delivery: FakeDelivery
+) -> None:
+    assert client.post(NOTIFY, data=body(to=to)).get_json() == DELIVERED
+    assert delivery.delivered[0][1].to == to
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        *["someone", "example.com", "@", "@example.com", "someone@", "a@b@example.com"],
+        *["some one@example.com", " a@example.com", "a@example.com ", "a@exam ple.com"],
+        *["a\u00a0b@example.com", "a@example\u2028.com", "a@example.com\u3000"],
+        *[".a@example.com", "a.@example.com", "a..b@example.com", "a(b)@example.com"],
+        *["a@.example.com", "a@example..com", "a@example.com.", "a@example", "a@example.c"],
+        *["a@-example.com", "a@example-.com", "a@exam_ple.com", f"a@{'b' * 64}.com"],
+        *["a@[300.0.0.1]", "a@[192.0.2]", "a@[example.com]", "a@192.0.2.7:25"],
+        *["a@example.com,b@example.com", "a@example.com;b@example.com", "a@example.com\\"],
+        *["A <a@example.com>", "<a@example.com>", "mailto:a@example.com", "a@example.com?x=y"],
+        *['"a@example.com', "a@exa\U0001f600mple.com", "a@example.com/b", "+15551234567"],
+    ],
+    ids=ascii,
+)
+def test_what_is_no_email_address_is_refused_without_being_echoed(
+    to: str, client: FlaskClient
+) -> None:
+    assert refusal(client, body(to=to)) == "to: must be an e-mail address"
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        *[(data, EMPTY) for data in (b"", b" \r\n\t")],
+        *[(data, NO_OBJECT) for data in (b"null", b"true", b"7", b'"to"', b"[]", b"[{}]")],
+        (b"{", NO_JSON + "2"),
+        (b"{'to': 1}", NO_JSON + "2"),
+        (b'{"to": "a@example.com",}', NO_JSON),
+        (b"{} {}", NO_JSON + "4"),
+        (b"to=a%40example.com&title=t&message=m", NO_JSON + "1"),
+        *[(b'{"to": %s}' % wrong, NO_JSON) for wrong in (b'"a\nb"', b'"\\x41"', b'"\\ud8"', b"01")],
+        (body().encode()[:-1], NO_JSON),
+        *[(b'{"to": "%s"}' % raw, NO_UTF_8) for raw in (b"\xff", b"\xed\xa0\x80", b"\xc0\xaf")],
+        (body().encode("latin-1").replace(b"Your", b"\xfcber"), NO_UTF_8),
+        *[(body().encode(encoding), NO_UTF_8) for encoding in ("utf-16", "utf-32")],
+        *[(body().encode(encoding), NO_JSON) for encoding in ("utf-16-le", "utf-8-sig")],
+        (b"\x1f\x8b\x08\x00" + body().encode(), NO_UTF_8),
+        (b"\x00" + body().encode(), NO_JSON),
+        (b"[" * 200_000, TOO_DEEP),
+        (b"[" * 100_000 + b"]" * 100_000, TOO_DEEP),
+        (b'{"a":' * 40_000 + b"1" + b"}" * 40_000, TOO_DEEP),
+        (b'{"to": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", TOO_DEEP),
+        (b'{"to": ' + b"9" * 5_000 + b"}", NO_NUMBER),
+        (b'{"other": -' + b"9" * 200_000 + b"}", NO_NUMBER),
+        *[(b'{"to": %s}' % name, NO_NUMBER) for name in (b"NaN", b"Infinity", b"-Infinity")],
+        *[(b'{"to": %s}' % float_, f"to: {NO_STRING}; ") for float_ in (b"1e999", b"-0.0")],
+    ],
+    ids=lambda value: ascii(value[:20]),
+)
+def test_what_is_no_json_object_is_refused(data: bytes, why: str, client: FlaskClient) -> None:
+    message = refusal(client, data)
+    assert message.startswith(why)
+    assert message == why or why.endswith((" ", "; "))
+
+
+@pytest.mark.parametrize(
+    ("data", "title"),
+    [
+        (body(other=1, priority={"deep": [None, 1.5]}, **{"": 0}), GOOD["title"]),
+        (body(Title="another", TO="x"), GOOD["title"]),
+        (body(other="\ud800"), GOOD["title"]),
+        (f" \r\n\t{body()}\n", GOOD["title"]),
+        (body()[:-1] + ', "title": "the last"}', "the last"),
+        ('{"title": 7, ' + body()[1:], GOOD["title"]),
+        (body(title="  padded  "), "  padded  "),
+        (body(title="\U0001f600"), "\U0001f600"),
+        (body(title="a").replace('"a"', r'"\ud83d\ude00 \u0041\/"'), "\U0001f600 A/"),
+        (body()[:-1] + ', "other": ' + "[" * 100 + "]" * 100 + "}", GOOD["title"]),
+        (body()[:-1] + ', "other": ' + "9" * 4_000 + "}", GOOD["title"]),
+    ],
+    ids=range(11),
+)
+def test_what_the_contract_does_not_forbid_is_accepted(
+    data: str, title: str, client: FlaskClient, delivery: FakeDelivery
+) -> None:
+    assert client.post(NOTIFY, data=data).get_json() == DELIVERED
+    assert delivery.delivered == [(Recipient.BUYER, Message(**(GOOD | {"title": title})))]
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        *["application/json", "application/json; charset=utf-16", "text/plain", "text/html", ""],
+        *["application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "\u00fc", None],
+    ],
+)
+def test_the_body_is_read_as_json_whatever_its_content_type_says(
+    content_type: str | None, client: FlaskClient
+) -> None:
+    response = client.post(NOTIFY, data=body(), content_type=content_type)
+    assert response.get_json() == DELIVERED
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["content-length", "chunked"])
+def test_a_body_may_have_256_kib_and_no_more(announced: bool, client: FlaskClient) -> None:
+    assert MAX_BODY_BYTES == 262_144
+    for size, status in ((MAX_BODY_BYTES, 200), (MAX_BODY_BYTES + 1, 413), (10**6, 413)):
+        data = body().encode().ljust(size)
+        chunked = {"wsgi.input": io.BytesIO(data), "wsgi.input_terminated": True}
+        response = client.post(
+            NOTIFY, data=data if announced else None, environ_overrides={} if announced else chunked
+        )
+        assert response.status_code == status
+    assert error_of(response) == (413, "E105", "body too large")
+
+
+@pytest.mark.parametrize("terminated", [True, False])
+def test_a_body_that_ends_early_is_refused(terminated: bool, client: FlaskClient) -> None:
+    short: dict[str, Any] = {"wsgi.input": io.BytesIO(body().encode()), "CONTENT_LENGTH": "1000"}
+    if terminated:  # as gunicorn says of all bodies
+        short["wsgi.input_terminated"] = True
+    status, code, message = error_of(client.post(NOTIFY, environ_overrides=short))
+    assert (status, code) == (422, "E101")
+    assert message.startswith("body: ends ")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *["/", "/nothing", "/api/v1.0/recipient/buyer", "/api/v1.0/recipient/buyer/notify/more"],
+        *[f"{NOTIFY}/", "/healthz/", "/Healthz", NOTIFY.upper(), "/api/v1/recipient/buyer/notify"],
+        *[f"/{NOTIFY}", "//healthz", "/api//v1.0/recipient/buyer/notify"],
+        *["/api/v1.0/recipient//notify", "/api/v1.0/recipient/a%2Fb/notify", "/static/x", "*"],
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_a_path_that_is_none_is_404(
+    path: str, method: str, client: FlaskClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="notifier")
+    response = client.open(path, method=method, data=body())
+    assert error_of(response) == (404, "E103", "no such path")
+    (record,) = [record for record in caplog.records if record.name == "notifier.ops"]
+    assert record.__dict__["route"] == "unmatched"
+
+
+def paths_and_methods(app: Flask) -> list[tuple[str, set[str]]]:
+    return [
+        (re.sub(r"<[^>]+>", "buyer", rule.rule), set(rule.methods or ()))
+        for rule in app.url_map.iter_rules()
+    ]
+
+
+def test_on_every_route_another_method_is_405_and_says_which_are_allowed(
+    app: Flask, client: FlaskClient
+) -> None:
+    for path, methods in paths_and_methods(app):
+        assert "OPTIONS" not in methods
+        for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "BREW"} - methods:
+            response = client.open(path, method=method, data=body())
+            assert error_of(response) == (405, "E104", "method not allowed")
+            assert response.headers["Allow"] == ", ".join(sorted(methods))
+
+
+def test_on_every_route_an_unforeseen_error_is_500_and_shows_nothing_of_itself(
+    app: Flask, client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: object) -> None:
+        raise RuntimeError("SELECT secret_key FROM db.internal.example.com")
+
+    for name in app.view_functions:
+        monkeypatch.setitem(app.view_functions, name, fail)
+    for path, methods in paths_and_methods(app):
+        for method in methods - {"HEAD"}:
+            response = client.open(path, method=method, data=body())
+            assert error_of(response) == (500, "E102", "internal server error")
+            assert "internal.example" not in f"{response.headers}{response.text}"
+
+
+@pytest.mark.parametrize(
+    "error", [DeliveryFailed(), RuntimeError("no"), KeyError("to"), OSError(5)]
+)
+def test_when_the_delivery_fails_the_caller_is_not_told_why(
+    error: Exception, client: FlaskClient, delivery: FakeDelivery
+) -> None:
+    def fail() -> None:
+        raise error
+
+    delivery.act = fail
+    response = client.post(NOTIFY, json=GOOD)
+    assert error_of(response) == (500, "E102", "internal server error")
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_liveness_is_answered(method: str, client: FlaskClient) -> None:
+    response = client.open("/healthz", method=method)
+    assert response.status_code == 200
+    assert response.headers["X-Request-Id"]
+    expected = {"message": "server is running"}
+    assert response.text == "" if method == "HEAD" else response.get_json() == expected
+
+
+@pytest.mark.parametrize("given", ["req-1", "a", "x" * 128, "~!{} =", "0" * 32])
+def test_a_usable_request_id_is_kept(
+    given: str, client: FlaskClient, delivery: FakeDelivery
+) -> None:
+    for path in (NOTIFY, "/nothing", "/healthz"):
+        response = client.post(path, json=GOOD, headers={"X-Request-Id": given})
+        assert response.headers.getlist("X-Request-Id") == [given]
+    assert delivery.request_ids == [given]
+
+
+@pytest.mark.parametrize(
+    "given", [None, "", "x" * 129, "\u00fc", "a\tb", "a\x7f", "a\x80"], ids=ascii
+)
+def test_any_other_request_id_is_replaced_by_a_new_one(
+    given: str | None, client: FlaskClient, delivery: FakeDelivery
+) -> None:
+    headers = {} if given is None else {"X-Request-Id": given}
+    replies = [client.post(NOTIFY, json=GOOD, headers=headers) for _ in range(2)]
+    made = [reply.headers["X-Request-Id"] for reply in replies]
+    assert made == delivery.request_ids
+    assert len(set(made)) == 2
+    assert all(re.fullmatch(r"[0-9a-f]{32}", request_id) for request_id in made)
+
+
+@pytest.mark.parametrize(
+    ("path", "level", "route"),
+    [
+        (f"{NOTIFY}?to=a@example.com", "INFO", "/api/v1.0/recipient/<recipient>/notify"),
+        ("/healthz", "DEBUG", "/healthz"),
+    ],
+)
+def test_a_request_has_one_line_that_names_the_rule_and_not_the_path(
+    path: str, level: str, route: str, client: FlaskClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="notifier")
+    method = "GET" if path == "/healthz" else "POST"
+    client.open(path, method=method, data=body())
+    (record,) = [record for record in caplog.records if record.name == "notifier.ops"]
+    assert (record.levelname, record.getMessage()) == (level, "request")
+    fields = {name: record.__dict__[name] for name in ("method", "route", "status")}
+    assert fields == {"method": method, "route": route, "status": 200}
+    assert "a@example.com" not in repr(record.__dict__)
+
+
+PIECES = [
+    *[b'"to"', b'"title"', b'"message"', b'"a@example.com"', b'"t"', b":", b",", b"{", b"}", b"["],
+    *[
+        b"]",
+        b"null",
+        b"true",
+        b"-1.5e3",
+        b"1e999",
+        b"NaN",
+        b'"\\ud800"',
+        b'"\\udc00\\ud800"',
+        b"\\",
+    ],
+    *[
+        b'"',
+        b"\x00",
+        b"\xff",
+        b"\xed\xa0\x80",
+        b"\xef\xbb\xbf",
+        b"\n",
+        b" ",
+        b"\\u0000",
+        b"9" * 5000,
+    ],
+]
+
+
+def mangled(chance: random.Random) -> bytes:
+    """Return a good body with some of its bytes replaced, dropped, doubled or made worse."""
+    data = bytearray(body(other=[1, None]).encode())
+    for _ in range(chance.randint(1, 6)):
+        at = chance.randrange(len(data))
+        until = at + chance.choice([0, 1, 1, 2, 20])
+        data[at:until] = chance.choice([b"", data[at:until] * 2, *PIECES])
+        data = data or bytearray(b"{")
+    return bytes(data)
+
+
+def test_nothing_malformed_ends_in_a_500(client: FlaskClient, delivery: FakeDelivery) -> None:
+    chance = random.Random(1_000_003)
+    bodies = [mangled(chance) for _ in range(400)]
+    bodies += [b"".join(chance.choices(PIECES, k=chance.randint(1, 30))) for _ in range(200)]
+    accepted = 0
+    for data in bodies:
+        response = client.post(NOTIFY, data=data)
+        if response.status_code == 200:
+            accepted += 1
+        else:
+            status, code, _ = error_of(response)
+            assert (status, code) == (422, "E101"), data
+    assert accepted == len(delivery.delivered) < len(bodies)

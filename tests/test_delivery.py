@@ -1,0 +1,489 @@
+"""Who is asked, in which order, what each outcome means for the next and for the breaker, and when
+it all ends: real providers on real sockets."""
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from notifier import logs, transport
+from notifier.breakers import Breakers, Policy
+from notifier.db import Database
+from notifier.delivery import ChannelResult, Delivery
+from notifier.errors import DeliveryFailed, PreferencesUnavailable
+from notifier.models import Channel, Message, Provider, Recipient
+from notifier.preferences import Preferences
+from notifier.providers import Providers
+from notifier.settings import MIN_DEADLINE, Settings
+from tests.conftest import Environment, MakeProvider, MakeTransport
+from tests.scripted_provider import (
+    Peer,
+    Received,
+    Script,
+    answer,
+    close,
+    hang,
+    reset,
+)
+from tests.sockets import LOOPBACK, not_answering, refusing, silent
+from tests.timing import within
+
+MESSAGE = Message("buyer@example.com", "Hello", "It is on its way.")
+TIMEOUT = 0.4  # of one attempt, where a test waits for it
+
+
+def rows(*urls: str, channel: Channel = Channel.EMAIL) -> tuple[Provider, ...]:
+    """Return providers `email 1`, `email 2`, ... as the database would."""
+    return tuple(
+        Provider.from_row((number, channel.value, f"{channel.name.lower()} {number}", url, "key"))
+        for number, url in enumerate(urls, 1)
+    )
+
+
+class Known:
+    """Preferences that are known already; a channel without an entry cannot be asked about."""
+
+    def __init__(self, **providers: tuple[Provider, ...]) -> None:
+        self._providers = providers
+
+    def providers(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
+        try:
+            return self._providers[channel.name.lower()]
+        except KeyError:
+            raise PreferencesUnavailable from None
+
+
+@dataclass
+class Made:
+    """A delivery and the breakers behind it."""
+
+    delivery: Delivery
+    breakers: Breakers
+
+    def to(self, recipient: Recipient) -> bool:
+        """Deliver, and say whether that succeeded."""
+        try:
+            self.delivery.deliver(recipient, MESSAGE)
+        except DeliveryFailed:
+            return False
+        return True
+
+    def recorded(self, host: str) -> str:
+        """What the breaker of `host` has recorded."""
+        totals = self.breakers.of(host)._window.totals(time.monotonic())
+        return {(0, 0): "nothing", (1, 0): "success", (1, 1): "failure"}[totals]
+
+
+@pytest.fixture
+def make(make_transport: MakeTransport) -> Iterator[Callable[..., Made]]:
+    """Make deliveries, by default with breakers that never trip and more time than is needed."""
+    with ExitStack() as stack:
+
+        def make(
+            preferences: Any, *, timeout: float = 5, deadline: float = 20, min_calls: int = 1000
+        ) -> Made:
+            breakers = Breakers(Policy(1, 60, min_calls, 50, 60))
+            providers = Providers(make_transport(), breakers, timeout)
+            delivery = Delivery(preferences, providers, deadline, threads=8)
+            stack.callback(delivery.close)
+            return Made(delivery, breakers)
+
+        yield make
+
+
+@pytest.fixture
+def results(caplog: pytest.LogCaptureFixture) -> Callable[[], list[Any]]:
+    """Return how the channels of the last delivery ended, as it was logged."""
+    caplog.set_level(logging.DEBUG, "notifier")
+
+    def last() -> list[ChannelResult]:
+        (*_, record) = (r for r in caplog.records if r.name == "notifier.delivery")
+        return [ChannelResult(**result) for result in record.__dict__["channels"]]
+
+    return last
+
+
+def test_providers_are_asked_by_priority_and_then_by_id(
+    make: Callable[..., Made],
+    make_provider: MakeProvider,
+    database: Environment,
+    add_provider: Callable[..., int],
+) -> None:
+    asked: list[str] = []
+
+    def refuse(peer: Peer, received: Received) -> None:
+        asked.append(received.json()["secret_key"])
+        answer(400)(peer, received)
+
+    for secret, priority in (("4th", 7), ("2nd", 0), ("3rd", 0), ("1st", -1)):
+        add_provider(make_provider(refuse).url, priority=priority, secret_key=secret)
+    add_provider(make_provider(refuse).url, "PushNotification", priority=-9, secret_key="other")
+    preferences = Preferences(Database(Settings.from_env(database)), lifetime=60)
+    assert not make(preferences).to(Recipient.BUYER)
+    assert asked == ["1st", "2nd", "3rd", "4th"]
+
+
+def test_the_provider_gets_the_contracts_body_and_headers(
+    make: Callable[..., Made], make_provider: MakeProvider
+) -> None:
+    provider = make_provider()
+    token = logs.request_id.set("the-request")
+    try:
+        assert make(Known(email=rows(provider.url))).to(Recipient.BUYER)
+    finally:
+        logs.request_id.reset(token)
+    (received,) = provider.received
+    assert (received.method, received.path) == ("POST", "/send")
+    assert received.headers["content-type"] == "application/json"
+    assert received.headers["x-request-id"] == "the-request"
+    assert received.json() == {
+        "to": MESSAGE.to,
+        "title": MESSAGE.title,
+        "message": MESSAGE.message,
+        "secret_key": "key",
+    }
+
+
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
+def test_any_2xx_is_accepted_and_nobody_else_is_asked(
+    make: Callable[..., Made],
+    make_provider: MakeProvider,
+    results: Callable[[], list[Any]],
+    status: int,
+) -> None:
+    first, second = make_provider(answer(status, b"")), make_provider()
+    made = make(Known(email=rows(first.url, second.url)))
+    assert made.to(Recipient.BUYER)
+    assert (len(first.received), len(second.received)) == (1, 0)
+    assert made.recorded(first.host) == "success"
+    assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 1", 1)]
+
+
+def after_the_status_line(data: bytes, then: Script) -> Script:
+    def script(peer: Peer, received: Received) -> None:
+        peer.send(b"HTTP/1.1 202 Accepted\r\n" + data)
+        then(peer, received)
+
+    return script
+
+
+UNFINISHED: dict[str, Script] = {
+    "no headers": after_the_status_line(b"", close),
+    "a cut body": after_the_status_line(b"Content-Length: 100\r\n\r\n{}", close),
+    "a reset body": after_the_status_line(b"Content-Length: 100\r\n\r\n{}", reset),
+    "a body that drips": after_the_status_line(b"\r\n", lambda peer, _: peer.drip(b"x")),
+    "headers that drip": after_the_status_line(b"", lambda peer, _: peer.drip(b"X-A: b\r\n")),
+    "broken chunks": after_the_status_line(b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", close),
+}
+
+
+@pytest.mark.parametrize("name", UNFINISHED)
+def test_an_accepted_message_is_never_sent_twice_however_its_answer_ends(
+    make: Callable[..., Made], make_provider: MakeProvider, name: str
+) -> None:
+    first, second = make_provider(UNFINISHED[name]), make_provider()
+    made = make(Known(email=rows(first.url, second.url)), timeout=TIMEOUT)
+    assert made.to(Recipient.BUYER)
+    assert (len(first.received), len(second.received)) == (1, 0)
+    assert made.recorded(first.host) == "success"
+
+
+FALLS_BACK: dict[str, tuple[Script, str]] = {
+    "hangs": (hang, "failure"),
+    "drips": (lambda peer, _: peer.drip(b"HTTP/1.1 200 O"), "failure"),
+    "resets": (reset, "failure"),
+    "closes": (close, "failure"),
+    "answers garbage": (lambda peer, _: peer.send(b"garbage\r\n\r\n"), "failure"),
+    "500": (answer(500), "failure"),
+    "502": (answer(502), "failure"),
+    "503": (answer(503, b"{}", "Retry-After: 1"), "failure"),
+    "599": (answer(599), "failure"),
+    "600": (answer(600), "failure"),
+    "408": (answer(408), "failure"),
+    "425": (answer(425), "failure"),
+    "429": (answer(429, b"{}", "Retry-After: 1"), "failure"),
+    "300": (answer(300), "success"),
+    "301": (answer(301, b"{}", "Location: /elsewhere"), "success"),
+    "307": (answer(307, b"{}", "Location: http://["), "success"),
+    "400": (answer(400), "success"),
+    "401": (answer(401, b"{}", 'WWW-Authenticate: Basic realm="x"'), "success"),
+    "404": (answer(404), "success"),
+    "418": (answer(418), "success"),
+    "499": (answer(499), "success"),
+}
+
+
+@pytest.mark.parametrize("name", FALLS_BACK)
+def test_the_next_provider_is_asked_when_the_first(
+    make: Callable[..., Made],
+    make_provider: MakeProvider,
+    results: Callable[[], list[Any]],
+    name: str,
+) -> None:
+    script, recorded = FALLS_BACK[name]
+    first, second, third = make_provider(script), make_provider(), make_provider()
+    made = make(Known(email=rows(first.url, second.url, third.url)), timeout=TIMEOUT)
+    assert made.to(Recipient.BUYER)
+    assert [len(p.received) for p in (first, second, third)] == [1, 1, 0]
+    assert first.received[0].body == second.received[0].body
+    assert made.recorded(first.host) == recorded
+    assert made.recorded(second.host) == "success"
+    assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 2)]
+
+
+@pytest.fixture(params=["refuses", "does not answer", "no such name", "no TLS", "not trusted"])
+def unreachable(request: pytest.FixtureRequest, make_provider: MakeProvider) -> Iterator[str]:
+    """The URL of a provider to which nothing can be sent."""
+    with ExitStack() as stack:
+        if request.param == "refuses":
+            yield f"http://{LOOPBACK}:{stack.enter_context(refusing())}/send"
+        elif request.param == "does not answer":
+            yield f"http://{LOOPBACK}:{stack.enter_context(not_answering())}/send"
+        elif request.param == "no such name":
+            yield "http://does-not-exist.invalid:80/send"
+        elif request.param == "no TLS":
+            yield make_provider().url.replace("http:", "https:")
+        else:
+            yield make_provider(tls=request.getfixturevalue("certificate")[1]).url
+
+
+def test_the_next_provider_is_asked_when_the_first_cannot_be_reached(
+    make: Callable[..., Made],
+    make_provider: MakeProvider,
+    unreachable: str,
+    results: Callable[[], list[Any]],
+) -> None:
+    second = make_provider()
+    first_row, second_row = rows(unreachable, second.url)
+    made = make(Known(email=(first_row, second_row)), timeout=TIMEOUT)
+    assert made.to(Recipient.BUYER)
+    assert len(second.received) == 1
+    assert first_row.host
+    assert made.recorded(first_row.host) == "failure"
+    assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 2)]
+
+
+@pytest.mark.parametrize(
+    "url", ["", "mail.example.com", "ftp://mail.example.com/", "http://", "http://a:99999/"]
+)
+def test_a_row_without_a_usable_url_is_skipped_with_an_error_in_the_log(
+    make: Callable[..., Made],
+    make_provider: MakeProvider,
+    results: Callable[[], list[Any]],
+    caplog: pytest.LogCaptureFixture,
+    url: str,
+) -> None:
+    second = make_provider()
+    made = make(Known(email=rows(url, second.url)))
+    assert made.to(Recipient.BUYER)
+    assert len(second.received) == 1
+    assert list(made.breakers._by_host) == [second.host]
+    assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 1)]
+    (error,) = (record for record in caplog.records if record.levelno == logging.ERROR)
+    assert (error.__dict__["provider_id"], error.__dict__["reason"]) == (1, "url")
+
+
+def test_a_host_whose_breaker_is_open_is_skipped_and_its_breaker_records_nothing(
+    make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[Any]]
+) -> None:
+    first, second = make_provider(answer(503)), make_provider()
+    made = make(Known(email=rows(first.url, second.url)), min_calls=1)
+    assert made.to(Recipient.BUYER)
+    assert made.breakers.of(first.host).state == "open"
+    for _ in range(3):
+        assert made.to(Recipient.BUYER)
+        assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 1)]
+    assert (len(first.received), len(second.received)) == (1, 4)
+    assert made.recorded(first.host) == "failure"  # the one before it opened
+
+
+def test_a_buyer_is_reached_by_email_alone(
+    make: Callable[..., Made], make_provider: MakeProvider
+) -> None:
+    email, push = make_provider(), make_provider()
+    known = Known(email=rows(email.url), push=rows(push.url, channel=Channel.PUSH))
+    assert make(known).to(Recipient.BUYER)
+    assert (len(email.received), len(push.received)) == (1, 0)
+
+
+def together(barrier: threading.Barrier) -> Script:
+    """Answer once the other channel's provider has been asked too, and fail if it is not."""
+
+    def script(peer: Peer, received: Received) -> None:
+        try:
+            barrier.wait(5)
+        except threading.BrokenBarrierError:
+            answer(500)(peer, received)
+        else:
+            answer(200)(peer, received)
+
+    return script
+
+
+def test_a_sellers_channels_are_under_way_at_the_same_time_with_the_same_request_id(
+    make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[Any]]
+) -> None:
+    script = together(threading.Barrier(2))
+    email, push = make_provider(script), make_provider(script)
+    made = make(Known(email=rows(email.url), push=rows(push.url, channel=Channel.PUSH)))
+    token = logs.request_id.set("the-request")
+    try:
+        assert made.to(Recipient.SELLER)
+    finally:
+        logs.request_id.reset(token)
+    for provider in (email, push):
+        (received,) = provider.received
+        assert received.headers["x-request-id"] == "the-request"
+    assert results() == [
+        ChannelResult(Channel.EMAIL, "delivered", "email 1", 1),
+        ChannelResult(Channel.PUSH, "delivered", "push 1", 1),
+    ]
+
+
+@pytest.mark.parametrize("failing", ["email", "push"])
+@pytest.mark.parametrize("how", ["every provider fails", "no provider", "no preferences"])
+def test_a_channel_that_fails_never_stops_the_other_which_is_awaited(
+    make: Callable[..., Made], make_provider: MakeProvider, failing: str, how: str
+) -> None:
+    failed = threading.Event()
+
+    def answer_late(peer: Peer, received: Received) -> None:
+        failed.wait(0.3)  # not set: it only gives the other channel time to fail first
+        answer(200)(peer, received)
+
+    other = "push" if failing == "email" else "email"
+    good = make_provider(answer_late)
+    known = {other: rows(good.url, channel=Channel[other.upper()])}
+    if how != "no preferences":
+        bad = [make_provider(answer(500)).url] if how == "every provider fails" else []
+        known[failing] = rows(*bad, channel=Channel[failing.upper()])
+    made = make(Known(**known))
+    assert not made.to(Recipient.SELLER)
+    assert len(good.received) == 1
+    assert made.recorded(good.host) == "success"  # so it has been awaited
+
+
+def test_without_a_provider_nothing_is_delivered(
+    make: Callable[..., Made], results: Callable[[], list[Any]]
+) -> None:
+    assert not make(Known(email=())).to(Recipient.BUYER)
+    assert results() == [ChannelResult(Channel.EMAIL, "no_provider")]
+
+
+def test_when_every_provider_fails_each_has_been_asked_once(
+    make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[Any]]
+) -> None:
+    providers = [make_provider(answer(status)) for status in (500, 404, 429)]
+    assert not make(Known(email=rows(*(p.url for p in providers)))).to(Recipient.BUYER)
+    assert [len(provider.received) for provider in providers] == [1, 1, 1]
+    assert results() == [ChannelResult(Channel.EMAIL, "failed", None, 3)]
+
+
+SLOW: list[Script] = [
+    hang,
+    lambda peer, _: peer.drip(b"HTTP/1.1 200 O"),
+    lambda peer, _: peer.drip(b"HTTP/1.1 100 Continue\r\n\r\n"),
+]
+
+
+@pytest.mark.parametrize("script", SLOW, ids=["hangs", "drips", "says Continue"])
+def test_an_attempt_cut_short_is_the_last_and_counts_for_nothing(
+    make: Callable[..., Made],
+    make_provider: MakeProvider,
+    results: Callable[[], list[Any]],
+    script: Script,
+) -> None:
+    first, second = make_provider(script), make_provider()
+    made = make(Known(email=rows(first.url, second.url)), timeout=10, deadline=0.5)
+    with within(3):
+        assert not made.to(Recipient.BUYER)
+    assert (len(first.received), len(second.received)) == (1, 0)
+    assert made.recorded(first.host) == "nothing"
+    assert results() == [ChannelResult(Channel.EMAIL, "failed", None, 1)]
+
+
+@pytest.fixture(params=["look-up", "connect", "tls"])
+def slow_to_reach(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A URL where that step takes longer than any test."""
+    released = threading.Event()
+
+    def look_up(host: str, port: int, flags: int = 0) -> Any:
+        if not flags:
+            released.wait(30)
+        raise socket.gaierror(socket.EAI_NONAME, "no address, or no name any more")
+
+    with ExitStack() as stack:
+        stack.callback(released.set)
+        if request.param == "look-up":
+            monkeypatch.setattr(transport, "_look_up", look_up)
+            yield "http://mail.example.com:80/send"
+        elif request.param == "connect":
+            yield f"http://{LOOPBACK}:{stack.enter_context(not_answering())}/send"
+        else:
+            yield f"https://{LOOPBACK}:{stack.enter_context(silent())}/send"
+
+
+def test_an_attempt_cut_short_before_its_message_is_sent_counts_for_nothing_either(
+    make: Callable[..., Made], make_provider: MakeProvider, slow_to_reach: str
+) -> None:
+    second = make_provider()
+    slow, then = rows(slow_to_reach, second.url)
+    made = make(Known(email=(slow, then)), timeout=10, deadline=0.5)
+    with within(3):
+        assert not made.to(Recipient.BUYER)
+    assert slow.host
+    assert (made.recorded(slow.host), second.received) == ("nothing", [])
+
+
+def test_with_less_than_a_quarter_of_a_second_left_no_attempt_is_begun(
+    make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[Any]]
+) -> None:
+    first, second = make_provider(hang), make_provider()
+    made = make(Known(email=rows(first.url, second.url)), timeout=0.4, deadline=0.6)
+    assert not made.to(Recipient.BUYER)
+    assert (len(first.received), len(second.received)) == (1, 0)
+    assert made.recorded(first.host) == "failure"  # it had all of its time
+    assert results() == [ChannelResult(Channel.EMAIL, "failed", None, 1)]
+
+
+def test_the_shortest_deadline_that_the_settings_take_is_enough_for_an_attempt(
+    make: Callable[..., Made], make_provider: MakeProvider, make_settings: Callable[..., Settings]
+) -> None:
+    settings = make_settings(http_client_timeout=0.1, notify_deadline=MIN_DEADLINE)
+    provider = make_provider()
+    assert make(Known(email=rows(provider.url)), deadline=settings.notify_deadline).to(
+        Recipient.BUYER
+    )
+
+
+def test_a_hanging_host_counts_as_failed_where_the_deadline_is_one_attempt_long(
+    make: Callable[..., Made], make_provider: MakeProvider, make_settings: Callable[..., Settings]
+) -> None:
+    """Else its breaker never opens, and every request waits for it in vain."""
+    settings = make_settings(http_client_timeout=0.4, notify_deadline=0.4)
+    provider = make_provider(hang)
+    made = make(Known(email=rows(provider.url)), timeout=0.4, deadline=settings.notify_deadline)
+    assert not made.to(Recipient.BUYER)
+    assert made.recorded(provider.host) == "failure"
+
+
+def test_the_deadline_bounds_all_attempts_of_all_channels_together(
+    make: Callable[..., Made], make_provider: MakeProvider
+) -> None:
+    email = [make_provider(script) for script in SLOW * 3]
+    push = [make_provider(script) for script in reversed(SLOW * 3)]
+    known = Known(
+        email=rows(*(provider.url for provider in email)),
+        push=rows(*(provider.url for provider in push), channel=Channel.PUSH),
+    )
+    made = make(known, timeout=0.3, deadline=1)
+    with within(3):
+        assert not made.to(Recipient.SELLER)
+    for providers in (email, push):
+        assert [len(p.received) for p in providers] in ([1] * 3 + [0] * 6, [1] * 2 + [0] * 7)

@@ -1,0 +1,377 @@
+"""The schema: what the migrations make, and that nothing keeps them from being run again."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+from click.testing import Result
+
+from notifier import schema
+from notifier.app import create_app
+from notifier.db import Database
+from notifier.settings import Settings
+from tests.conftest import Environment, connect
+from tests.service import ROOT, clean_environment
+from tests.sockets import LOOPBACK, refusing, silent
+from tests.timing import eventually
+
+NAMES = [
+    "0001_create_notification_provider_type",
+    "0002_create_notification_preferences",
+    "0003_index_active_preferences",
+]
+TABLE = "notification_preferences"
+INDEX = "idx_notification_prefs_provider_deleted_active"
+
+INDEXED = "(provider_type, priority) WHERE (deleted_at IS NULL)"
+
+GO_SERVICE = """
+    CREATE TYPE notification_provider_type AS ENUM ('Email', 'PushNotification');
+    CREATE TABLE IF NOT EXISTS notification_preferences (
+        id BIGSERIAL PRIMARY KEY,
+        provider_type notification_provider_type NOT NULL,
+        provider_name TEXT NOT NULL,
+        host TEXT NOT NULL,
+        priority INT DEFAULT 0,
+        secret_key TEXT,
+        created_at TIMESTAMPTZ DEFAULT NOW(),
+        deleted_at TIMESTAMPTZ
+    );
+    CREATE INDEX idx_notification_prefs_provider_deleted_active
+        ON notification_preferences (provider_type, priority) WHERE deleted_at IS NULL;
+"""
+
+Rows = list[tuple[Any, ...]]
+
+
+def rows(environment: Environment, query: str) -> Rows:
+    with connect(environment) as connection:
+        return connection.execute(query).fetchall()
+
+
+def execute(environment: Environment, statements: str) -> None:
+    with connect(environment) as connection:
+        connection.execute(statements)
+
+
+def database_of(environment: Environment) -> Database:
+    return Database(Settings.from_env(environment))
+
+
+def columns(environment: Environment) -> Rows:
+    """PostgreSQL numbers a sequence whose name a dying session still holds: that is left out."""
+    return rows(
+        environment,
+        "SELECT column_name, udt_name, is_nullable, regexp_replace(column_default, '_seq1', '_seq')"
+        f" FROM information_schema.columns WHERE table_name = '{TABLE}' ORDER BY ordinal_position",
+    )
+
+
+def indexes(environment: Environment) -> list[str]:
+    query = f"SELECT indexdef FROM pg_indexes WHERE tablename = '{TABLE}' ORDER BY indexname"
+    return [definition for (definition,) in rows(environment, query)]
+
+
+def labels(environment: Environment) -> list[str]:
+    query = (
+        "SELECT enumlabel FROM pg_enum JOIN pg_type t ON t.oid = enumtypid"
+        " WHERE typname = 'notification_provider_type' ORDER BY enumsortorder"
+    )
+    return [label for (label,) in rows(environment, query)]
+
+
+def ours(environment: Environment) -> list[str]:
+    """Every table, index, sequence and type of the database that is not yoyo's."""
+    query = (
+        "SELECT relname FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace"
+        " WHERE nspname = 'public'"
+        " UNION SELECT typname FROM pg_type JOIN pg_namespace n ON n.oid = typnamespace"
+        " WHERE nspname = 'public' AND typtype = 'e' ORDER BY 1"
+    )
+    return [name for (name,) in rows(environment, query) if "yoyo" not in name]
+
+
+def assert_complete(environment: Environment) -> None:
+    """Section 9 of the design, word for word."""
+    assert labels(environment) == ["Email", "PushNotification"]
+    assert columns(environment) == [
+        ("id", "int8", "NO", f"nextval('{TABLE}_id_seq'::regclass)"),
+        ("provider_type", "notification_provider_type", "NO", None),
+        ("provider_name", "text", "NO", None),
+        ("host", "text", "NO", None),
+        ("priority", "int4", "YES", "0"),
+        ("secret_key", "text", "YES", None),
+        ("created_at", "timestamptz", "YES", "now()"),
+        ("deleted_at", "timestamptz", "YES", None),
+    ]
+    assert indexes(environment) == [
+        f"CREATE INDEX {INDEX} ON public.{TABLE} USING btree {INDEXED}",
+        f"CREATE UNIQUE INDEX {TABLE}_pkey ON public.{TABLE} USING btree (id)",
+    ]
+    marked = "SELECT migration_id FROM _yoyo_migration ORDER BY 1"
+    assert rows(environment, marked) == [(name,) for name in NAMES]
+
+
+def run(environment: Environment, *command: str) -> Result:
+    """Run `flask --app notifier.app` with `command`, in this process."""
+    app = create_app(Settings.from_env(environment))
+    return app.test_cli_runner().invoke(args=command)
+
+
+def start(environment: Environment, *command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "flask", "--app", "notifier.app", *command],
+        cwd=ROOT,
+        env=clean_environment() | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@contextmanager
+def migrating(environment: Environment) -> Iterator[subprocess.Popen[str]]:
+    """Run `migrate` in a process of its own, which ends with the block if not before."""
+    with start(environment, "migrate") as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def waiting(environment: Environment) -> int:
+    """How many processes of the server wait, within a step, for what another session holds."""
+    query = (
+        "SELECT FROM pg_stat_activity WHERE datname = current_database()"
+        " AND wait_event_type = 'Lock' AND wait_event <> 'advisory'"
+    )
+    return len(rows(environment, query))
+
+
+def test_an_empty_database_gets_the_schema_of_the_design_and_a_second_run_does_nothing(
+    empty_database: Environment,
+) -> None:
+    first, second = run(empty_database, "migrate"), run(empty_database, "migrate")
+    assert (first.exit_code, first.output) == (0, "".join(f"applied {n}\n" for n in NAMES))
+    assert (second.exit_code, second.output) == (0, "nothing to apply, the schema is up to date\n")
+    assert_complete(empty_database)
+
+
+def test_the_type_takes_the_two_channels_and_nothing_else(
+    database: Environment, add_provider: Callable[..., int]
+) -> None:
+    add_provider("http://a/", "Email")
+    add_provider("http://a/", "PushNotification")
+    with pytest.raises(psycopg.errors.InvalidTextRepresentation):
+        add_provider("http://a/", "email")
+
+
+def test_a_rollback_undoes_the_last_migration_only_and_at_last_there_is_nothing_left(
+    empty_database: Environment,
+) -> None:
+    schema.migrate(database_of(empty_database))
+    left = [
+        ["notification_preferences", f"{TABLE}_id_seq", f"{TABLE}_pkey"],
+        [],
+        [],
+    ]
+    for name, expected in zip(reversed(NAMES), left, strict=True):
+        result = run(empty_database, "rollback")
+        assert (result.exit_code, result.output) == (0, f"undid {name}\n")
+        enum = [] if name == NAMES[0] else ["notification_provider_type"]
+        assert ours(empty_database) == expected + enum
+    result = run(empty_database, "rollback")
+    assert (result.exit_code, result.output) == (0, "nothing to undo\n")
+    assert schema.migrate(database_of(empty_database)) == NAMES
+    assert_complete(empty_database)
+
+
+def test_a_database_that_was_never_migrated_has_nothing_to_undo(
+    empty_database: Environment,
+) -> None:
+    assert run(empty_database, "rollback").output == "nothing to undo\n"
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_that_migrate_at_the_same_moment_all_succeed(
+    empty_database: Environment, processes: int
+) -> None:
+    with ExitStack() as stack:
+        running = [stack.enter_context(migrating(empty_database)) for _ in range(processes)]
+        ended = [(*process.communicate(timeout=60), process.returncode) for process in running]
+    assert [(errors, status) for _, errors, status in ended] == [("", 0)] * processes
+    applied = [line for output, _, _ in ended for line in output.splitlines() if "applied" in line]
+    assert applied == [f"applied {name}" for name in NAMES]
+    assert_complete(empty_database)
+
+
+# What another session holds while a step runs, and how many migrations are there already.
+CONFLICTS = {
+    NAMES[0]: ("CREATE TYPE notification_provider_type AS ENUM ('other')", 0),
+    NAMES[1]: (f"CREATE TABLE {TABLE} (id INT)", 1),
+    NAMES[2]: (f"LOCK TABLE {TABLE} IN ACCESS EXCLUSIVE MODE", 2),
+}
+
+
+@pytest.mark.parametrize("step", CONFLICTS)
+def test_a_run_that_is_killed_within_a_step_leaves_nothing_that_blocks_the_next(
+    empty_database: Environment, step: str
+) -> None:
+    conflict, done = CONFLICTS[step]
+    database = database_of(empty_database)
+    schema.migrate(database)
+    for _ in NAMES[done:]:
+        schema.rollback(database)
+    with connect(empty_database) as other, migrating(empty_database) as killed:
+        other.execute("BEGIN")
+        other.execute(conflict)
+        eventually(lambda: waiting(empty_database) == 1)
+        killed.kill()
+        assert killed.wait(10) == -signal.SIGKILL
+        with migrating(empty_database) as following:
+            # The killed one's server process waits on: it has not noticed.
+            eventually(lambda: waiting(empty_database) == 2)
+            other.execute("ROLLBACK")
+            output, errors = following.communicate(timeout=60)
+    assert (following.returncode, errors) == (0, "")
+    assert output == "".join(f"applied {name}\n" for name in NAMES[done:])
+    assert_complete(empty_database)
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_a_lock_row_that_a_killed_process_left_blocks_nobody(
+    empty_database: Environment, applied: bool
+) -> None:
+    if applied:
+        schema.migrate(database_of(empty_database))
+        schema.rollback(database_of(empty_database))
+    execute(
+        empty_database,
+        "CREATE TABLE IF NOT EXISTS yoyo_lock"
+        " (locked INT DEFAULT 1 PRIMARY KEY, ctime TIMESTAMP, pid INT NOT NULL);"
+        "INSERT INTO yoyo_lock VALUES (1, now(), 99999)",
+    )
+    assert schema.migrate(database_of(empty_database)) == (NAMES[2:] if applied else NAMES)
+    assert_complete(empty_database)
+    assert rows(empty_database, "SELECT FROM yoyo_lock") == []
+
+
+@pytest.mark.parametrize("names", [*([name] for name in NAMES), NAMES])
+def test_a_step_that_was_applied_and_not_marked_can_be_run_again(
+    empty_database: Environment, names: list[str]
+) -> None:
+    database = database_of(empty_database)
+    schema.migrate(database)
+    for name in names:
+        execute(empty_database, f"DELETE FROM _yoyo_migration WHERE migration_id = '{name}'")
+    assert schema.migrate(database) == names
+    assert_complete(empty_database)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_that_was_undone_and_is_still_marked_can_be_undone_again(
+    empty_database: Environment, name: str
+) -> None:
+    """The same kill, in a rollback."""
+    database = database_of(empty_database)
+    schema.migrate(database)
+    while (undone := schema.rollback(database)) != name:
+        assert undone
+    execute(
+        empty_database,
+        "INSERT INTO _yoyo_migration (migration_hash, migration_id, applied_at_utc)"
+        f" SELECT DISTINCT migration_hash, migration_id, now() FROM _yoyo_log"
+        f" WHERE migration_id = '{name}'",
+    )
+    assert schema.rollback(database) == name
+    assert schema.migrate(database)
+    assert_complete(empty_database)
+
+
+def test_a_database_of_the_go_service_is_adopted_with_its_rows(
+    empty_database: Environment,
+) -> None:
+    execute(
+        empty_database,
+        GO_SERVICE + f"INSERT INTO {TABLE} (provider_type, provider_name, host, deleted_at) VALUES"
+        " ('Email', 'one', 'http://a/', NULL), ('PushNotification', 'two', 'http://b/', now())",
+    )
+    before = rows(empty_database, f"SELECT * FROM {TABLE} ORDER BY id")
+    assert schema.migrate(database_of(empty_database)) == NAMES
+    assert_complete(empty_database)
+    assert rows(empty_database, f"SELECT * FROM {TABLE} ORDER BY id") == before
+    assert len(before) == 2
+
+
+def test_who_waits_too_long_for_another_migration_says_so_in_one_line(
+    empty_database: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "LOCK_WAIT", "200ms")
+    with connect(empty_database) as other:
+        other.execute("SELECT pg_advisory_lock(%s)", (schema.LOCK_KEY,))
+        for command in ("migrate", "rollback"):
+            result = run(empty_database, command)
+            assert result.exit_code == 1
+            assert result.output.splitlines() == [
+                "Error: another migration has been running for 200ms; try again when it is done"
+            ]
+    assert run(empty_database, "migrate").exit_code == 0
+
+
+def assert_one_line(environment: Environment, expected: str) -> None:
+    """Hold that `migrate` fails with one line that says why, and keeps the password to itself."""
+    result = run(environment, "migrate")
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    assert_line(result.output, environment, expected)
+
+
+def assert_line(output: str, environment: Environment, expected: str) -> None:
+    assert output.count("\n") == 1, output
+    assert output.startswith("Error: PostgreSQL: ")
+    assert expected in output
+    assert environment["DB_PASSWORD"] not in output
+
+
+def test_a_wrong_password_ends_a_process_with_one_line(empty_database: Environment) -> None:
+    wrong = empty_database | {"DB_PASSWORD": "not-the-p4ssword"}
+    with migrating(wrong) as process:
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (1, "")
+    assert_line(errors, wrong, "password authentication failed")
+
+
+def test_a_missing_database_ends_in_one_line(empty_database: Environment) -> None:
+    assert_one_line(empty_database | {"DB_NAME": "missing"}, "does not exist")
+
+
+def test_a_user_who_may_create_nothing_is_told_so_in_one_line(
+    empty_database: Environment, server: Environment
+) -> None:
+    """PostgreSQL 15 and later let only a database's owner create tables in it."""
+    name = f"guest_{empty_database['DB_NAME']}"
+    execute(server, f"CREATE ROLE {name} LOGIN PASSWORD 'guests-p4ssword'")
+    guest = {"DB_USERNAME": name, "DB_PASSWORD": "guests-p4ssword"}
+    assert_one_line(empty_database | guest, "permission denied")
+
+
+@pytest.mark.parametrize("host", [LOOPBACK, "localhost"])
+def test_a_server_that_is_not_there_ends_in_one_line(server: Environment, host: str) -> None:
+    with refusing() as port:
+        nowhere = {"DB_HOST": host, "DB_PORT": str(port)}
+        assert_one_line(server | nowhere, "Connection refused")
+
+
+def test_a_server_that_says_nothing_ends_in_one_line(server: Environment) -> None:
+    with silent() as port:
+        assert_one_line(server | {"DB_PORT": str(port)}, "timeout")
+
+
+def test_a_server_name_that_does_not_resolve_ends_in_one_line(server: Environment) -> None:
+    assert_one_line(server | {"DB_HOST": "does-not-exist.invalid"}, "does-not-exist.invalid")

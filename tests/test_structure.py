@@ -1,0 +1,289 @@
+"""What review forgets: who imports whom, what is shipped, and what is documented."""
+
+import ast
+import json
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gunicorn.config import Config
+
+from notifier.db import DATABASE_WAIT
+from notifier.settings import WITHOUT_EFFECT, Settings
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "notifier"
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+# A module imports only from strictly lower levels.
+LEVELS = {
+    "app": 5,
+    "api": 4,
+    "cli": 4,
+    "error_handlers": 4,
+    "ops": 4,
+    "delivery": 3,
+    "preferences": 2,
+    "providers": 2,
+    "schema": 2,
+    "breakers": 1,
+    "db": 1,
+    "transport": 1,
+    "errors": 0,
+    "logs": 0,
+    "models": 0,
+    "settings": 0,
+    "single_flight": 0,
+}
+FLASK_LEVEL = 4
+
+REQUIRED = {
+    "DB_HOST": "127.0.0.1",
+    "DB_PORT": "5432",
+    "DB_NAME": "notifier",
+    "DB_USERNAME": "notifier",
+    "DB_PASSWORD": "change-me",
+}
+
+# What depends on the machine, on another variable or on a package is described, not quoted.
+DESCRIBED = {"WEB_CONCURRENCY", "NOTIFY_DEADLINE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Yield every dotted name that a file imports, wherever in the file it does."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_packages(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported_names(path)}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return which of our modules a file imports; the whole of `notifier.dev` is `dev`."""
+    inside = {name.split(".")[1] for name in imported_names(path) if name.startswith("notifier.")}
+    return {name for name in inside if name in MODULES or (PACKAGE / name).is_dir()}
+
+
+def test_every_module_has_a_level() -> None:
+    assert sorted(LEVELS) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_from_lower_levels_only(module: str) -> None:
+    lower = {name for name, level in LEVELS.items() if level < LEVELS[module]}
+    assert imported_modules(PACKAGE / f"{module}.py") <= lower
+
+
+def test_what_developers_run_is_imported_by_nothing_in_the_service() -> None:
+    assert (PACKAGE / "dev").is_dir()
+    for path in [*PACKAGE.glob("*.py"), ROOT / "gunicorn.conf.py"]:
+        assert "dev" not in imported_modules(path)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if LEVELS[name] < FLASK_LEVEL])
+def test_plain_modules_know_no_flask(module: str) -> None:
+    assert imported_packages(PACKAGE / f"{module}.py").isdisjoint({"flask", "werkzeug"})
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    assert list(imported_names(PACKAGE / "__init__.py")) == []
+
+
+def test_gunicorns_configuration_imports_only_the_settings_and_the_logs() -> None:
+    assert imported_modules(ROOT / "gunicorn.conf.py") == {"logs", "settings"}
+
+
+def test_gunicorns_configuration_loads_nothing_that_belongs_to_the_workers() -> None:
+    code = "import json, runpy, sys; runpy.run_path(sys.argv[1]); print(json.dumps([*sys.modules]))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code, ROOT / "gunicorn.conf.py"],
+        cwd=ROOT,
+        env=REQUIRED,
+        capture_output=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    modules = set(json.loads(loaded))
+    assert "notifier.settings" in modules
+    assert modules.isdisjoint({"flask", "werkzeug", "psycopg", "requests", "prometheus_client"})
+
+
+def pinned(name: str) -> dict[str, str]:
+    """Return package and version of each line of a requirements file, all of them pinned."""
+    versions: dict[str, str] = {}
+    for line in (ROOT / name).read_text().splitlines():
+        if not line or line.startswith(("#", "-c ")):
+            continue
+        match = re.fullmatch(r"([a-z0-9-]+)(?:\[[a-z,]+\])?==([0-9][0-9a-z.+]*)", line)
+        assert match, f"{line} is not pinned"
+        assert match[1] not in versions
+        versions[match[1]] = match[2]
+    assert versions
+    return versions
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("requirements*.txt")), ids=lambda path: path.name)
+def test_every_requirement_is_pinned(path: Path) -> None:
+    pinned(path.name)
+
+
+def test_no_requirement_is_pinned_twice() -> None:
+    assert pinned("requirements.txt").keys().isdisjoint(pinned("requirements-dev.txt"))
+
+
+def test_what_the_service_imports_is_among_its_own_requirements() -> None:
+    files = [*PACKAGE.glob("*.py"), ROOT / "gunicorn.conf.py"]
+    packages = set().union(*(imported_packages(path) for path in files))
+    distributions = packages_distributions()
+    for package in packages - {"notifier"} - sys.stdlib_module_names:
+        names = {name.lower().replace("_", "-") for name in distributions[package]}
+        assert names & pinned("requirements.txt").keys(), package
+
+
+def test_migrations_are_numbered_without_gaps_and_each_can_be_undone() -> None:
+    files = {path.name: path.read_text() for path in (ROOT / "migrations").iterdir()}
+    steps = sorted(name for name in files if not name.endswith(".rollback.sql"))
+    assert steps
+    for number, name in enumerate(steps, 1):
+        assert re.fullmatch(rf"{number:04}_[a-z0-9_]+\.sql", name)
+    undone = [name.replace(".sql", ".rollback.sql") for name in steps]
+    assert sorted(files) == sorted(steps + undone)
+    assert all(text.strip() for text in files.values())
+
+
+def gunicorn_conf(monkeypatch: pytest.MonkeyPatch, **environ: str) -> dict[str, Any]:
+    for name, value in (REQUIRED | environ).items():
+        monkeypatch.setenv(name, value)
+    return runpy.run_path(str(ROOT / "gunicorn.conf.py"))
+
+
+def test_gunicorn_is_shipped_with_threads_without_preload_and_without_a_control_socket(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    conf = gunicorn_conf(monkeypatch, WEB_CONCURRENCY="3", WEB_THREADS="7", HTTP_SERVER_PORT=":81")
+    shipped = {
+        "wsgi_app": "notifier.app:create_app()",
+        "bind": "0.0.0.0:81",
+        "worker_class": "gthread",
+        "workers": 3,
+        "threads": 7,
+        "preload_app": False,
+        "control_socket_disable": True,
+    }
+    assert {name: conf[name] for name in shipped} == shipped
+
+
+def test_every_shipped_value_is_one_that_gunicorn_knows_and_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = Config()
+    ours = {"settings"}
+    plain = (str, int, float, tuple, list, dict, Settings)
+    for name, value in gunicorn_conf(monkeypatch).items():
+        if isinstance(value, plain) and name.islower() and not name.startswith("_"):
+            assert name in config.settings or name in ours, name
+        if name in config.settings:
+            config.set(name, value)
+
+
+def test_each_timeout_leaves_room_for_those_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.from_env(REQUIRED)
+    graceful_timeout = gunicorn_conf(monkeypatch)["graceful_timeout"]
+    ladder = [
+        DATABASE_WAIT,
+        settings.http_client_timeout,
+        settings.notify_deadline,
+        graceful_timeout,
+    ]
+    assert ladder == sorted(set(ladder))
+
+
+def test_a_longer_deadline_makes_the_graceful_timeout_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert gunicorn_conf(monkeypatch, NOTIFY_DEADLINE="90s")["graceful_timeout"] == 105
+
+
+def variables() -> dict[str, Any]:
+    """Return every variable that is read, with the default of its field."""
+    return {field.name.upper(): field.default for field in fields(Settings)}
+
+
+def value_of(name: str, text: str) -> Any:
+    """Return what `text` becomes as the value of variable `name`."""
+    return getattr(Settings.from_env(REQUIRED | {name: text}), name.lower())
+
+
+def shipped_value(name: str) -> Any:
+    return getattr(Settings.from_env(REQUIRED), name.lower())
+
+
+def documented_settings() -> list[tuple[str, str]]:
+    """Return variable and default of every row of README.md whose first cell names variables."""
+    rows = []
+    for line in (ROOT / "README.md").read_text().splitlines():
+        first, default = (*line.split("|"), "", "", "")[1:3]
+        if re.fullmatch(r"(\s*`[A-Z]+(_[A-Z]+)+`)+\s*", first):
+            rows += [(name, default.strip()) for name in re.findall(r"[A-Z_]+", first)]
+    return rows
+
+
+def test_the_readme_documents_every_variable_once_and_no_other() -> None:
+    documented = [name for name, _ in documented_settings()]
+    assert sorted(documented) == sorted([*variables(), *WITHOUT_EFFECT])
+
+
+def test_the_readme_gives_the_defaults() -> None:
+    for name, cell in documented_settings():
+        if name in WITHOUT_EFFECT:
+            assert cell == "none", name
+        elif variables()[name] is MISSING:
+            assert cell == "required", name
+        elif name in DESCRIBED:
+            assert cell, name
+        else:
+            assert value_of(name, cell.strip("`")) == shipped_value(name), name
+            assert re.fullmatch(r"`[^`]+`", cell), name
+
+
+def example_settings() -> list[tuple[bool, str, str]]:
+    """Return whether it is set, name and value of every assignment in .env.example."""
+    text = (ROOT / ".env.example").read_text()
+    assignments = re.findall(r"^(# )?([A-Z][A-Z0-9_]*)=(.*)$", text, re.MULTILINE)
+    return [(not comment, name, value) for comment, name, value in assignments]
+
+
+def test_the_example_names_every_variable_once_and_no_other() -> None:
+    named = [name for _, name, _ in example_settings()]
+    assert sorted(named) == sorted([*variables(), *WITHOUT_EFFECT])
+
+
+def test_the_example_sets_what_is_required_and_shows_the_defaults_of_the_rest() -> None:
+    for is_set, name, value in example_settings():
+        if name in WITHOUT_EFFECT:
+            assert not is_set, name
+        elif variables()[name] is MISSING:
+            assert is_set, name
+            assert value, name
+        else:
+            assert not is_set, name
+            assert value_of(name, value) == shipped_value(name), name
+            assert value or name in DESCRIBED, name
+
+
+def test_the_example_can_be_used_as_it_is() -> None:
+    Settings.from_env({name: value for is_set, name, value in example_settings() if is_set})
+    Settings.from_env({name: value for _, name, value in example_settings()})

@@ -1,0 +1,316 @@
+"""From a URL to a connection: look-ups, addresses and TLS, each failure by its kind and bounded."""
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from notifier import transport as transport_module
+from notifier.errors import TransportError
+from notifier.transport import Transport
+from tests.certificates import make_certificate, name_in_folder
+from tests.conftest import MakeProvider, MakeTransport
+from tests.scripted_provider import answer
+from tests.sockets import LOOPBACK, not_answering, refusing, silent
+from tests.timing import eventually, within
+
+Certificate = tuple[Path, ssl.SSLContext]
+Address = tuple[int, int, int, str, Any]
+
+
+def post(transport: Transport, url: str, *, seconds: float = 5.0) -> int:
+    return transport.post(url, b"{}", {}, time.monotonic() + seconds)
+
+
+def failure(transport: Transport, url: str, *, seconds: float = 0.4) -> str:
+    """Return how a post failed; it has to, and soon after its deadline at the latest."""
+    with within(seconds + 2), pytest.raises(TransportError) as caught:
+        post(transport, url, seconds=seconds)
+    return caught.value.kind
+
+
+def address(port: int, family: int = socket.AF_INET) -> Address:
+    return family, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (LOOPBACK, port)
+
+
+@pytest.fixture
+def transport(make_transport: MakeTransport) -> Transport:
+    return make_transport()
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make every name resolve to what `look_up` returns; numeric addresses stay themselves."""
+    real = transport_module._look_up
+
+    def use(look_up: Callable[[], list[Address]]) -> None:
+        def replaced(host: str, port: int, flags: int = 0) -> list[Address]:
+            return real(host, port, flags) if flags else look_up()
+
+        monkeypatch.setattr(transport_module, "_look_up", replaced)
+
+    return use
+
+
+@pytest.fixture
+def dead_port() -> Iterator[int]:
+    with not_answering() as port:
+        yield port
+
+
+UNUSABLE = [
+    "",
+    "127.0.0.1:80/send",
+    "mail.example.com",
+    "ftp://127.0.0.1/",
+    "mailto:someone@example.com",
+    "http://",
+    "http:///send",
+    "http://[::1/",
+    "http://127.0.0.1:99999/",
+    "http://127.0.0.1:port/",
+    "http://*.example.com/",
+    "http://.example.com/",
+]
+
+
+@pytest.mark.parametrize("url", UNUSABLE)
+def test_what_is_no_http_url_fails_as_url(transport: Transport, url: str) -> None:
+    assert failure(transport, url) == "url"
+
+
+@pytest.mark.parametrize("name", ["does-not-exist.invalid", "a..example", f"{64 * 'a'}.example"])
+def test_a_name_that_does_not_resolve_fails_as_dns(transport: Transport, name: str) -> None:
+    assert failure(transport, f"http://{name}/", seconds=5) == "dns"
+
+
+def test_a_failed_look_up_fails_as_dns_and_the_next_one_may_succeed(
+    transport: Transport, resolve: Callable[..., None], make_provider: MakeProvider
+) -> None:
+    def fail() -> list[Address]:
+        raise socket.gaierror(socket.EAI_AGAIN, "try again")
+
+    provider = make_provider()
+    url = f"http://mail.example.com:{provider.port}/"
+    resolve(fail)
+    assert failure(transport, url) == "dns"
+    resolve(lambda: [address(provider.port)])
+    assert post(transport, url) == 200
+
+
+def test_a_name_without_an_address_is_no_connection(
+    transport: Transport, resolve: Callable[..., None]
+) -> None:
+    resolve(list)
+    assert failure(transport, "http://mail.example.com/") == "connect"
+
+
+def test_a_look_up_that_hangs_is_left_at_the_deadline_and_shared_by_ten_callers(
+    transport: Transport, resolve: Callable[..., None]
+) -> None:
+    released = threading.Event()
+    begun: list[str] = []
+    kinds: list[str] = []
+
+    def hang() -> list[Address]:
+        begun.append("look-up")
+        released.wait(30)
+        return []
+
+    def call() -> None:
+        kinds.append(failure(transport, "http://mail.example.com/"))
+
+    def look_up_threads() -> int:
+        return sum(thread.name == "look-up" for thread in threading.enumerate())
+
+    resolve(hang)
+    callers = [threading.Thread(target=call) for _ in range(10)]
+    try:
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(10)
+        assert kinds == ["dns"] * 10
+        assert len(begun) == look_up_threads() == 1
+    finally:
+        released.set()
+    eventually(lambda: look_up_threads() == 0)
+
+
+def test_a_look_up_that_hangs_holds_up_no_other_host(
+    transport: Transport, resolve: Callable[..., None], make_provider: MakeProvider
+) -> None:
+    released = threading.Event()
+
+    def hang() -> list[Address]:
+        released.wait(30)
+        return []
+
+    resolve(hang)
+    try:
+        assert failure(transport, "http://mail.example.com/", seconds=0.2) == "dns"
+        with within(5):
+            assert post(transport, make_provider().url) == 200
+    finally:
+        released.set()
+
+
+def test_a_refused_connection_fails_as_connect(transport: Transport) -> None:
+    with refusing() as port:
+        assert failure(transport, f"http://{LOOPBACK}:{port}/") == "connect"
+
+
+def test_an_address_that_does_not_answer_is_left_at_the_deadline(
+    transport: Transport, dead_port: int
+) -> None:
+    assert failure(transport, f"http://{LOOPBACK}:{dead_port}/") == "connect"
+
+
+@pytest.mark.parametrize("addresses", [2, 8, 30])
+def test_several_addresses_that_do_not_answer_share_the_deadline(
+    transport: Transport, resolve: Callable[..., None], dead_port: int, addresses: int
+) -> None:
+    resolve(lambda: [address(dead_port)] * addresses)
+    assert failure(transport, f"http://mail.example.com:{dead_port}/") == "connect"
+
+
+def test_the_second_address_serves_when_the_first_does_not_answer(
+    transport: Transport,
+    resolve: Callable[..., None],
+    dead_port: int,
+    make_provider: MakeProvider,
+) -> None:
+    provider = make_provider()
+    resolve(lambda: [address(dead_port), address(provider.port)])
+    with within(3):
+        assert post(transport, "http://mail.example.com/", seconds=1) == 200
+
+
+def test_the_second_address_serves_when_the_first_refuses(
+    transport: Transport, resolve: Callable[..., None], make_provider: MakeProvider
+) -> None:
+    provider = make_provider()
+    with refusing() as port:
+        resolve(lambda: [address(port), address(provider.port)])
+        assert post(transport, "http://mail.example.com/") == 200
+
+
+def test_an_address_of_a_family_that_this_machine_lacks_is_passed_over(
+    transport: Transport, resolve: Callable[..., None], make_provider: MakeProvider
+) -> None:
+    """As IPv6 where the kernel has none: AF_UNIX knows no TCP, so the socket cannot be made."""
+    provider = make_provider()
+    resolve(lambda: [address(provider.port, socket.AF_UNIX), address(provider.port)])
+    assert post(transport, "http://mail.example.com/") == 200
+
+
+def test_no_connection_is_begun_after_the_deadline(
+    transport: Transport, resolve: Callable[..., None], make_provider: MakeProvider
+) -> None:
+    provider = make_provider()
+    resolve(lambda: [address(provider.port)])
+    assert failure(transport, provider.url, seconds=-1) == "connect"
+    assert failure(transport, "http://mail.example.com/", seconds=-1) == "dns"
+    assert provider.received == []
+
+
+def test_a_certificate_of_the_bundle_is_trusted_and_its_connection_used_again(
+    make_transport: MakeTransport, make_provider: MakeProvider, certificate: Certificate
+) -> None:
+    bundle, context = certificate
+    provider = make_provider(answer(202), tls=context)
+    transport = make_transport(bundle)
+    for name in (LOOPBACK, "localhost"):
+        before = provider.connections
+        for _ in range(3):
+            assert post(transport, f"https://{name}:{provider.port}/") == 202
+        assert provider.connections == before + 1
+
+
+def test_a_folder_of_certificates_is_a_bundle_too(
+    make_transport: MakeTransport,
+    make_provider: MakeProvider,
+    certificate: Certificate,
+    tmp_path: Path,
+) -> None:
+    bundle, context = certificate
+    (tmp_path / name_in_folder(bundle)).write_bytes(bundle.read_bytes())
+    assert post(make_transport(tmp_path), make_provider(tls=context).url) == 200
+
+
+def test_a_certificate_that_nobody_vouches_for_fails_as_tls(
+    transport: Transport, make_provider: MakeProvider, certificate: Certificate
+) -> None:
+    provider = make_provider(tls=certificate[1])
+    assert failure(transport, provider.url, seconds=5) == "tls"
+    assert provider.received == []
+
+
+def test_the_bundle_of_the_environment_is_not_read_for_each_request(
+    transport: Transport,
+    make_provider: MakeProvider,
+    certificate: Certificate,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bundle, context = certificate
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"):
+        monkeypatch.setenv(name, str(bundle))
+    assert failure(transport, make_provider(tls=context).url, seconds=5) == "tls"
+
+
+def test_a_certificate_for_another_name_fails_as_tls(
+    make_transport: MakeTransport,
+    make_provider: MakeProvider,
+    tmp_path: Path,
+) -> None:
+    bundle, context = make_certificate(tmp_path, "DNS:other.example.com", "IP:192.0.2.1")
+    provider = make_provider(tls=context)
+    transport = make_transport(bundle)
+    for name in (LOOPBACK, "localhost"):
+        assert failure(transport, f"https://{name}:{provider.port}/", seconds=5) == "tls"
+    assert provider.received == []
+
+
+def test_a_plain_server_behind_https_fails_as_tls(
+    transport: Transport, make_provider: MakeProvider
+) -> None:
+    assert failure(transport, f"https://{make_provider().host}/") == "tls"
+
+
+def test_a_server_that_says_nothing_behind_https_fails_as_tls(transport: Transport) -> None:
+    with silent() as port:
+        assert failure(transport, f"https://{LOOPBACK}:{port}/") == "tls"
+
+
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x16\x03\x03"])
+def test_a_server_that_leaves_within_the_handshake_fails_as_tls(
+    transport: Transport, said: bytes
+) -> None:
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server((LOOPBACK, 0)))
+
+        def serve() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                sock.recv(65536)
+                sock.sendall(said)
+
+        server = threading.Thread(target=serve)
+        server.start()
+        stack.callback(server.join, 5)
+        port = listener.getsockname()[1]
+        assert failure(transport, f"https://{LOOPBACK}:{port}/", seconds=5) == "tls"
+
+
+def test_a_tls_server_behind_http_is_a_failure_and_gets_no_request(
+    transport: Transport, make_provider: MakeProvider, certificate: Certificate
+) -> None:
+    provider = make_provider(tls=certificate[1])
+    assert failure(transport, f"http://{provider.host}/") in ("protocol", "reset")
+    assert provider.received == []

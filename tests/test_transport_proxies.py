@@ -1,0 +1,282 @@
+"""Proxies: used when given, passed by where `no` says so, and never mistaken for the provider."""
+
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from notifier import transport as transport_module
+from notifier.errors import TransportError
+from notifier.transport import Transport
+from tests.conftest import MakeProvider, MakeTransport
+from tests.scripted_provider import Peer, Received, Script, ScriptedProvider, answer, close, hang
+from tests.sockets import LOOPBACK, refusing, silent
+from tests.timing import within
+
+NOWHERE = "http://mail.example.com/send"
+
+Certificate = tuple[Path, ssl.SSLContext]
+
+
+def post(transport: Transport, url: str, *, seconds: float = 5.0) -> int:
+    return transport.post(url, b"{}", {}, time.monotonic() + seconds)
+
+
+def failure(transport: Transport, url: str, *, seconds: float = 0.4) -> str:
+    """Return how a post failed; it has to, and soon after its deadline at the latest."""
+    with within(seconds + 2), pytest.raises(TransportError) as caught:
+        post(transport, url, seconds=seconds)
+    return caught.value.kind
+
+
+def connects(peer: Peer, received: Received) -> None:
+    """Be a proxy that tunnels."""
+    assert received.method == "CONNECT"
+    host, _, port = received.path.rpartition(":")
+    peer.tunnel(host, int(port))
+
+
+@pytest.fixture
+def proxy(make_provider: MakeProvider) -> ScriptedProvider:
+    return make_provider()
+
+
+@pytest.fixture
+def tunnelled(
+    make_transport: MakeTransport, proxy: ScriptedProvider, certificate: Certificate
+) -> Transport:
+    """A transport that trusts `certificate` and reaches https through `proxy`."""
+    proxy.script = connects
+    return make_transport(certificate[0], {"https": f"http://{proxy.host}"})
+
+
+@pytest.fixture
+def target(make_provider: MakeProvider, certificate: Certificate) -> ScriptedProvider:
+    return make_provider(tls=certificate[1])
+
+
+def test_http_goes_through_the_proxy_with_an_absolute_url_and_no_look_up_here(
+    make_transport: MakeTransport, proxy: ScriptedProvider
+) -> None:
+    proxy.script = answer(202)
+    transport = make_transport(proxies={"http": f"http://{proxy.host}"})
+    for _ in range(2):
+        assert post(transport, NOWHERE) == 202
+    assert [received.path for received in proxy.received] == [NOWHERE] * 2
+    assert proxy.received[0].headers["host"] == "mail.example.com"
+    assert proxy.connections == 1
+
+
+@pytest.mark.parametrize("key", ["http", "all"])
+@pytest.mark.parametrize("written", ["http://{}", "{}", "http://{}/"])
+def test_a_proxy_may_be_written_as_the_environment_has_it(
+    make_transport: MakeTransport, proxy: ScriptedProvider, key: str, written: str
+) -> None:
+    assert post(make_transport(proxies={key: written.format(proxy.host)}), NOWHERE) == 200
+    assert len(proxy.received) == 1
+
+
+def test_the_proxy_gets_the_credentials_of_its_url(
+    make_transport: MakeTransport, proxy: ScriptedProvider
+) -> None:
+    transport = make_transport(proxies={"http": f"http://user:pass@{proxy.host}"})
+    post(transport, NOWHERE)
+    assert proxy.received[0].headers["proxy-authorization"] == "Basic dXNlcjpwYXNz"
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_the_environment_is_not_read_for_each_request(
+    make_transport: MakeTransport,
+    make_provider: MakeProvider,
+    proxy: ScriptedProvider,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    provider, transport = make_provider(), make_transport()
+    monkeypatch.setenv(name, f"http://{proxy.host}")
+    post(transport, provider.url)
+    assert (len(provider.received), proxy.received) == (1, [])
+
+
+def test_https_goes_through_a_tunnel_that_is_used_again(
+    tunnelled: Transport, proxy: ScriptedProvider, target: ScriptedProvider
+) -> None:
+    target.script = answer(201)
+    for _ in range(2):
+        assert post(tunnelled, f"https://localhost:{target.port}/send") == 201
+    (connect,) = proxy.received
+    assert (connect.method, connect.path) == ("CONNECT", f"localhost:{target.port}")
+    assert [(got.method, got.path) for got in target.received] == [("POST", "/send")] * 2
+    assert proxy.connections == 1
+
+
+BEHIND_A_TUNNEL: dict[str, tuple[Script, str]] = {
+    "hangs": (hang, "timeout"),
+    "closes": (close, "reset"),
+    "drips": (lambda peer, _: peer.drip(b"HTTP/1.1 200 O"), "timeout"),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND_A_TUNNEL)
+def test_an_open_tunnel_is_no_answer_of_the_provider(
+    tunnelled: Transport, target: ScriptedProvider, name: str
+) -> None:
+    target.script, kind = BEHIND_A_TUNNEL[name]
+    assert failure(tunnelled, target.url) == kind
+
+
+@pytest.mark.parametrize("status", [202, 503])
+def test_the_provider_behind_a_tunnel_has_its_full_time(
+    tunnelled: Transport,
+    target: ScriptedProvider,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+) -> None:
+    monkeypatch.setattr(transport_module, "DRAIN_SECONDS", 0.1)
+
+    def answer_slowly(peer: Peer, received: Received) -> None:
+        time.sleep(0.4)  # four times what a known status leaves
+        answer(status)(peer, received)
+
+    target.script = answer_slowly
+    assert post(tunnelled, target.url) == status
+
+
+def test_a_provider_that_nobody_vouches_for_fails_as_tls_through_a_tunnel_too(
+    make_transport: MakeTransport, proxy: ScriptedProvider, target: ScriptedProvider
+) -> None:
+    proxy.script = connects
+    transport = make_transport(proxies={"https": f"http://{proxy.host}"})
+    assert failure(transport, target.url, seconds=5) == "tls"
+    assert target.received == []
+
+
+def test_a_tunnel_that_ends_at_once_is_a_failure(
+    tunnelled: Transport, proxy: ScriptedProvider
+) -> None:
+    def open_and_leave(peer: Peer, _: Received) -> None:
+        peer.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        peer.close()
+
+    proxy.script = open_and_leave
+    assert failure(tunnelled, "https://mail.example.com/") == "tls"
+
+
+@pytest.mark.parametrize("status", [301, 403, 407, 429, 502, 503])
+def test_a_refused_tunnel_is_no_answer_of_the_provider_either(
+    tunnelled: Transport, proxy: ScriptedProvider, status: int
+) -> None:
+    """The message has not been sent, and what the proxy thinks says nothing about the provider."""
+    proxy.script = answer(status, b"<html>no</html>")
+    assert failure(tunnelled, "https://mail.example.com/") == "connect"
+
+
+def test_a_proxy_that_refuses_the_connection_fails_as_connect(
+    make_transport: MakeTransport,
+) -> None:
+    with refusing() as port:
+        proxies = dict.fromkeys(("http", "https"), f"http://{LOOPBACK}:{port}")
+        transport = make_transport(proxies=proxies)
+        assert failure(transport, NOWHERE) == "connect"
+        assert failure(transport, "https://mail.example.com/") == "connect"
+
+
+@pytest.mark.parametrize("url", [NOWHERE, "https://mail.example.com/"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_says_nothing_is_left_at_the_deadline(
+    make_transport: MakeTransport, scheme: str, url: str
+) -> None:
+    with silent() as port:
+        proxy = f"{scheme}://{LOOPBACK}:{port}"
+        assert failure(make_transport(proxies={"http": proxy, "https": proxy}), url)
+
+
+@pytest.mark.parametrize("url", [NOWHERE, "https://mail.example.com/"])
+def test_a_proxy_that_drips_over_tls_is_left_at_the_deadline(
+    make_transport: MakeTransport,
+    make_provider: MakeProvider,
+    certificate: Certificate,
+    monkeypatch: pytest.MonkeyPatch,
+    url: str,
+) -> None:
+    bundle, context = certificate
+    monkeypatch.setenv("SSL_CERT_FILE", str(bundle))  # whom OpenSSL trusts by default
+    proxy = make_provider(lambda peer, _: peer.drip(b"HTTP/1.1 200 O"), tls=context)
+    address = f"https://{proxy.host}"
+    assert failure(make_transport(bundle, {"http": address, "https": address}), url)
+    assert len(proxy.received) == 1
+
+
+@pytest.fixture
+def everywhere(
+    make_provider: MakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ScriptedProvider]:
+    """A provider at which every connection to port 80 ends, whatever the name or address."""
+    provider = make_provider()
+    real = transport_module._look_up
+
+    def look_up(host: str, port: int, flags: int = 0) -> list[Any]:
+        if port != 80:
+            return real(host, port, flags)
+        how = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+        return [(*how, (LOOPBACK, provider.port))]
+
+    monkeypatch.setattr(transport_module, "_look_up", look_up)
+    return provider
+
+
+@pytest.mark.parametrize(
+    ("no_proxy", "host"),
+    [
+        ("mail.example.com", "mail.example.com"),
+        ("example.com", "mail.example.com"),
+        (".example.com", "mail.example.com"),
+        ("EXAMPLE.com", "Mail.example.COM"),
+        ("other.org, example.com", "mail.example.com"),
+        ("*", "mail.example.com"),
+        ("192.0.2.7", "192.0.2.7"),
+        ("192.0.2.0/24", "192.0.2.7"),
+        ("192.0.2.7/24", "192.0.2.250"),
+        ("other.org, 10.0.0.0/8 ,192.0.2.0/24", "192.0.2.7"),
+        ("2001:db8::/32", "[2001:db8::1]"),
+        ("10.0.0.0/99,192.0.2.0/24", "192.0.2.7"),
+    ],
+)
+def test_what_no_proxy_names_is_reached_directly(
+    make_transport: MakeTransport,
+    proxy: ScriptedProvider,
+    everywhere: ScriptedProvider,
+    no_proxy: str,
+    host: str,
+) -> None:
+    transport = make_transport(proxies={"http": f"http://{proxy.host}", "no": no_proxy})
+    assert post(transport, f"http://{host}/") == 200
+    assert (len(everywhere.received), proxy.received) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("no_proxy", "host"),
+    [
+        ("", "mail.example.com"),
+        ("ample.com", "mail.example.com"),
+        ("mail.example.com", "example.com"),
+        ("other.org", "mail.example.com"),
+        ("192.0.2.0/24", "192.0.3.7"),
+        ("192.0.2.0/24", "mail.example.com"),
+        ("2001:db8::/32", "192.0.2.7"),
+    ],
+)
+def test_what_no_proxy_does_not_name_goes_through_the_proxy(
+    make_transport: MakeTransport,
+    proxy: ScriptedProvider,
+    everywhere: ScriptedProvider,
+    no_proxy: str,
+    host: str,
+) -> None:
+    transport = make_transport(proxies={"http": f"http://{proxy.host}", "no": no_proxy})
+    assert post(transport, f"http://{host}/") == 200
+    assert (everywhere.received, len(proxy.received)) == ([], 1)
