@@ -209,6 +209,13 @@ class _Adapter(HTTPAdapter):
         manager.pool_classes_by_scheme = self.poolmanager.pool_classes_by_scheme
         return manager
 
+    def close(self) -> None:
+        """Close the idle connections now, not when the garbage collector comes to their pools."""
+        for manager in (self.poolmanager, *self.proxy_manager.values()):
+            for key in manager.pools.keys():  # noqa: SIM118 it can't be iterated
+                manager.pools[key].close()
+        super().close()
+
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
         """Leave the connection alone: the context verifies, and has read its CA bundle once."""
 
