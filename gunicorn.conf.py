@@ -55,7 +55,7 @@ logger_class = JsonLogger
 
 def on_starting(server):
     """Say once which variables of the Go service's environment are set in vain."""
-    ignored = [name for name in WITHOUT_EFFECT if name in os.environ]
+    ignored = [name for name in WITHOUT_EFFECT if os.environ.get(name, "").strip()]
     if ignored:
         message = "variables of the Go service that have no effect here"
         logging.getLogger("notifier.settings").info(message, extra={"variables": ignored})

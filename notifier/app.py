@@ -25,13 +25,13 @@ class Notifier:
 
     settings: Settings
     database: Database
-    transport: Transport
     preferences: Preferences
+    providers: Providers
     delivery: Delivery
 
     def close(self) -> None:
         """Undo the making in reverse; one failure is logged and the rest still close."""
-        for close in (self.delivery.close, self.transport.close):
+        for close in (self.delivery.close, self.providers.close):
             _close(close)
 
 
@@ -69,7 +69,7 @@ def build(settings: Settings) -> Notifier:
     )
     providers = Providers(transport, Breakers(_policy(settings)), settings.http_client_timeout)
     delivery = Delivery(preferences, providers, settings.notify_deadline, settings.web_threads)
-    return Notifier(settings, database, transport, preferences, delivery)
+    return Notifier(settings, database, preferences, providers, delivery)
 
 
 def _policy(settings: Settings) -> Policy:

@@ -27,6 +27,7 @@ class Database:
             "password": settings.db_password,
             "sslmode": settings.db_sslmode,
             "connect_timeout": int(DATABASE_WAIT),
+            "client_encoding": "utf8",  # whatever the database's: SQL_ASCII would give us bytes
             "application_name": settings.app_name,
         }
 

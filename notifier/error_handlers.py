@@ -32,9 +32,9 @@ def _api_error(error: ApiError) -> Response:
 
 
 def _http_error(error: HTTPException) -> Response:
-    status = error.code or DeliveryFailed.status
-    code, message = _HTTP_ERRORS.get(status, (InvalidRequest.code, "request not understood"))
-    response = _envelope(status, code, message)
+    if error.code not in _HTTP_ERRORS:
+        return _api_error(InvalidRequest("the request could not be understood"))
+    response = _envelope(error.code, *_HTTP_ERRORS[error.code])
     if isinstance(error, MethodNotAllowed) and error.valid_methods:
         response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
     return response

@@ -13,16 +13,18 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, TextIO
 
-from pythonjsonlogger.core import RESERVED_ATTRS, LogData
+from pythonjsonlogger.core import LogData
 from pythonjsonlogger.json import JsonFormatter
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 # Libraries whose own lines quote hosts, paths or SQL; what matters of it we log ourselves.
-_QUIET_LIBRARIES = ("urllib3", "requests", "psycopg", "psycopg.pool", "yoyo", "werkzeug")
+_QUIET_LIBRARIES = ("urllib3", "requests", "psycopg", "yoyo", "werkzeug")
 
-# gunicorn quotes the bytes it could not parse as a request; they may be the rest of a body.
-_QUOTES_THE_REQUEST = re.compile(r"(Invalid request from ip=\S+): .*", re.DOTALL)
+# gunicorn quotes the bytes that it could not parse as a request; they may be the rest of a body.
+_QUOTES_THE_REQUEST = re.compile(
+    r"(Invalid request from ip=[^ ]+|Ignored premature client disconnection)[.:] .*", re.DOTALL
+)
 
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
@@ -31,7 +33,7 @@ class _Formatter(JsonFormatter):
     """Fields in the order people read them: when, how bad, who, what."""
 
     def __init__(self, app_name: str) -> None:
-        super().__init__(reserved_attrs=[*RESERVED_ATTRS, "color_message"])
+        super().__init__()
         self._app_name = app_name
 
     def add_fields(

@@ -87,7 +87,7 @@ class Preferences:
     def _reload(self, channel: Channel) -> _Entry:
         try:
             rows = self._database.fetch(QUERY, (channel.value,))
-        except psycopg.Error as error:
+        except (psycopg.Error, OSError) as error:
             fields = {"channel": channel, "error": type(error).__name__}
             log.error("database error", extra=fields)  # noqa: TRY400 its text names hosts and users
             self._entries[channel] = entry = self._expired(channel)

@@ -47,6 +47,10 @@ class Providers:
         self._breakers = breakers
         self._timeout = timeout
 
+    def close(self) -> None:
+        """Close the connections to the providers."""
+        self._transport.close()
+
     def send(self, provider: Provider, message: Message, deadline: float) -> None:
         """Make one attempt; return if the provider accepted the message.
 
@@ -120,10 +124,9 @@ def _judge(status: int) -> None:
 
 
 def _log_failure(provider: Provider, failure: AttemptFailed) -> None:
-    answered = failure.reason.isdigit()
     log.log(
-        logging.WARNING if answered else logging.ERROR,
-        "provider did not accept" if answered else "provider was not reached",
+        logging.WARNING if failure.reason.isdigit() else logging.ERROR,
+        "attempt failed",
         extra={
             "channel": provider.channel,
             "provider": provider.name,

@@ -96,10 +96,19 @@ def _one_of(choices: Mapping[str, str]) -> Kind:
     return Kind(f"one of {', '.join(choices)}", parse)
 
 
+def trust(context: ssl.SSLContext, ca_bundle: str) -> None:
+    """Let `context` trust the authorities in a PEM file, or in a folder of them by hash.
+
+    Raises:
+        OSError: it can't be read, or is no PEM file of certificates.
+    """
+    where = "capath" if Path(ca_bundle).is_dir() else "cafile"
+    context.load_verify_locations(**{where: ca_bundle})
+
+
 def _ca_bundle(text: str) -> str:
     try:
-        where = "capath" if Path(text).is_dir() else "cafile"
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(**{where: text})
+        trust(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), text)
     except OSError:  # SSLError is one
         raise ValueError(text) from None
     return text
@@ -162,7 +171,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not self.notify_deadline:
-            object.__setattr__(self, "notify_deadline", 3 * self.http_client_timeout)
+            deadline = max(3 * self.http_client_timeout, MIN_DEADLINE)
+            object.__setattr__(self, "notify_deadline", deadline)
         if self.notify_deadline < max(self.http_client_timeout, MIN_DEADLINE):
             raise SettingsError(
                 f"NOTIFY_DEADLINE is {self.notify_deadline:g}s: expected at least one attempt "

@@ -16,7 +16,6 @@ from http import HTTPStatus
 from http.client import BadStatusLine, HTTPException, HTTPResponse, parse_headers
 from http.cookiejar import DefaultCookiePolicy
 from ipaddress import ip_address, ip_network
-from pathlib import Path
 from typing import Any
 from urllib import request as urllib_request
 
@@ -31,6 +30,7 @@ from urllib3.util import parse_url
 from urllib3.util.ssl_ import create_urllib3_context
 
 from notifier.errors import TransportError
+from notifier.settings import trust
 from notifier.single_flight import SingleFlight
 
 # What may be spent on an answer once its status line is known. The rest of the answer changes
@@ -177,7 +177,7 @@ class _Connection(HTTPConnection):
 
     def connect(self) -> None:
         super().connect()
-        _exchange.get().stage = "connected"
+        _exchange.get().stage = "connect"  # behind a tunnel it is the provider's turn again
 
 
 class _TLSConnection(_Connection, HTTPSConnection):
@@ -229,9 +229,7 @@ def tls_context(ca_bundle: str | None) -> ssl.SSLContext:
     """Return a context that verifies against the file or folder `ca_bundle`, else certifi's."""
     context = create_urllib3_context()
     context.sslsocket_class = _BoundedTLSSocket
-    bundle = Path(ca_bundle or certifi.where())
-    where = "capath" if bundle.is_dir() else "cafile"
-    context.load_verify_locations(**{where: str(bundle)})
+    trust(context, ca_bundle or certifi.where())
     return context
 
 

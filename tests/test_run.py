@@ -177,3 +177,22 @@ def _rows(launcher: Launcher) -> list[str]:
     with connect(database) as connection:
         query = "SELECT provider_name FROM notification_preferences ORDER BY id"
         return [row[0] for row in connection.execute(query)]
+
+
+def test_the_guard_ends_with_its_command_and_its_exit_code():
+    command = [sys.executable, "-m", "notifier.dev.guard", sys.executable, "-c", "exit(7)"]
+    guard = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE)
+    with guard:
+        assert guard.wait(20) == 7  # with its input still open
+
+
+def test_the_guard_ends_its_command_with_its_input():
+    sleeper = "import time; print('up', flush=True); time.sleep(60)"
+    command = [sys.executable, "-m", "notifier.dev.guard", sys.executable, "-c", sleeper]
+    guard = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with guard:
+        assert guard.stdout
+        assert guard.stdin
+        assert guard.stdout.readline() == b"up\n"
+        guard.stdin.close()
+        assert guard.wait(20) == 128 + signal.SIGTERM

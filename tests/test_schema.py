@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from click.testing import Result
 from notifier import schema
 from notifier.app import create_app
 from notifier.db import Database
+from notifier.models import Channel
+from notifier.preferences import Preferences
 from notifier.settings import Settings
 from tests.conftest import Environment, connect
 from tests.service import ROOT, clean_environment
@@ -307,6 +310,20 @@ def test_a_database_of_the_go_service_is_adopted_with_its_rows(
     assert_complete(empty_database)
     assert rows(empty_database, f"SELECT * FROM {TABLE} ORDER BY id") == before
     assert len(before) == 2
+
+
+def test_a_database_without_an_encoding_works_too(empty_database: Environment) -> None:
+    """Where the server's encoding decides, psycopg returns bytes for texts."""
+    name = f"ascii_{empty_database['DB_NAME']}"
+    create = f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' TEMPLATE template0 LOCALE 'C'"
+    execute(empty_database, f"{create} LOCALE_PROVIDER libc")
+    ascii_database = empty_database | {"DB_NAME": name}
+    assert schema.migrate(database_of(ascii_database)) == NAMES
+    row = " (provider_type, provider_name, host) VALUES ('Email', 'Grüße', 'http://a/')"
+    execute(ascii_database, f"INSERT INTO {TABLE}{row}")
+    preferences = Preferences(database_of(ascii_database), 60)
+    (provider,) = preferences.providers(Channel.EMAIL, time.monotonic() + 10)
+    assert (provider.name, provider.url) == ("Grüße", "http://a/")
 
 
 def test_who_waits_too_long_for_another_migration_says_so_in_one_line(

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import requests
 
-from tests.scripted_provider import Peer, Received, answer, close, reset
+from tests.scripted_provider import Peer, Received, Script, answer, close, reset
 from tests.service import MESSAGE, ROOT, Service, clean_environment
 
 StartService = Callable[..., Service]
@@ -122,6 +122,7 @@ def idle_service(tmp_path_factory: pytest.TempPathFactory, server) -> Iterator[S
 
 
 RAW = "POST /api/v1.0/recipient/buyer/notify HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+UPGRADE = "GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 CHUNKED = f"{RAW}Transfer-Encoding: chunked\r\n\r\n"
 
 
@@ -137,6 +138,7 @@ CHUNKED = f"{RAW}Transfer-Encoding: chunked\r\n\r\n"
         (RAW.replace("/api/", "/api//") + "\r\n", 404, "E103"),
         (RAW.replace("buyer", "%FF") + "Content-Length: 2\r\n\r\n{}", 422, "E101"),
         (RAW.replace("POST", "PURGE") + "\r\n", 405, "E104"),
+        (UPGRADE, 422, "E101"),
     ],
     ids=[
         "cut",
@@ -148,6 +150,7 @@ CHUNKED = f"{RAW}Transfer-Encoding: chunked\r\n\r\n"
         "slashes",
         "path",
         "verb",
+        "upgrade",
     ],
 )
 def test_what_is_malformed_on_the_wire_gets_the_envelope_and_never_a_500(
@@ -157,6 +160,11 @@ def test_what_is_malformed_on_the_wire_gets_the_envelope_and_never_a_500(
     assert envelope(reply)[0] == status
     assert envelope(reply)[1]["code"] == code
     assert not {line["level"] for line in idle_service.lines()} & {"ERROR", "CRITICAL"}
+
+
+def test_a_body_that_stalls_does_not_keep_its_thread(idle_service: Service):
+    reply = idle_service.send_raw(f"{RAW}Content-Length: 100\r\n\r\n{{".encode())
+    assert envelope(reply)[0] == 422
 
 
 def test_gunicorn_logs_json_and_says_what_of_a_go_environment_has_no_effect(
@@ -249,39 +257,40 @@ def test_a_killed_worker_is_replaced_and_costs_only_what_it_had_in_hand(
 SECRET, RECIPIENT, TEXT = "Sesame-0-pen", "very.private@example.com", "Nobody may read this"
 
 
+def echo(status: int, *more: str) -> Script:
+    """Answer with all that the provider knows and should keep to itself."""
+    return lambda peer, got: answer(status, got.body, f"X-Echo: {SECRET}", *more)(peer, got)
+
+
+def echo_garbage(peer: Peer, got: Received) -> None:
+    peer.send(got.body + b"\r\n\r\n")
+    peer.close()
+
+
+def echo_bad_header(peer: Peer, got: Received) -> None:
+    peer.send(b"HTTP/1.1 500 No\r\n" + got.body + b"\r\nContent-Length: 0\r\n\r\n")
+
+
+TELL_TALES = (
+    echo(500),
+    echo(400),
+    echo(429),
+    echo(302, f"Location: http://[{SECRET}/{RECIPIENT}"),
+    echo_garbage,
+    echo_bad_header,
+    reset,
+    close,
+)
+
+
 def test_no_secret_recipient_or_text_is_ever_logged(
     start_service: StartService, make_provider, add_provider
 ):
     planted = {"to": RECIPIENT, "title": TEXT, "message": TEXT}
-    in_url = f"?key={SECRET}"
-
-    def echo(status: int, *more: str) -> Callable[[Peer, Received], None]:
-        return lambda peer, got: answer(status, got.body, f"X-Echo: {SECRET}", *more)(peer, got)
-
-    def garbage(peer: Peer, got: Received) -> None:
-        peer.send(got.body + b"\r\n\r\n")
-        peer.close()
-
-    def bad_header(peer: Peer, got: Received) -> None:
-        peer.send(b"HTTP/1.1 500 No\r\n" + got.body + b"\r\nContent-Length: 0\r\n\r\n")
-
-    scripts = [
-        *(echo(status) for status in (500, 400, 429)),
-        echo(302, f"Location: http://[{SECRET}/{RECIPIENT}"),
-        garbage,
-        bad_header,
-        reset,
-        close,
-    ]
-    for priority, script in enumerate(scripts):
-        add_provider(make_provider(script).url + in_url, priority=priority, secret_key=SECRET)
-    broken = (
-        f"ftp://{SECRET}",
-        f"http://127.0.0.1:1/{SECRET}",
-        f"https://{make_provider().host}/{SECRET}",
-    )
-    for url in broken:
-        add_provider(url, priority=50, secret_key=SECRET)
+    urls = [make_provider(script).url for script in TELL_TALES]
+    urls += ["ftp://x", "http://127.0.0.1:1/", f"https://{make_provider().host}/"]
+    for priority, url in enumerate(urls):
+        add_provider(f"{url}?key={SECRET}", priority=priority, secret_key=SECRET)
     service = start_service(WEB_CONCURRENCY="1", HTTP_CLIENT_TIMEOUT="1s")
 
     assert [service.notify("seller", json=planted).status_code for _ in range(5)] == [500] * 5
@@ -289,10 +298,10 @@ def test_no_secret_recipient_or_text_is_ever_logged(
         assert service.notify(data=body).status_code == 422
     assert service.notify(json=planted | {"title": f"{TEXT}\n"}).status_code == 422
     # The rest of a body that is longer than announced is read as the next request.
-    service.send_raw(
-        f"{RAW.replace('close', 'keep-alive')}Content-Length: 2\r\n\r\n{{}}"
-        f"{json.dumps(planted)}\r\n\r\n".encode()
-    )
+    for end in ("\r\n\r\n", ""):
+        overrun = f"Content-Length: 2\r\n\r\n{{}}{json.dumps(planted)}{end}"
+        request = f"{RAW.replace('close', 'keep-alive')}{overrun}"
+        service.send_raw(request.encode(), half_close=True)
     service.send_raw(f"{RAW}X-Bad Header: {TEXT}\r\n\r\n".encode())
     assert service.stop() == 0
 

@@ -13,6 +13,7 @@ import pytest
 
 from notifier import settings as settings_module
 from notifier.settings import (
+    MIN_DEADLINE,
     WITHOUT_EFFECT,
     Settings,
     SettingsError,
@@ -300,11 +301,12 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
 def test_the_deadline_is_three_attempts_unless_it_is_set() -> None:
     assert read(HTTP_CLIENT_TIMEOUT="2s").notify_deadline == 6.0
     assert read(HTTP_CLIENT_TIMEOUT="2s", NOTIFY_DEADLINE="2s").notify_deadline == 2.0
+    assert read(HTTP_CLIENT_TIMEOUT="50ms").notify_deadline == MIN_DEADLINE
 
 
 @pytest.mark.parametrize(
     ("timeout", "deadline"),
-    [("5s", "4999ms"), ("20s", "15s"), ("100ms", "249ms"), ("83ms", "")],
+    [("5s", "4999ms"), ("20s", "15s"), ("100ms", "249ms")],
 )
 def test_a_deadline_below_one_attempt_is_refused(timeout: str, deadline: str) -> None:
     environ = {"HTTP_CLIENT_TIMEOUT": timeout, "NOTIFY_DEADLINE": deadline}

@@ -6,6 +6,7 @@ When standard input ends, because its writer closed it or died in any way at all
 SIGTERM. A SIGINT or SIGTERM to the guard is passed on. The exit code is the command's.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -23,7 +24,8 @@ def main(command: list[str]) -> int:
 
 
 def _end_with_input(child: "subprocess.Popen[bytes]") -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 4096):  # unbuffered: no lock that an exit would trip over
+        pass
     child.terminate()
 
 

@@ -106,12 +106,8 @@ class MockProvider(ThreadingHTTPServer):
 
     @property
     def behaviour(self) -> str:
-        """One of ANSWERS' keys; setting anything else raises ValueError."""
+        """One of ANSWERS' keys."""
         return str(self.state["behaviour"])
-
-    @behaviour.setter
-    def behaviour(self, behaviour: str) -> None:
-        self.switch(behaviour)
 
     def switch(self, behaviour: Any, delay: Any = None) -> None:
         """Answer so from now on, after `delay` seconds if "slow"; None leaves the delay as it is.

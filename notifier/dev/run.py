@@ -1,6 +1,7 @@
 """`make run`: the service and all it needs, in one terminal, gone with one Ctrl-C."""
 
 import contextlib
+import errno
 import os
 import secrets
 import signal
@@ -56,13 +57,14 @@ class CannotRun(Exception):
 
 def main() -> int:
     """Run until a signal, or until the service ends; return the exit code."""
+    parent = os.getppid()  # before anything else: it may be killed while we start
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # A flag, not an exception: that could come between a start and the note to stop it again.
         signal.signal(number, lambda *_: stopping.set())
     try:
         with ExitStack() as stack:
-            return run(stack, stopping)
+            return run(stack, stopping, parent)
     except (CannotRun, SettingsError, postgres.PostgresError) as error:
         print(f"make run: {error}", file=sys.stderr)
     except psycopg.Error as error:
@@ -71,7 +73,7 @@ def main() -> int:
     return 1
 
 
-def run(stack: ExitStack, stopping: threading.Event) -> int:
+def run(stack: ExitStack, stopping: threading.Event, parent: int) -> int:
     """Start everything, each with its end noted in `stack`, and wait."""
     environment = dict(os.environ)
     own_database = not environment.get("DB_HOST", "").strip()
@@ -86,11 +88,10 @@ def run(stack: ExitStack, stopping: threading.Event) -> int:
         where = f" (password in {server.base / 'password'})"
     _prepare_database(Database(settings))
     for local in PROVIDERS:
-        stack.enter_context(MockProvider(local.name, local.port))
+        stack.enter_context(_mock_provider(local))
     service = _start_service(stack, environment, settings)
     if _until_ready(service, settings, stopping):
         print(_welcome(settings, where), flush=True)
-    parent = os.getppid()
     while not stopping.wait(0.2) and os.getppid() == parent:  # a killed make takes us along
         if service.poll() is not None:
             raise CannotRun("the service has ended by itself; its last lines say why")
@@ -103,6 +104,13 @@ _ANY_DATABASE = dict.fromkeys(("DB_HOST", "DB_NAME", "DB_USERNAME", "DB_PASSWORD
 }
 
 
+def _mock_provider(local: Local) -> MockProvider:
+    try:
+        return MockProvider(local.name, local.port)
+    except OSError as error:
+        raise CannotRun(_no_port(local.port, f'the mock provider "{local.name}"', error)) from None
+
+
 def _check_ports(settings: Settings) -> None:
     wanted = {local.port: f'the mock provider "{local.name}"' for local in PROVIDERS}
     if settings.http_server_port in wanted:
@@ -110,25 +118,30 @@ def _check_ports(settings: Settings) -> None:
         raise CannotRun(f"HTTP_SERVER_PORT is {settings.http_server_port}, used by {taken_by}")
     wanted[settings.http_server_port] = "the service (HTTP_SERVER_PORT sets another)"
     for port, who in wanted.items():
-        if _is_taken(port):
-            raise CannotRun(f"port {port}, for {who}, is taken: stop what is using it")
+        try:
+            _try_port(port)
+        except OSError as error:
+            raise CannotRun(_no_port(port, who, error)) from None
 
 
-def _is_taken(port: int) -> bool:
-    with socket.socket() as probe:
+def _try_port(port: int) -> None:
+    """Raise the OSError that listening on `port` would raise."""
+    with socket.socket() as probe:  # macOS lets two programs bind one port in different ways
         if probe.connect_ex(("127.0.0.1", port)) == 0:
-            return True
+            raise OSError(errno.EADDRINUSE, "is taken")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not for TIME_WAIT
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return True
-    return False
+        probe.bind(("127.0.0.1", port))
+
+
+def _no_port(port: int, who: str, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port}, for {who}, is taken: stop what is using it"
+    return f"port {port}, for {who}, cannot be used: {error.strerror}"
 
 
 def _prepare_database(database: Database) -> None:
-    """Migrate, and add the mock providers if there has never been a row."""
+    """Migrate, and add the mock providers if the table is empty."""
     schema.migrate(database)
     with database.connect() as connection, connection.transaction():
         connection.execute("LOCK TABLE notification_preferences IN EXCLUSIVE MODE")
