@@ -1,19 +1,9 @@
-"""One bounded HTTP exchange, name look-up included, over pooled connections.
+"""How a POST goes out: one requests session per worker, its connections bounded by `exchange`."""
 
-requests and urllib3 bound single socket operations: a peer that sends a byte a second is never
-late, each resolved address gets the full connect time-out, and a name look-up has no bound at all.
-Here one deadline holds for the whole exchange: its sockets set what is left before each operation.
-"""
-
-import socket
 import ssl
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-from http import HTTPStatus
-from http.client import BadStatusLine, HTTPException, HTTPResponse, parse_headers
+from http.client import HTTPException
 from http.cookiejar import DefaultCookiePolicy
 from ipaddress import ip_address, ip_network
 from typing import Any
@@ -23,173 +13,22 @@ import certifi
 import requests
 from requests.adapters import HTTPAdapter
 from requests.cookies import RequestsCookieJar
-from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError, LocationParseError, NewConnectionError
+from urllib3.exceptions import HTTPError, LocationParseError
 from urllib3.util import parse_url
 from urllib3.util.ssl_ import create_urllib3_context
 
+from notifier import exchange
 from notifier.errors import TransportError
+from notifier.exchange import Address, Exchange
 from notifier.settings import trust
 from notifier.single_flight import SingleFlight
 
-# What may be spent on an answer once its status line is known. The rest of the answer changes
-# nothing; it is read only so that the connection can be used again.
+# The most that is read of an answer's body. It says nothing that counts; a connection whose answer
+# has been read can be used again.
 DRAIN_BYTES = 64 * 1024
-DRAIN_SECONDS = 1.0
 
 # Hosts whose idle connections are kept. Beyond that the least recently used host loses its own.
 POOLED_HOSTS = 100
-
-_Address = tuple[Any, Any, int, str, Any]
-_LookUps = SingleFlight[tuple[str, int], list[_Address]]
-
-
-@dataclass(slots=True)
-class _Exchange:
-    """What the sockets of one exchange share. Used by one thread only."""
-
-    deadline: float  # time.monotonic()
-    look_ups: _LookUps
-    stage: str = "url"  # how far it came: then dns, connect, tunnel (a proxy's), tls, sent
-    status: int | None = None
-
-    def time_left(self) -> float:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the deadline of the exchange has passed")
-        return left
-
-    def sending(self) -> float:
-        """Note that the provider is sent something, unless it is a proxy; return the time left."""
-        if self.stage != "tunnel":
-            self.stage = "sent"
-        return self.time_left()
-
-    def status_arrived(self, status: int) -> None:
-        self.status = status
-        self.deadline = min(self.deadline, time.monotonic() + DRAIN_SECONDS)
-
-    def connect(self, host: str, port: int) -> socket.socket:
-        """Return a socket connected to the first address of `host` that answers.
-
-        Each address gets its share of the time that is left.
-        """
-        self.stage = "dns"
-        addresses = self._resolve(host, port)
-        self.stage = "connect"
-        for addresses_left in range(len(addresses), 0, -1):
-            *how, _, address = addresses[-addresses_left]
-            try:
-                return _connected(how, address, self.time_left() / addresses_left)
-            except OSError:
-                if addresses_left == 1:
-                    raise
-        raise OSError("the name has no address")
-
-    def _resolve(self, host: str, port: int) -> list[_Address]:
-        try:
-            return _look_up(host, port, socket.AI_NUMERICHOST)
-        except socket.gaierror:  # no address but a name
-            return self.look_ups.run((host, port), lambda: _look_up(host, port), self.time_left())
-
-
-def _look_up(host: str, port: int, flags: int = 0) -> list[_Address]:
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-
-
-def _connected(how: list[Any], address: Any, seconds: float) -> socket.socket:
-    sock = _BoundedSocket(*how)
-    try:
-        sock.settimeout(seconds)
-        sock.connect(address)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-# Sockets and connections are made deep inside urllib3; this is how they find their exchange.
-_exchange: ContextVar[_Exchange] = ContextVar("exchange")
-
-
-class _BoundedSocket(socket.socket):
-    """A socket whose every operation ends at the deadline of the exchange it serves."""
-
-    def recv(self, *args: Any) -> bytes:
-        self.settimeout(_exchange.get().time_left())
-        return super().recv(*args)
-
-    def recv_into(self, *args: Any) -> int:
-        self.settimeout(_exchange.get().time_left())
-        return super().recv_into(*args)
-
-    def send(self, *args: Any) -> int:
-        self.settimeout(_exchange.get().sending())
-        return super().send(*args)
-
-    def sendall(self, *args: Any) -> None:
-        # A plain socket's time-out is for the whole of sendall(); a TLS one loops over send().
-        self.settimeout(_exchange.get().sending())
-        super().sendall(*args)
-
-
-class _BoundedTLSSocket(_BoundedSocket, ssl.SSLSocket):
-    def do_handshake(self, block: bool = False) -> None:
-        exchange = _exchange.get()
-        exchange.stage = "tls"
-        self.settimeout(exchange.time_left())
-        super().do_handshake(block)
-
-
-class _StatusFirst(HTTPResponse):
-    """Reports its status before it reads the headers, which may never end.
-
-    Interim answers are stepped over, as RFC 9110 section 15.2 has it; http.client knows only 100.
-    """
-
-    def _read_status(self) -> tuple[str, int, str]:
-        line: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
-        while line[1] < HTTPStatus.OK:
-            if line[1] == HTTPStatus.SWITCHING_PROTOCOLS:
-                raise BadStatusLine("nobody asked for another protocol")
-            parse_headers(self.fp)
-            line = super()._read_status()  # type: ignore[misc]
-        exchange = _exchange.get()
-        if exchange.stage == "sent":
-            exchange.status_arrived(line[1])
-        return line
-
-
-class _Connection(HTTPConnection):
-    response_class = _StatusFirst
-
-    def _new_conn(self) -> socket.socket:
-        try:
-            return _exchange.get().connect(self._dns_host, self.port)
-        except (OSError, UnicodeError) as error:  # UnicodeError: a name that IDNA refuses
-            raise NewConnectionError(self, "no connection") from error
-
-    def _tunnel(self) -> None:
-        _exchange.get().stage = "tunnel"
-        super()._tunnel()
-
-    def connect(self) -> None:
-        super().connect()
-        _exchange.get().stage = "connect"  # behind a tunnel it is the provider's turn again
-
-
-class _TLSConnection(_Connection, HTTPSConnection):
-    pass
-
-
-class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Connection
-
-
-class _TLSPool(HTTPSConnectionPool):
-    ConnectionCls = _TLSConnection
 
 
 class _Adapter(HTTPAdapter):
@@ -201,12 +40,12 @@ class _Adapter(HTTPAdapter):
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+        self.poolmanager.pool_classes_by_scheme = exchange.POOLS
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
         kwargs |= {"ssl_context": self._context, "proxy_ssl_context": self._context}
         manager = super().proxy_manager_for(proxy, **kwargs)
-        manager.pool_classes_by_scheme = self.poolmanager.pool_classes_by_scheme
+        manager.pool_classes_by_scheme = exchange.POOLS
         return manager
 
     def close(self) -> None:
@@ -228,7 +67,7 @@ class _Session(requests.Session):
 def tls_context(ca_bundle: str | None) -> ssl.SSLContext:
     """Return a context that verifies against the file or folder `ca_bundle`, else certifi's."""
     context = create_urllib3_context()
-    context.sslsocket_class = _BoundedTLSSocket
+    context.sslsocket_class = exchange.BoundedTLSSocket
     trust(context, ca_bundle or certifi.where())
     return context
 
@@ -247,7 +86,7 @@ class Transport:
         self, ca_bundle: str | None, proxies: Mapping[str, str], connections: int, user_agent: str
     ) -> None:
         self._proxies = dict(proxies)
-        self._look_ups: _LookUps = SingleFlight("look-up")
+        self._look_ups: SingleFlight[tuple[str, int], list[Address]] = SingleFlight("look-up")
         self._session = _Session()
         self._session.trust_env = False  # no netrc, and no environment read for each request
         self._session.cookies = RequestsCookieJar(DefaultCookiePolicy(allowed_domains=[]))
@@ -269,18 +108,14 @@ class Transport:
         Raises:
             TransportError: there was no status line; its kind says how far the exchange came.
         """
-        exchange = _Exchange(deadline, self._look_ups)
-        token = _exchange.set(exchange)
-        try:
-            with _no_library_errors(exchange):
-                self._post(url, body, headers)
-        finally:
-            _exchange.reset(token)
-        if exchange.status is None:
+        current = Exchange(deadline, self._resolve)
+        with current.under_way(), _no_library_errors(current):
+            self._post(current, url, body, headers)
+        if current.status is None:
             raise TransportError("protocol")
-        return exchange.status
+        return current.status
 
-    def _post(self, url: str, body: bytes, headers: Mapping[str, str]) -> None:
+    def _post(self, current: Exchange, url: str, body: bytes, headers: Mapping[str, str]) -> None:
         response = self._session.post(
             url,
             data=body,
@@ -290,9 +125,15 @@ class Transport:
             stream=True,
         )
         with response:
-            _exchange.get().status = response.status_code
+            current.status = response.status_code
             if int(response.headers.get("Content-Length", 0)) <= DRAIN_BYTES:
                 response.raw.read(DRAIN_BYTES + 1, decode_content=False)
+
+    def _resolve(self, host: str, port: int, seconds: float) -> list[Address]:
+        def look_up() -> list[Address]:
+            return exchange.look_up(host, port)
+
+        return self._look_ups.run((host, port), look_up, seconds)
 
     def _proxies_for(self, url: str) -> dict[str, str]:
         if not self._proxies or _bypasses(parse_url(url).host or "", self._proxies):
@@ -320,14 +161,14 @@ def _networks(no_proxy: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _no_library_errors(exchange: _Exchange) -> Iterator[None]:
+def _no_library_errors(current: Exchange) -> Iterator[None]:
     """Turn what requests, urllib3 and http.client raise into a TransportError, unless the status
     line has arrived: it decides, however the rest of the answer went."""
     try:
         yield
     except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as error:
-        if exchange.status is None:
-            raise TransportError(_kind(error, exchange.stage)) from error
+        if current.status is None:
+            raise TransportError(_kind(error, current.stage)) from error
 
 
 def _kind(error: BaseException, stage: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from notifier import logs, transport
+from notifier import exchange, logs
 from notifier.breakers import Breakers, Policy
 from notifier.db import Database
 from notifier.delivery import ChannelResult, Delivery
@@ -421,7 +421,7 @@ def slow_to_reach(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     with ExitStack() as stack:
         stack.callback(released.set)
         if request.param == "look-up":
-            monkeypatch.setattr(transport, "_look_up", look_up)
+            monkeypatch.setattr(exchange, "look_up", look_up)
             yield "http://mail.example.com:80/send"
         elif request.param == "connect":
             yield f"http://{LOOPBACK}:{stack.enter_context(not_answering())}/send"

@@ -41,6 +41,7 @@ LEVELS = {
     "models": 0,
     "settings": 0,
     "single_flight": 0,
+    "exchange": 0,
 }
 FLASK_LEVEL = 4
 

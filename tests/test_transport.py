@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from notifier import transport as transport_module
+from notifier import exchange as exchange_module
 from notifier.errors import TransportError
-from notifier.transport import DRAIN_BYTES, DRAIN_SECONDS, Transport
+from notifier.exchange import DRAIN_SECONDS
+from notifier.transport import DRAIN_BYTES, Transport
 from tests.conftest import MakeProvider, MakeTransport
 from tests.scripted_provider import (
     Peer,
@@ -108,7 +109,7 @@ def transport(
 @pytest.fixture
 def short_drain(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that would otherwise spend the whole second each."""
-    monkeypatch.setattr(transport_module, "DRAIN_SECONDS", 0.2)
+    monkeypatch.setattr(exchange_module, "DRAIN_SECONDS", 0.2)
 
 
 def test_at_most_64_kib_and_one_second_are_spent_on_the_rest_of_an_answer() -> None:
@@ -252,7 +253,7 @@ def test_the_status_line_decides_for_other_answers_too(
 def test_the_drain_ends_at_the_deadline_if_that_comes_first(
     transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport_module, "DRAIN_SECONDS", 30)
+    monkeypatch.setattr(exchange_module, "DRAIN_SECONDS", 30)
     provider.script = announces(1000, hang)
     with within(5):
         assert post(transport, provider.url, seconds=0.3) == 200

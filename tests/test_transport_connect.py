@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from notifier import transport as transport_module
+from notifier import exchange as exchange_module
 from notifier.errors import TransportError
 from notifier.transport import Transport
 from tests.certificates import make_certificate, name_in_folder
@@ -47,13 +47,13 @@ def transport(make_transport: MakeTransport) -> Transport:
 @pytest.fixture
 def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make every name resolve to what `look_up` returns; numeric addresses stay themselves."""
-    real = transport_module._look_up
+    real = exchange_module.look_up
 
     def use(look_up: Callable[[], list[Address]]) -> None:
         def replaced(host: str, port: int, flags: int = 0) -> list[Address]:
             return real(host, port, flags) if flags else look_up()
 
-        monkeypatch.setattr(transport_module, "_look_up", replaced)
+        monkeypatch.setattr(exchange_module, "look_up", replaced)
 
     return use
 

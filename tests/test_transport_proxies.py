@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from notifier import transport as transport_module
+from notifier import exchange as exchange_module
 from notifier.errors import TransportError
 from notifier.transport import Transport
 from tests.conftest import MakeProvider, MakeTransport
@@ -136,7 +136,7 @@ def test_the_provider_behind_a_tunnel_has_its_full_time(
     monkeypatch: pytest.MonkeyPatch,
     status: int,
 ) -> None:
-    monkeypatch.setattr(transport_module, "DRAIN_SECONDS", 0.1)
+    monkeypatch.setattr(exchange_module, "DRAIN_SECONDS", 0.1)
 
     def answer_slowly(peer: Peer, received: Received) -> None:
         time.sleep(0.4)  # four times what a known status leaves
@@ -217,7 +217,7 @@ def everywhere(
 ) -> Iterator[ScriptedProvider]:
     """A provider at which every connection to port 80 ends, whatever the name or address."""
     provider = make_provider()
-    real = transport_module._look_up
+    real = exchange_module.look_up
 
     def look_up(host: str, port: int, flags: int = 0) -> list[Any]:
         if port != 80:
@@ -225,7 +225,7 @@ def everywhere(
         how = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
         return [(*how, (LOOPBACK, provider.port))]
 
-    monkeypatch.setattr(transport_module, "_look_up", look_up)
+    monkeypatch.setattr(exchange_module, "look_up", look_up)
     return provider
 
 
