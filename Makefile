@@ -18,7 +18,7 @@ install: .venv/installed ## Create .venv and install what is pinned.
 
 .venv/installed: requirements.txt requirements-dev.txt
 	@if [ -z "$(PYTHON)" ]; then echo "make: no Python 3.11 or newer found; set PYTHON=/path/to/python3" >&2; exit 1; fi
-	@$(PYTHON) -m venv --clear .venv || { echo "make: $(PYTHON) -m venv failed; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear .venv || { echo "make: $(PYTHON) -m venv failed, see above; Debian and Ubuntu have it in python3-venv" >&2; exit 1; }
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	@touch $@
 

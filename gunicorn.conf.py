@@ -6,6 +6,7 @@ are imported by the workers, after the fork.
 
 import logging
 import os
+import threading
 
 from gunicorn.glogging import Logger
 
@@ -23,6 +24,10 @@ preload_app = False
 
 # The callers are services that keep their connections; most load balancers do for a minute.
 keepalive = 75
+
+# No header of a caller decides about paths or schemes, not even from this machine.
+forwarder_headers = ""
+secure_scheme_headers = {}
 
 # Requests under way may take their deadline; the rest is for what surrounds them.
 graceful_timeout = round(settings.notify_deadline + 15)
@@ -44,7 +49,10 @@ class JsonLogger(Logger):
         self.cfg = cfg
         logs.configure(settings.app_name, settings.log_level)
         self.error_log.propagate = True
-        self.error_log.setLevel(settings.log_level)
+        # Its DEBUG lines quote paths and bodies.
+        self.error_log.setLevel(max(logging.INFO, logging.getLevelName(settings.log_level)))
+        logging.captureWarnings(True)
+        threading.excepthook = logs.log_dead_thread
 
     def access(self, *_):
         """Log nothing."""

@@ -7,7 +7,9 @@ line has, and takes the text out of exceptions: a library's may quote a URL, a h
 import logging
 import re
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import TracebackType
@@ -21,10 +23,12 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 # Libraries whose own lines quote hosts, paths or SQL; what matters of it we log ourselves.
 _QUIET_LIBRARIES = ("urllib3", "requests", "psycopg", "yoyo", "werkzeug")
 
-# gunicorn quotes the bytes that it could not parse as a request; they may be the rest of a body.
+# gunicorn quotes what it could not parse as a request, which may be the rest of a body, and paths.
 _QUOTES_THE_REQUEST = re.compile(
-    r"(Invalid request from ip=[^ ]+|Ignored premature client disconnection)[.:] .*", re.DOTALL
+    r"(Invalid request from ip=[^ ]+?|Error handling request)(: | ).*", re.DOTALL
 )
+
+_MOST_CAUSES = 20
 
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
@@ -54,12 +58,32 @@ class _Formatter(JsonFormatter):
         return describe(ei[1]) if ei[1] else ""
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield `error`, what caused it, what caused that and so on; not for ever if they go round."""
+    for _ in range(_MOST_CAUSES):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
 def describe(error: BaseException) -> str:
-    """Return the class and the frames of `error` and of what caused it, without any of its text."""
-    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    before = f"{describe(cause)}\n" if cause else ""
+    """Return the class and the frames of `error` and of its causes, first the first, textless."""
+    return "\n".join(reversed([_describe_one(link) for link in causes(error)]))
+
+
+def _describe_one(error: BaseException) -> str:
     frames = "".join(traceback.format_list(traceback.extract_tb(error.__traceback__)))
-    return f"{before}{type(error).__module__}.{type(error).__qualname__}\n{frames}".rstrip()
+    return f"{type(error).__module__}.{type(error).__qualname__}\n{frames}".rstrip()
+
+
+def log_dead_thread(ended: threading.ExceptHookArgs) -> None:
+    """Log what ended a thread; for `threading.excepthook`, which prints the exception's text."""
+    if ended.exc_value:
+        name = ended.thread.name if ended.thread else None
+        logging.getLogger(__name__).error(
+            "a thread has died", exc_info=ended.exc_value, extra={"dead_thread": name}
+        )
 
 
 def mask_address(to: str) -> str:

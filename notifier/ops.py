@@ -4,12 +4,16 @@ import logging
 import re
 import time
 import uuid
+from http import HTTPMethod
 
 from flask import Blueprint, Flask, Response, g, jsonify, request
 
 from notifier.logs import request_id
 
 HEALTH_PATH = "/healthz"
+
+# RFC 9110's and PATCH. A caller may send any word as a method.
+METHODS = frozenset(HTTPMethod)
 
 blueprint = Blueprint("ops", __name__)
 log = logging.getLogger(__name__)
@@ -44,7 +48,7 @@ def _end(response: Response) -> Response:
         logging.DEBUG if quiet else logging.INFO,
         "request",
         extra={
-            "method": request.method,
+            "method": request.method if request.method in METHODS else "_OTHER",
             "route": request.url_rule.rule if request.url_rule else "unmatched",
             "status": response.status_code,
             "duration_ms": round(1000 * (time.monotonic() - g.began), 1),

@@ -20,6 +20,7 @@ from urllib3.util.ssl_ import create_urllib3_context
 from notifier import exchange
 from notifier.errors import TransportError
 from notifier.exchange import Address, Exchange
+from notifier.logs import causes
 from notifier.settings import trust
 from notifier.single_flight import SingleFlight
 
@@ -176,15 +177,9 @@ def _kind(error: BaseException, stage: str) -> str:
         return "url"
     if stage != "sent":
         return "connect" if stage == "tunnel" else stage
-    chain = list(_chain(error))
+    chain = list(causes(error))
     if any(isinstance(link, TimeoutError) for link in chain):
         return "timeout"
     if any(isinstance(link, ConnectionError | ssl.SSLEOFError) for link in chain):
         return "reset"
     return "protocol"
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error:
-        yield error
-        error = error.__cause__ or error.__context__

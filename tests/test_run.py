@@ -30,7 +30,7 @@ sys.exit(run.main())
 class Launcher:
     """A running launcher, with ports of its own and its data in `folder`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **variables: str) -> None:
         self.folder = folder
         self.port = free_port()
         self.providers = [free_port() for _ in range(4)]
@@ -38,7 +38,7 @@ class Launcher:
         self.process = subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, *map(str, self.providers)],
             cwd=ROOT,
-            env=clean_environment() | ours,
+            env=clean_environment() | ours | variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -80,14 +80,14 @@ class Launcher:
 
 
 @pytest.fixture
-def launch() -> Iterator[Callable[[], Launcher]]:
+def launch() -> Iterator[Callable[..., Launcher]]:
     """Start launchers that share their data; what a failed test leaves is killed."""
     launched: list[Launcher] = []
     with tempfile.TemporaryDirectory(prefix="notifier-run-") as folder:
         Path(folder).chmod(0o711)  # run by root, PostgreSQL has another account
 
-        def start() -> Launcher:
-            launched.append(Launcher(Path(folder, "data")))
+        def start(**variables: str) -> Launcher:
+            launched.append(Launcher(Path(folder, "data"), **variables))
             return launched[-1]
 
         yield start
@@ -144,6 +144,28 @@ def test_no_process_is_left_whatever_ends_it(launch, numbers: tuple[signal.Signa
     launcher = launch()
     launcher.welcome()
     launcher.end(*numbers)
+
+
+def test_a_guard_that_is_killed_takes_the_service_along(launch):
+    launcher = launch()
+    launcher.welcome()
+    family = launcher.family()
+    (guard,) = psutil.Process(launcher.process.pid).children()
+    guard.kill()
+    output, _ = launcher.process.communicate(timeout=60)
+    assert launcher.process.returncode == 1
+    assert "the service has ended by itself" in output
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
+
+
+def test_a_proxy_in_the_environment_is_not_asked_for_what_runs_here(launch):
+    with socket.create_server(("127.0.0.1", 0)) as proxy:  # accepts, and never answers
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        launcher = launch(HTTP_PROXY=address, http_proxy=address, WEB_CONCURRENCY="")
+        launcher.welcome()
+        assert send(launcher) == 200
+        launcher.end(signal.SIGTERM)
 
 
 def test_a_taken_port_is_named_in_one_line(launch):

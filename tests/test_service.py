@@ -139,6 +139,7 @@ CHUNKED = f"{RAW}Transfer-Encoding: chunked\r\n\r\n"
         (RAW.replace("buyer", "%FF") + "Content-Length: 2\r\n\r\n{}", 422, "E101"),
         (RAW.replace("POST", "PURGE") + "\r\n", 405, "E104"),
         (UPGRADE, 422, "E101"),
+        (f"{RAW}SCRIPT_NAME: /zzz\r\nContent-Length: 2\r\n\r\n{{}}", 422, "E101"),
     ],
     ids=[
         "cut",
@@ -151,6 +152,7 @@ CHUNKED = f"{RAW}Transfer-Encoding: chunked\r\n\r\n"
         "path",
         "verb",
         "upgrade",
+        "script-name",
     ],
 )
 def test_what_is_malformed_on_the_wire_gets_the_envelope_and_never_a_500(
@@ -303,10 +305,18 @@ def test_no_secret_recipient_or_text_is_ever_logged(
         request = f"{RAW.replace('close', 'keep-alive')}{overrun}"
         service.send_raw(request.encode(), half_close=True)
     service.send_raw(f"{RAW}X-Bad Header: {TEXT}\r\n\r\n".encode())
+    # A caller who forgets the length, and one who counts characters where bytes count.
+    unmeasured = RAW.replace("close", "keep-alive")
+    service.send_raw(f"{unmeasured}\r\n{json.dumps(planted)}".encode(), half_close=True)
+    long = json.dumps(planted | {"title": "é" * 60}, ensure_ascii=False)
+    head = f"{unmeasured}Content-Length: {len(long)}\r\n\r\n"
+    service.send_raw(f"{head}{long}".encode(), half_close=True)
+    service.send_raw(f"{RAW.replace('buyer', RECIPIENT)}\r\n".encode())
+    service.send_raw(f"{RAW.replace('POST', SECRET.upper())}\r\n".encode())
     assert service.stop() == 0
 
     log = service.log.read_text()
     assert {line["level"] for line in service.lines()} == {"DEBUG", "INFO", "WARNING", "ERROR"}
-    for secret in (SECRET, RECIPIENT, TEXT):
+    for secret in (SECRET, SECRET.upper(), RECIPIENT, TEXT):
         assert secret not in log
     assert "v***@example.com" in log

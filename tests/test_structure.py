@@ -229,6 +229,8 @@ def value_of(name: str, text: str) -> Any:
 
 
 def shipped_value(name: str) -> Any:
+    if name == "WEB_CONCURRENCY":  # by the machine: its CPUs, up to 4
+        return 4
     return getattr(Settings.from_env(REQUIRED), name.lower())
 
 

@@ -75,8 +75,10 @@ def main() -> int:
 
 def run(stack: ExitStack, stopping: threading.Event, parent: int) -> int:
     """Start everything, each with its end noted in `stack`, and wait."""
-    environment = dict(os.environ)
-    own_database = not environment.get("DB_HOST", "").strip()
+    environment = {name: value for name, value in os.environ.items() if value.strip()}
+    others = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    environment["no_proxy"] = f"{others},127.0.0.1"  # where all of ours is
+    own_database = "DB_HOST" not in environment
     settings = Settings.from_env(environment | (_ANY_DATABASE if own_database else {}))
     _check_ports(settings)
     where = ""
@@ -182,6 +184,8 @@ def _stop_service(service: "subprocess.Popen[bytes]") -> None:
     if service.stdin:
         service.stdin.close()
     service.wait()
+    with contextlib.suppress(OSError):  # a guard that was killed has left its command behind
+        os.killpg(service.pid, signal.SIGTERM)
 
 
 def _until_ready(
@@ -191,7 +195,7 @@ def _until_ready(
     give_up = time.monotonic() + READY_WITHIN
     while service.poll() is None and not stopping.wait(0.1):
         with contextlib.suppress(requests.ConnectionError, requests.Timeout):
-            if requests.get(url, timeout=1).ok:
+            if requests.get(url, timeout=1, proxies={"no_proxy": "*"}).ok:
                 return True
         if time.monotonic() > give_up:
             raise CannotRun(f"the service does not answer within {READY_WITHIN:g} s")
