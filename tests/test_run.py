@@ -1,6 +1,8 @@
 """`make run`: up with one command, gone with one signal, whichever and however often."""
 
 import contextlib
+import os
+import pty
 import shlex
 import signal
 import socket
@@ -9,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -30,7 +33,7 @@ sys.exit(run.main())
 class Launcher:
     """A running launcher, with ports of its own and its data in `folder`."""
 
-    def __init__(self, folder: Path, **variables: str) -> None:
+    def __init__(self, folder: Path, *, stdin: int = subprocess.DEVNULL, **variables: str) -> None:
         self.folder = folder
         self.port = free_port()
         self.providers = [free_port() for _ in range(4)]
@@ -39,7 +42,7 @@ class Launcher:
             [sys.executable, "-c", LAUNCHER, *map(str, self.providers)],
             cwd=ROOT,
             env=clean_environment() | ours | variables,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -86,8 +89,8 @@ def launch() -> Iterator[Callable[..., Launcher]]:
     with tempfile.TemporaryDirectory(prefix="notifier-run-") as folder:
         Path(folder).chmod(0o711)  # run by root, PostgreSQL has another account
 
-        def start(**variables: str) -> Launcher:
-            launched.append(Launcher(Path(folder, "data"), **variables))
+        def start(**options: Any) -> Launcher:
+            launched.append(Launcher(Path(folder, "data"), **options))
             return launched[-1]
 
         yield start
@@ -155,6 +158,20 @@ def test_a_guard_that_is_killed_takes_the_service_along(launch):
     output, _ = launcher.process.communicate(timeout=60)
     assert launcher.process.returncode == 1
     assert "the service has ended by itself" in output
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
+
+
+def test_a_terminal_that_is_closed_ends_everything(launch):
+    """As of an ssh session: its make gets the SIGHUP and keeps it to itself."""
+    terminal, stdin = pty.openpty()
+    launcher = launch(stdin=stdin)
+    os.close(stdin)
+    launcher.welcome()
+    family = launcher.family()
+    os.close(terminal)
+    launcher.process.communicate(timeout=60)
+    assert launcher.process.returncode == 0
     _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
 

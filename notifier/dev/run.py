@@ -57,14 +57,14 @@ class CannotRun(Exception):
 
 def main() -> int:
     """Run until a signal, or until the service ends; return the exit code."""
-    parent = os.getppid()  # before anything else: it may be killed while we start
+    began = _surroundings()
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # A flag, not an exception: that could come between a start and the note to stop it again.
         signal.signal(number, lambda *_: stopping.set())
     try:
         with ExitStack() as stack:
-            return run(stack, stopping, parent)
+            return run(stack, stopping, began)
     except (CannotRun, SettingsError, postgres.PostgresError) as error:
         print(f"make run: {error}", file=sys.stderr)
     except psycopg.Error as error:
@@ -73,7 +73,15 @@ def main() -> int:
     return 1
 
 
-def run(stack: ExitStack, stopping: threading.Event, parent: int) -> int:
+def _surroundings() -> tuple[int, bool]:
+    """Return our parent and whether there is a terminal.
+
+    A make that is killed, or whose terminal is closed, does not pass that on; either changes this.
+    """
+    return os.getppid(), os.isatty(0)
+
+
+def run(stack: ExitStack, stopping: threading.Event, began: tuple[int, bool]) -> int:
     """Start everything, each with its end noted in `stack`, and wait."""
     environment = {name: value for name, value in os.environ.items() if value.strip()}
     others = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
@@ -94,7 +102,7 @@ def run(stack: ExitStack, stopping: threading.Event, parent: int) -> int:
     service = _start_service(stack, environment, settings)
     if _until_ready(service, settings, stopping):
         print(_welcome(settings, where), flush=True)
-    while not stopping.wait(0.2) and os.getppid() == parent:  # a killed make takes us along
+    while not stopping.wait(0.2) and _surroundings() == began:
         if service.poll() is not None:
             raise CannotRun("the service has ended by itself; its last lines say why")
     return 0
