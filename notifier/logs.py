@@ -68,7 +68,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def describe(error: BaseException) -> str:
-    """Return the class and the frames of `error` and of its causes, first the first, textless."""
+    """Return class and frames of `error` and its causes, oldest first, without their texts."""
     return "\n".join(reversed([_describe_one(link) for link in causes(error)]))
 
 

@@ -8,7 +8,6 @@ import itertools
 import os
 import ssl
 import threading
-import time
 import tracemalloc
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ from notifier.errors import TransportError
 from notifier.exchange import DRAIN_SECONDS
 from notifier.transport import DRAIN_BYTES, Transport
 from tests.conftest import MakeProvider, MakeTransport
+from tests.posting import failure, post
 from tests.scripted_provider import (
     Peer,
     Received,
@@ -63,24 +63,6 @@ def floods(data: bytes) -> Script:
 
 def announces(length: int, then: Script) -> Script:
     return sends(STATUS_LINE + f"Content-Length: {length}\r\n\r\n".encode(), then)
-
-
-def post(
-    transport: Transport,
-    url: str,
-    body: bytes = b"{}",
-    headers: dict[str, str] | None = None,
-    *,
-    seconds: float = 5.0,
-) -> int:
-    return transport.post(url, body, headers or {}, time.monotonic() + seconds)
-
-
-def failure(transport: Transport, url: str, body: bytes = b"{}", *, seconds: float = 0.4) -> str:
-    """Return how a post failed; it has to, and soon after its deadline at the latest."""
-    with within(seconds + 2), pytest.raises(TransportError) as caught:
-        post(transport, url, body, seconds=seconds)
-    return caught.value.kind
 
 
 @pytest.fixture(params=["http", "https"])

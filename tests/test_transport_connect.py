@@ -3,7 +3,6 @@
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,27 +11,16 @@ from typing import Any
 import pytest
 
 from notifier import exchange as exchange_module
-from notifier.errors import TransportError
 from notifier.transport import Transport
 from tests.certificates import make_certificate, name_in_folder
 from tests.conftest import MakeProvider, MakeTransport
+from tests.posting import failure, post
 from tests.scripted_provider import answer
 from tests.sockets import LOOPBACK, not_answering, refusing, silent
 from tests.timing import eventually, within
 
 Certificate = tuple[Path, ssl.SSLContext]
 Address = tuple[int, int, int, str, Any]
-
-
-def post(transport: Transport, url: str, *, seconds: float = 5.0) -> int:
-    return transport.post(url, b"{}", {}, time.monotonic() + seconds)
-
-
-def failure(transport: Transport, url: str, *, seconds: float = 0.4) -> str:
-    """Return how a post failed; it has to, and soon after its deadline at the latest."""
-    with within(seconds + 2), pytest.raises(TransportError) as caught:
-        post(transport, url, seconds=seconds)
-    return caught.value.kind
 
 
 def address(port: int, family: int = socket.AF_INET) -> Address:

@@ -3,34 +3,22 @@
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from notifier import exchange as exchange_module
-from notifier.errors import TransportError
 from notifier.transport import Transport
 from tests.conftest import MakeProvider, MakeTransport
+from tests.posting import failure, post
 from tests.scripted_provider import Peer, Received, Script, ScriptedProvider, answer, close, hang
 from tests.sockets import LOOPBACK, refusing, silent
-from tests.timing import within
 
 NOWHERE = "http://mail.example.com/send"
 
 Certificate = tuple[Path, ssl.SSLContext]
-
-
-def post(transport: Transport, url: str, *, seconds: float = 5.0) -> int:
-    return transport.post(url, b"{}", {}, time.monotonic() + seconds)
-
-
-def failure(transport: Transport, url: str, *, seconds: float = 0.4) -> str:
-    """Return how a post failed; it has to, and soon after its deadline at the latest."""
-    with within(seconds + 2), pytest.raises(TransportError) as caught:
-        post(transport, url, seconds=seconds)
-    return caught.value.kind
 
 
 def connects(peer: Peer, received: Received) -> None:
@@ -229,54 +217,45 @@ def everywhere(
     return provider
 
 
-@pytest.mark.parametrize(
-    ("no_proxy", "host"),
-    [
-        ("mail.example.com", "mail.example.com"),
-        ("example.com", "mail.example.com"),
-        (".example.com", "mail.example.com"),
-        ("EXAMPLE.com", "Mail.example.COM"),
-        ("other.org, example.com", "mail.example.com"),
-        ("*", "mail.example.com"),
-        ("192.0.2.7", "192.0.2.7"),
-        ("192.0.2.0/24", "192.0.2.7"),
-        ("192.0.2.7/24", "192.0.2.250"),
-        ("other.org, 10.0.0.0/8 ,192.0.2.0/24", "192.0.2.7"),
-        ("2001:db8::/32", "[2001:db8::1]"),
-        ("10.0.0.0/99,192.0.2.0/24", "192.0.2.7"),
-    ],
-)
-def test_what_no_proxy_names_is_reached_directly(
-    make_transport: MakeTransport,
-    proxy: ScriptedProvider,
-    everywhere: ScriptedProvider,
-    no_proxy: str,
-    host: str,
-) -> None:
-    transport = make_transport(proxies={"http": f"http://{proxy.host}", "no": no_proxy})
-    assert post(transport, f"http://{host}/") == 200
-    assert (len(everywhere.received), proxy.received) == (1, [])
+@pytest.fixture
+def reached(
+    make_transport: MakeTransport, proxy: ScriptedProvider, everywhere: ScriptedProvider
+) -> Callable[[str, str], tuple[int, int]]:
+    """Post to a host, and return how many posts arrived there and how many at the proxy."""
+
+    def reach(no_proxy: str, host: str) -> tuple[int, int]:
+        transport = make_transport(proxies={"http": f"http://{proxy.host}", "no": no_proxy})
+        assert post(transport, f"http://{host}/") == 200
+        return len(everywhere.received), len(proxy.received)
+
+    return reach
 
 
 @pytest.mark.parametrize(
-    ("no_proxy", "host"),
+    ("no_proxy", "host", "directly"),
     [
-        ("", "mail.example.com"),
-        ("ample.com", "mail.example.com"),
-        ("mail.example.com", "example.com"),
-        ("other.org", "mail.example.com"),
-        ("192.0.2.0/24", "192.0.3.7"),
-        ("192.0.2.0/24", "mail.example.com"),
-        ("2001:db8::/32", "192.0.2.7"),
+        ("mail.example.com", "mail.example.com", True),
+        ("example.com", "mail.example.com", True),
+        (".example.com", "mail.example.com", True),
+        ("EXAMPLE.com", "Mail.example.COM", True),
+        ("other.org, example.com", "mail.example.com", True),
+        ("*", "mail.example.com", True),
+        ("192.0.2.7", "192.0.2.7", True),
+        ("192.0.2.0/24", "192.0.2.7", True),
+        ("192.0.2.7/24", "192.0.2.250", True),
+        ("other.org, 10.0.0.0/8 ,192.0.2.0/24", "192.0.2.7", True),
+        ("2001:db8::/32", "[2001:db8::1]", True),
+        ("10.0.0.0/99,192.0.2.0/24", "192.0.2.7", True),
+        ("", "mail.example.com", False),
+        ("ample.com", "mail.example.com", False),
+        ("mail.example.com", "example.com", False),
+        ("other.org", "mail.example.com", False),
+        ("192.0.2.0/24", "192.0.3.7", False),
+        ("192.0.2.0/24", "mail.example.com", False),
+        ("2001:db8::/32", "192.0.2.7", False),
     ],
 )
-def test_what_no_proxy_does_not_name_goes_through_the_proxy(
-    make_transport: MakeTransport,
-    proxy: ScriptedProvider,
-    everywhere: ScriptedProvider,
-    no_proxy: str,
-    host: str,
+def test_what_no_proxy_names_and_only_that_is_reached_directly(
+    reached: Callable[[str, str], tuple[int, int]], no_proxy: str, host: str, directly: bool
 ) -> None:
-    transport = make_transport(proxies={"http": f"http://{proxy.host}", "no": no_proxy})
-    assert post(transport, f"http://{host}/") == 200
-    assert (everywhere.received, len(proxy.received)) == ([], 1)
+    assert reached(no_proxy, host) == ((1, 0) if directly else (0, 1))

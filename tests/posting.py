@@ -1,0 +1,28 @@
+"""Posts through a Transport, with the bounds that every one of them has to keep."""
+
+import time
+
+import pytest
+
+from notifier.errors import TransportError
+from notifier.transport import Transport
+from tests.timing import within
+
+
+def post(
+    transport: Transport,
+    url: str,
+    body: bytes = b"{}",
+    headers: dict[str, str] | None = None,
+    *,
+    seconds: float = 5.0,
+) -> int:
+    """Return the status of a post that may take `seconds`."""
+    return transport.post(url, body, headers or {}, time.monotonic() + seconds)
+
+
+def failure(transport: Transport, url: str, body: bytes = b"{}", *, seconds: float = 0.4) -> str:
+    """Return how a post failed; it has to, and soon after its deadline at the latest."""
+    with within(seconds + 2), pytest.raises(TransportError) as caught:
+        post(transport, url, body, seconds=seconds)
+    return caught.value.kind
