@@ -5,7 +5,12 @@ are imported by the workers, after the fork.
 """
 
 import logging
+import mmap
 import os
+import shutil
+import signal
+import sys
+import tempfile
 import threading
 
 from gunicorn.glogging import Logger
@@ -62,11 +67,61 @@ logger_class = JsonLogger
 
 
 def on_starting(server):
-    """Say once which variables of the Go service's environment are set in vain."""
+    """Make what the workers share, and say which variables of the Go service are set in vain."""
+    server.draining = mmap.mmap(-1, 1)  # not zero once a stop has been asked for
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics_folder(server.cfg)
     ignored = [name for name in WITHOUT_EFFECT if os.environ.get(name, "").strip()]
     if ignored:
         message = "variables of the Go service that have no effect here"
         logging.getLogger("notifier.settings").info(message, extra={"variables": ignored})
+
+
+def _metrics_folder(cfg):
+    """Return a new folder, of this master only: an upgrade by SIGUSR2 has two for a while."""
+    parent = MEMORY if os.access(MEMORY, os.W_OK) else None
+    try:
+        folder = tempfile.mkdtemp(prefix="notifier-metrics-", dir=parent)
+    except OSError:
+        sys.exit("notifier cannot start: expected a folder to write metrics in; set TMPDIR to one")
+    os.chown(folder, cfg.uid, cfg.gid)  # the workers'
+    return folder
+
+
+def when_ready(server):
+    """Let a stop wait until whoever routes requests to us has seen that we are not ready."""
+    stop = server.handle_term
+
+    def drain():
+        # The new master of an upgrade takes the requests; a second signal is in a hurry.
+        if server.draining[0] or server.reexec_pid:
+            stop()
+        server.draining[0] = True
+        logging.getLogger("notifier").info("draining", extra={"seconds": settings.drain_delay})
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(server.pid, signal.SIGTERM))
+        signal.setitimer(signal.ITIMER_REAL, settings.drain_delay)
+
+    if settings.drain_delay:
+        server.handle_term = drain
+
+
+def post_fork(server, worker):
+    """Let the worker know what its master knows."""
+    worker.draining = server.draining
+
+
+def post_worker_init(worker):
+    """Begin to serve."""
+    worker.wsgi.extensions["notifier"].start(lambda: _stopping(worker))
+
+
+def pre_request(worker, request):
+    """Let callers that keep their connection move to another instance while this one stops."""
+    if _stopping(worker):
+        request.force_close()
+
+
+def _stopping(worker):
+    return bool(worker.draining[0]) or not worker.alive
 
 
 def worker_exit(server, worker):
@@ -74,3 +129,16 @@ def worker_exit(server, worker):
     app = getattr(worker, "wsgi", None)
     if app is not None:
         app.extensions["notifier"].close()
+
+
+def child_exit(server, worker):
+    """Forget the gauges of a worker that has ended; its counts stay."""
+    # Imported no sooner: it must find the variable that on_starting sets.
+    from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415
+
+    mark_process_dead(worker.pid)
+
+
+def on_exit(server):
+    """Remove the metrics of this master."""
+    shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)

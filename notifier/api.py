@@ -4,12 +4,13 @@ import json
 import re
 from typing import Any, NoReturn
 
-from flask import Blueprint, Response, current_app, jsonify, request
+from flask import Blueprint, Response, current_app, g, jsonify, request
 from gunicorn.http.errors import ParseException
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
-from notifier.errors import InvalidRequest
+from notifier.errors import DeliveryFailed, InvalidRequest
+from notifier.logs import mask_address
 from notifier.models import Message, Recipient
 
 MAX_TO = 320
@@ -100,8 +101,15 @@ class NotificationSchema(Schema):
 def notify(recipient: str) -> Response:
     """Deliver one notification, and say so only when every channel of the recipient has."""
     to = _parse_recipient(recipient)
+    g.log_fields = {"recipient": to}
     message = _parse_message(_read_json())
-    current_app.extensions["notifier"].delivery.deliver(to, message)
+    report = current_app.extensions["notifier"].delivery.deliver(to, message)
+    g.log_fields |= {
+        "to": mask_address(message.to),
+        "channels": [result._asdict() for result in report.channels],
+    }
+    if report.outcome != "delivered":
+        raise DeliveryFailed
     return jsonify(message="notification sent successfully")
 
 

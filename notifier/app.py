@@ -7,7 +7,7 @@ from urllib.request import getproxies_environment
 
 from flask import Flask
 
-from notifier import __version__, api, cli, error_handlers, ops
+from notifier import __version__, api, cli, error_handlers, metrics, ops
 from notifier.breakers import Breakers, Policy
 from notifier.db import Database
 from notifier.delivery import Delivery
@@ -19,15 +19,24 @@ from notifier.transport import Transport
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Notifier:
-    """The parts of the service in one worker, made after the fork."""
+    """The parts of the service in one worker, made after the fork.
+
+    `stopping` says whether this process, or the master that it belongs to, has been asked to stop.
+    """
 
     settings: Settings
     database: Database
     preferences: Preferences
     providers: Providers
     delivery: Delivery
+    stopping: Callable[[], bool] = lambda: False
+
+    def start(self, stopping: Callable[[], bool]) -> None:
+        """Begin to serve; a process that only runs a command never calls it."""
+        self.stopping = stopping
+        metrics.WORKER_STARTS.inc()
 
     def close(self) -> None:
         """Undo the making in reverse; one failure is logged and the rest still close."""
@@ -59,7 +68,8 @@ def create_app(settings: Settings | None = None) -> Flask:
 def build(settings: Settings) -> Notifier:
     """Make the parts; nothing connects or starts a thread before it is needed."""
     database = Database(settings)
-    preferences = Preferences(database, settings.cache_expired_time)
+    breakers = Breakers(_policy(settings))
+    preferences = Preferences(database, settings.cache_expired_time, on_load=breakers.configure)
     transport = Transport(
         ca_bundle=settings.requests_ca_bundle or settings.curl_ca_bundle,
         proxies=getproxies_environment(),
@@ -67,7 +77,7 @@ def build(settings: Settings) -> Notifier:
         connections=2 * settings.web_threads,
         user_agent=f"notifier/{__version__}",
     )
-    providers = Providers(transport, Breakers(_policy(settings)), settings.http_client_timeout)
+    providers = Providers(transport, breakers, settings.http_client_timeout)
     delivery = Delivery(preferences, providers, settings.notify_deadline, settings.web_threads)
     return Notifier(settings, database, preferences, providers, delivery)
 

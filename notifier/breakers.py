@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,6 +23,8 @@ from pybreaker import (
     CircuitBreakerState,
     CircuitMemoryStorage,
 )
+
+from notifier import metrics
 
 WINDOW_BUCKETS = 10
 
@@ -105,13 +107,22 @@ class Breaker:
         self._window = RollingWindow(policy.window_seconds)
         self._generation = 0
         self._in_flight = 0  # of this generation
-        self._opened_at = 0.0
+        self._open_until = 0.0
+        self._retired = False
+        self._shown = metrics.OPEN_UNTIL.labels(host)
+        self._shown.set(metrics.CLOSED)
 
     @property
     def state(self) -> str:
         """`closed`, `open` or `half-open`, which it reads once the open time has passed."""
         with self._lock:
             return self._state()
+
+    def retire(self) -> None:
+        """Show no state from now on, whatever calls under way bring: the host is not configured."""
+        with self._lock:
+            self._retired = True
+            self._shown.set(metrics.NOT_CONFIGURED)
 
     @contextmanager
     def calling(self) -> Iterator[Call]:
@@ -132,7 +143,7 @@ class Breaker:
 
     def _state(self) -> str:
         state = self._storage.state
-        if state == STATE_OPEN and self._clock() >= self._opened_at + self._policy.open_seconds:
+        if state == STATE_OPEN and self._clock() >= self._open_until:
             return STATE_HALF_OPEN
         return state
 
@@ -170,6 +181,7 @@ class Breaker:
         if self._storage.success_counter >= self._policy.max_half_open:
             self._change(self._machine.close)
             self._window.clear()
+            self._show(metrics.CLOSED)
 
     def _count(self, *, failed: bool) -> None:
         now = self._clock()
@@ -182,8 +194,14 @@ class Breaker:
             self._open()
 
     def _open(self) -> None:
-        self._opened_at = self._clock()
+        self._open_until = self._clock() + self._policy.open_seconds
         self._change(self._machine.open)
+        self._show(self._open_until)
+
+    def _show(self, open_until: float) -> None:
+        # Under the lock, or an older state could be shown for good.
+        if not self._retired:
+            self._shown.set(open_until)
 
     def _change(self, transition: Callable[[], object]) -> None:
         transition()
@@ -192,7 +210,7 @@ class Breaker:
 
 
 class _Changes(CircuitBreakerListener):
-    """Keeps the changes of state until the breaker's lock is free, then logs them."""
+    """Counts the changes of state; keeps them until the breaker's lock is free, then logs them."""
 
     def __init__(self) -> None:
         self._changes: deque[tuple[str | None, str, str]] = deque()
@@ -204,6 +222,7 @@ class _Changes(CircuitBreakerListener):
         new_state: CircuitBreakerState,
     ) -> None:
         old = old_state.name if old_state else STATE_CLOSED
+        metrics.STATE_CHANGES.labels(cb.name, old, new_state.name).inc()
         self._changes.append((cb.name, old, new_state.name))
 
     def announce(self) -> None:
@@ -221,15 +240,31 @@ class _Changes(CircuitBreakerListener):
 
 
 class Breakers:
-    """The breakers of this worker by host. Shared: the dict; `setdefault` is atomic."""
+    """The breakers of this worker by host.
+
+    Shared: the dict, whose single reads are atomic; `_lock` guards what changes it.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
+        self._lock = threading.Lock()
         self._by_host: dict[str, Breaker] = {}
 
     def of(self, host: str) -> Breaker:
         """Return the one breaker of `host` (`mail.example.com:443`), closed if it is new."""
-        breaker = self._by_host.get(host)
-        if breaker is None:
-            breaker = self._by_host.setdefault(host, Breaker(host, self._policy))
-        return breaker
+        return self._by_host.get(host) or self._add(host)
+
+    def configure(self, hosts: Set[str]) -> None:
+        """Have a breaker for each of `hosts` and for no other."""
+        for host in hosts:
+            self.of(host)
+        with self._lock:
+            gone = [self._by_host.pop(host) for host in self._by_host.keys() - hosts]
+        for breaker in gone:
+            breaker.retire()
+
+    def _add(self, host: str) -> Breaker:
+        with self._lock:
+            if host not in self._by_host:
+                self._by_host[host] = Breaker(host, self._policy)
+            return self._by_host[host]

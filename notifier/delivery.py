@@ -5,10 +5,11 @@ import logging
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from itertools import product
+from typing import NamedTuple
 
-from notifier.errors import AttemptFailed, DeliveryFailed, PreferencesUnavailable
-from notifier.logs import mask_address
+from notifier import metrics
+from notifier.errors import AttemptFailed, PreferencesUnavailable
 from notifier.models import Channel, Message, Provider, Recipient
 from notifier.preferences import Preferences
 from notifier.providers import Providers
@@ -19,20 +20,35 @@ CHANNELS = {
     Recipient.SELLER: (Channel.EMAIL, Channel.PUSH),
 }
 
+OUTCOMES = ("delivered", "failed", "no_provider")
+
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelResult:
+class ChannelResult(NamedTuple):
     """How one channel ended, through which provider, after how many attempts.
 
-    `outcome` is one of `delivered` `failed` `no_provider`.
+    `outcome` is one of `OUTCOMES`.
     """
 
     channel: Channel
     outcome: str
     provider: str | None = None
     attempts: int = 0
+
+
+class Report(NamedTuple):
+    """How a notification ended, over each of its channels and so as a whole."""
+
+    channels: tuple[ChannelResult, ...]
+
+    @property
+    def outcome(self) -> str:
+        """`delivered` if every channel has, else `no_provider` if one has none, else `failed`."""
+        outcomes = {result.outcome for result in self.channels}
+        if outcomes == {"delivered"}:
+            return "delivered"
+        return "no_provider" if "no_provider" in outcomes else "failed"
 
 
 class Delivery:
@@ -50,35 +66,24 @@ class Delivery:
         self._providers = providers
         self._deadline = deadline
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fan-out")
+        _start_at_zero()
 
     def close(self) -> None:
         """Wait for the deliveries under way, and end the threads."""
         self._pool.shutdown()
 
-    def deliver(self, recipient: Recipient, message: Message) -> None:
-        """Reach `recipient` over all its channels at once; return when all have delivered.
-
-        Raises:
-            DeliveryFailed: at least one channel has not; the others were still awaited.
-        """
-        deadline = time.monotonic() + self._deadline
-        results = self._fan_out(CHANNELS[recipient], message, deadline)
-        delivered = all(result.outcome == "delivered" for result in results)
-        log.log(
-            logging.INFO if delivered else logging.ERROR,
-            "notification delivered" if delivered else "notification failed",
-            extra={
-                "recipient": recipient,
-                "to": mask_address(message.to),
-                "channels": [asdict(result) for result in results],
-            },
-        )
-        if not delivered:
-            raise DeliveryFailed
+    def deliver(self, recipient: Recipient, message: Message) -> Report:
+        """Reach `recipient` over all its channels at once; return when all of them have ended."""
+        began = time.monotonic()
+        report = Report(self._fan_out(CHANNELS[recipient], message, began + self._deadline))
+        for result in report.channels:
+            metrics.tried(result.channel, result.provider or "", result.outcome).inc()
+        metrics.notified(recipient, report.outcome).record(time.monotonic() - began)
+        return report
 
     def _fan_out(
         self, channels: tuple[Channel, ...], message: Message, deadline: float
-    ) -> list[ChannelResult]:
+    ) -> tuple[ChannelResult, ...]:
         """Run the first channel in this thread and the others in the pool; await all of them."""
         first, *others = channels
         under_way = [self._submit(channel, message, deadline) for channel in others]
@@ -86,7 +91,7 @@ class Delivery:
             result = self._through(first, message, deadline)
         finally:
             wait(under_way)
-        return [result, *(future.result() for future in under_way)]
+        return (result, *(future.result() for future in under_way))
 
     def _submit(
         self, channel: Channel, message: Message, deadline: float
@@ -109,7 +114,7 @@ class Delivery:
         self, channel: Channel, providers: Iterable[Provider], message: Message, deadline: float
     ) -> ChannelResult:
         attempts = 0
-        for provider in providers:
+        for place, provider in enumerate(providers):
             if deadline - time.monotonic() < MIN_ATTEMPT:
                 log.error("deadline passed", extra={"channel": channel})
                 break
@@ -120,5 +125,17 @@ class Delivery:
                 if failure.outcome == "cut_short":
                     break
             else:
+                if place:
+                    metrics.FALLBACKS.labels(channel).inc()
                 return ChannelResult(channel, "delivered", provider.name, attempts + 1)
         return ChannelResult(channel, "failed", None, attempts)
+
+
+def _start_at_zero() -> None:
+    """Export what can be counted before it is, or its first increase would go unseen."""
+    for recipient, outcome in product(Recipient, OUTCOMES):
+        metrics.notified(recipient, outcome)
+    for channel in Channel:
+        metrics.FALLBACKS.labels(channel)
+        metrics.tried(channel, "", "failed")
+        metrics.tried(channel, "", "no_provider")

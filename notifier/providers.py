@@ -7,7 +7,7 @@ from http import HTTPStatus
 
 from pybreaker import CircuitBreakerError
 
-from notifier import logs
+from notifier import logs, metrics
 from notifier.breakers import Breakers, Call
 from notifier.errors import AttemptFailed, TransportError
 from notifier.models import Message, Provider
@@ -89,12 +89,23 @@ class Providers:
         time_left = deadline - time.monotonic()
         ends = deadline - max(0.0, time_left - self._timeout)
         try:
-            status = self._transport.post(provider.url, _body(provider, message), _headers(), ends)
+            status = self._post(provider, message, ends)
         except TransportError as error:
             if time_left < FULL_ATTEMPT * self._timeout and time.monotonic() >= ends:
                 raise AttemptFailed("cut_short", "deadline") from error
             raise AttemptFailed(OUTCOMES.get(error.kind, "unknown"), error.kind) from error
         _judge(status)
+
+    def _post(self, provider: Provider, message: Message, ends: float) -> int:
+        """Call the provider, and count the call."""
+        began = time.monotonic()
+        try:
+            status = self._transport.post(provider.url, _body(provider, message), _headers(), ends)
+        except TransportError as error:
+            _count(provider, None, error.kind, began)
+            raise
+        _count(provider, status, "", began)
+        return status
 
 
 def _body(provider: Provider, message: Message) -> bytes:
@@ -121,6 +132,11 @@ def _judge(status: int) -> None:
     if status in REJECTED and status not in TRY_LATER:
         raise AttemptFailed("rejected", str(status))
     raise AttemptFailed("not_sent" if status in TRY_LATER else "unknown", str(status))
+
+
+def _count(provider: Provider, status: int | None, error: str, began: float) -> None:
+    if provider.host and error != "url":  # else nobody was called
+        metrics.called(provider.host, status, error).record(time.monotonic() - began)
 
 
 def _log_failure(provider: Provider, failure: AttemptFailed) -> None:

@@ -76,6 +76,10 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
+def _parse_delay(text: str) -> float:
+    return 0.0 if re.fullmatch(rf"0+({'|'.join(_UNITS)})?", text) else parse_duration(text)
+
+
 def _whole_number(low: int, high: int) -> Kind:
     def parse(text: str) -> int:
         # int() also takes signs, underscores and other scripts' digits.
@@ -116,6 +120,7 @@ def _ca_bundle(text: str) -> str:
 
 _TEXT = Kind("a text", str)
 _DURATION = Kind("a duration such as 500ms, 5s or 1m30s, from 1ms to 24h", parse_duration)
+_DELAY = Kind("0s or a duration such as 500ms or 5s, up to 24h", _parse_delay)
 _COUNT = _whole_number(1, 1_000_000)
 _PORT = _whole_number(1, 65_535)
 _LISTEN_PORT = Kind(
@@ -147,6 +152,8 @@ class Settings:
     http_server_port: int = _variable(_LISTEN_PORT, 8080)
     web_concurrency: int = _variable(_whole_number(1, 256), min(4, available_cpus()))
     web_threads: int = _variable(_whole_number(1, 512), 32)
+
+    drain_delay: float = _variable(_DELAY, 0.0)
 
     http_client_timeout: float = _variable(_DURATION, 5.0)
     notify_deadline: float = _variable(_DURATION, 0.0)  # 0: three attempts, see __post_init__

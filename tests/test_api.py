@@ -17,8 +17,8 @@ from werkzeug.test import TestResponse
 from notifier import logs
 from notifier.api import MAX_BODY_BYTES
 from notifier.app import create_app
-from notifier.errors import DeliveryFailed
-from notifier.models import Message, Recipient
+from notifier.delivery import ChannelResult, Report
+from notifier.models import Channel, Message, Recipient
 from notifier.settings import Settings
 
 NOTIFY = "/api/v1.0/recipient/buyer/notify"
@@ -35,21 +35,24 @@ NO_NUMBER = "body: contains a number that is too long or not allowed"
 BLANK = "must not be empty or blank"
 NO_STRING = "must be a string"
 CONTROL = "must not contain control characters"
+RequestLine = Callable[[], dict[str, Any]]
 SURROGATES = "must not contain lone surrogates"
 
 
 class FakeDelivery:
-    """Keeps what it is asked to deliver; `act` decides how that ends."""
+    """Keeps what it is asked to deliver; `outcome` or `act` decide how that ends."""
 
     def __init__(self) -> None:
         self.delivered: list[tuple[Recipient, Message]] = []
         self.request_ids: list[str | None] = []
         self.act: Callable[[], None] = lambda: None
+        self.outcome = "delivered"
 
-    def deliver(self, recipient: Recipient, message: Message) -> None:
+    def deliver(self, recipient: Recipient, message: Message) -> Report:
         self.delivered.append((recipient, message))
         self.request_ids.append(logs.request_id.get())
         self.act()
+        return Report((ChannelResult(Channel.EMAIL, self.outcome, "email 1", 2),))
 
     def close(self) -> None:
         """Nothing to close."""
@@ -379,10 +382,17 @@ def test_on_every_route_an_unforeseen_error_is_500_and_shows_nothing_of_itself(
             assert "internal.example" not in f"{response.headers}{response.text}"
 
 
-@pytest.mark.parametrize(
-    "error", [DeliveryFailed(), RuntimeError("no"), KeyError("to"), OSError(5)]
-)
-def test_when_the_delivery_fails_the_caller_is_not_told_why(
+@pytest.mark.parametrize("outcome", ["failed", "no_provider"])
+def test_what_was_not_delivered_is_not_said_to_be(
+    outcome: str, client: FlaskClient, delivery: FakeDelivery
+) -> None:
+    delivery.outcome = outcome
+    response = client.post(NOTIFY, json=GOOD)
+    assert error_of(response) == (500, "E102", "internal server error")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyError("to"), OSError(5)])
+def test_when_the_delivery_breaks_the_caller_is_not_told_why(
     error: Exception, client: FlaskClient, delivery: FakeDelivery
 ) -> None:
     def fail() -> None:
@@ -426,24 +436,63 @@ def test_any_other_request_id_is_replaced_by_a_new_one(
     assert all(re.fullmatch(r"[0-9a-f]{32}", request_id) for request_id in made)
 
 
+@pytest.fixture
+def request_line(caplog: pytest.LogCaptureFixture) -> RequestLine:
+    """Return what was logged about the one request of a test."""
+    caplog.set_level(logging.DEBUG, logger="notifier")
+
+    def line() -> dict[str, Any]:
+        (record,) = [record for record in caplog.records if record.name == "notifier.ops"]
+        assert record.getMessage() == "request"
+        return record.__dict__
+
+    return line
+
+
 @pytest.mark.parametrize(
     ("path", "level", "route"),
     [
         (f"{NOTIFY}?to=a@example.com", "INFO", "/api/v1.0/recipient/<recipient>/notify"),
         ("/healthz", "DEBUG", "/healthz"),
+        ("/metrics", "DEBUG", "/metrics"),
     ],
 )
 def test_a_request_has_one_line_that_names_the_rule_and_not_the_path(
-    path: str, level: str, route: str, client: FlaskClient, caplog: pytest.LogCaptureFixture
+    path: str, level: str, route: str, client: FlaskClient, request_line: RequestLine
 ) -> None:
-    caplog.set_level(logging.DEBUG, logger="notifier")
-    method = "GET" if path == "/healthz" else "POST"
+    method = "POST" if path.startswith(NOTIFY) else "GET"
     client.open(path, method=method, data=body())
-    (record,) = [record for record in caplog.records if record.name == "notifier.ops"]
-    assert (record.levelname, record.getMessage()) == (level, "request")
-    fields = {name: record.__dict__[name] for name in ("method", "route", "status")}
-    assert fields == {"method": method, "route": route, "status": 200}
-    assert "a@example.com" not in repr(record.__dict__)
+    line = request_line()
+    fields = {name: line[name] for name in ("levelname", "method", "route", "status")}
+    assert fields == {"levelname": level, "method": method, "route": route, "status": 200}
+    assert line["duration_ms"] >= 0
+    assert "a@example.com" not in repr(line)
+
+
+def test_the_line_of_a_notification_says_who_was_reached_and_how(
+    client: FlaskClient, request_line: RequestLine
+) -> None:
+    client.post(NOTIFY, json=GOOD)
+    line = request_line()
+    assert (line["recipient"], line["to"]) == ("buyer", "b***@example.com")
+    assert line["channels"] == [
+        {"channel": "Email", "outcome": "delivered", "provider": "email 1", "attempts": 2}
+    ]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(GOOD, "delivered", "INFO"), (GOOD, "failed", "ERROR"), ({}, "delivered", "INFO")],
+)
+def test_only_what_failed_here_is_an_error(
+    case: tuple[dict[str, str], str, str],
+    client: FlaskClient,
+    delivery: FakeDelivery,
+    request_line: RequestLine,
+) -> None:
+    sent, delivery.outcome, level = case
+    client.post(NOTIFY, json=sent)
+    assert (request_line()["levelname"], request_line()["recipient"]) == (level, "buyer")
 
 
 PIECES = [

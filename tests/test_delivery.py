@@ -15,8 +15,8 @@ import pytest
 from notifier import exchange, logs
 from notifier.breakers import Breakers, Policy
 from notifier.db import Database
-from notifier.delivery import ChannelResult, Delivery
-from notifier.errors import DeliveryFailed, PreferencesUnavailable
+from notifier.delivery import ChannelResult, Delivery, Report
+from notifier.errors import PreferencesUnavailable
 from notifier.models import Channel, Message, Provider, Recipient
 from notifier.preferences import Preferences
 from notifier.providers import Providers
@@ -61,18 +61,17 @@ class Known:
 
 @dataclass
 class Made:
-    """A delivery and the breakers behind it."""
+    """A delivery, the breakers behind it, and what it reported so far."""
 
     delivery: Delivery
     breakers: Breakers
+    reports: list[Report]
 
     def to(self, recipient: Recipient) -> bool:
         """Deliver, and say whether that succeeded."""
-        try:
-            self.delivery.deliver(recipient, MESSAGE)
-        except DeliveryFailed:
-            return False
-        return True
+        report = self.delivery.deliver(recipient, MESSAGE)
+        self.reports.append(report)
+        return report.outcome == "delivered"
 
     def recorded(self, host: str) -> str:
         """What the breaker of `host` has recorded."""
@@ -81,7 +80,12 @@ class Made:
 
 
 @pytest.fixture
-def make(make_transport: MakeTransport) -> Iterator[Callable[..., Made]]:
+def reports() -> list[Report]:
+    return []
+
+
+@pytest.fixture
+def make(make_transport: MakeTransport, reports: list[Report]) -> Iterator[Callable[..., Made]]:
     """Make deliveries, by default with breakers that never trip and more time than is needed."""
     with ExitStack() as stack:
 
@@ -92,21 +96,15 @@ def make(make_transport: MakeTransport) -> Iterator[Callable[..., Made]]:
             providers = Providers(make_transport(), breakers, timeout)
             delivery = Delivery(preferences, providers, deadline, threads=8)
             stack.callback(delivery.close)
-            return Made(delivery, breakers)
+            return Made(delivery, breakers, reports)
 
         yield make
 
 
 @pytest.fixture
-def results(caplog: pytest.LogCaptureFixture) -> Callable[[], list[Any]]:
-    """Return how the channels of the last delivery ended, as it was logged."""
-    caplog.set_level(logging.DEBUG, "notifier")
-
-    def last() -> list[ChannelResult]:
-        (*_, record) = (r for r in caplog.records if r.name == "notifier.delivery")
-        return [ChannelResult(**result) for result in record.__dict__["channels"]]
-
-    return last
+def results(reports: list[Report]) -> Callable[[], list[Any]]:
+    """Return how the channels of the last delivery ended."""
+    return lambda: list(reports[-1].channels)
 
 
 def test_providers_are_asked_by_priority_and_then_by_id(

@@ -222,7 +222,7 @@ def test_an_attempt_that_used_up_its_own_time_is_the_hosts_failure(
     breakers: RecordingBreakers,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock = iter([100.0, 110.0])  # before and after the exchange
+    clock = iter([100.0, 100.0, 110.0, 110.0])  # before and after the exchange
     monkeypatch.setattr("notifier.providers.time", SimpleNamespace(monotonic=lambda: next(clock)))
     providers = Providers(FailingTransport("timeout"), breakers, TIMEOUT)
     with pytest.raises(AttemptFailed) as raised:

@@ -46,6 +46,7 @@ DEFAULTS = {
     "http_server_port": 8080,
     "web_concurrency": min(4, available_cpus()),
     "web_threads": 32,
+    "drain_delay": 0.0,
     "http_client_timeout": 5.0,
     "notify_deadline": 15.0,
     "circuit_breaker_max_half_open_requests": 5,
@@ -62,6 +63,7 @@ DEFAULTS = {
 OPTIONAL = [name.upper() for name in DEFAULTS]
 
 DURATION = "a duration such as 500ms, 5s or 1m30s, from 1ms to 24h"
+DELAY = "0s or a duration such as 500ms or 5s, up to 24h"
 COUNT = "a whole number from 1 to 1000000"
 PORT = "a whole number from 1 to 65535"
 LISTEN_PORT = "a port such as 8080 or :8080"
@@ -116,6 +118,8 @@ GOOD = [
     ("CIRCUIT_BREAKER_FAILURE_THRESHOLD_PERCENT", "100", 100),
     ("HTTP_CLIENT_TIMEOUT", "500ms", 0.5),
     *[(name, "1m30s", 90.0) for name in DURATIONS],
+    *[("DRAIN_DELAY", text, 0.0) for text in ("0", "0s", "0ms", "00s")],
+    ("DRAIN_DELAY", "5s", 5.0),
     ("DB_HOST", "/var/run/postgresql", "/var/run/postgresql"),
     ("DB_PORT", "6432", 6432),
     ("DB_NAME", "other", "other"),
@@ -150,6 +154,7 @@ WRONG = [
         for text in [*NO_NUMBERS, "0", "101", "60%", "0.6"]
     ],
     *[(name, text, DURATION) for name in DURATIONS for text in ("5", "-5s", "0s", "25h", "soon")],
+    *[("DRAIN_DELAY", text, DELAY) for text in ("5", "-5s", "0s0", "0x", "25h", "none")],
     *[("DB_SSLMODE", text, "one of disable, allow, prefer") for text in ("on", "true", "verify")],
     *[
         (name, text, PATH)

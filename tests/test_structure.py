@@ -38,6 +38,7 @@ LEVELS = {
     "transport": 1,
     "errors": 0,
     "logs": 0,
+    "metrics": 0,
     "models": 0,
     "settings": 0,
     "single_flight": 0,

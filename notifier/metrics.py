@@ -1,0 +1,190 @@
+"""What is counted, and the page that Prometheus reads.
+
+The instruments are the only state that lives on a module. Under gunicorn every worker counts into
+files of its own in `PROMETHEUS_MULTIPROC_DIR`, which gunicorn.conf.py makes before this module is
+imported, and whichever worker is asked adds all of them up. Without that variable the counts are
+this process's.
+
+Names follow OpenTelemetry's: dots become underscores, with the unit and `_total`.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+from pybreaker import STATE_CLOSED, STATE_HALF_OPEN, STATE_OPEN
+
+from notifier import __version__
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+# Seconds: from an answer out of memory to a request that used up its 15 s, and a bit.
+BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25),
+    *(0.5, 1.0, 2.5, 5.0, 7.5, 10.0, 15.0, 20.0),
+)
+
+# What `OPEN_UNTIL` says of a host instead of a time.
+CLOSED, NOT_CONFIGURED = 0.0, -1.0
+
+STATE_VALUES = {STATE_CLOSED: 0, STATE_OPEN: 1, STATE_HALF_OPEN: 2}
+
+# RFC 9110 ends there. The label must not grow with what a provider makes up.
+HIGHEST_STATUS = 599
+
+_SERVER = ("http_method", "http_route", "http_status_code")
+_CLIENT = ("http_method", "http_host", "http_status_code", "error")
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # workers have no common beginning
+REGISTRY = CollectorRegistry()
+
+
+def _counter(name: str, what: str, *labels: str) -> Counter:
+    return Counter(name, what, labels, registry=REGISTRY)
+
+
+def _histogram(name: str, what: str, *labels: str) -> Histogram:
+    return Histogram(name, what, labels, buckets=BUCKETS, registry=REGISTRY)
+
+
+_SERVER_REQUESTS = _counter("http_server_requests_total", "Requests answered.", *_SERVER)
+_SERVER_DURATION = _histogram(
+    "http_server_duration_seconds", "From a request's arrival to its reply.", *_SERVER
+)
+ACTIVE_REQUESTS = Gauge(
+    "http_server_active_requests",
+    "Requests in progress, those of operators left out.",
+    multiprocess_mode="livesum",
+    registry=REGISTRY,
+)
+_CLIENT_REQUESTS = _counter("http_client_requests_total", "Calls to providers.", *_CLIENT)
+_CLIENT_DURATION = _histogram(
+    "http_client_duration_seconds", "From a provider's name look-up to its answer.", *_CLIENT
+)
+_NOTIFICATIONS = _counter(
+    "notifications_total", "Notifications over all channels.", "recipient", "outcome"
+)
+_NOTIFICATION_DURATION = _histogram(
+    "notification_duration_seconds", "Delivery over all channels.", "recipient"
+)
+_NOTIFICATION_CHANNELS = _counter(
+    "notification_channel_total",
+    "Notifications by channel and the provider that delivered, if one did.",
+    *("channel", "provider", "outcome"),
+)
+FALLBACKS = _counter(
+    "notification_fallback_total",
+    "Deliveries by another provider than the channel's first.",
+    "channel",
+)
+PREFERENCE_CACHE = _counter(
+    "preference_cache_total", "Look-ups of a channel's providers.", "result"
+)
+STATE_CHANGES = _counter(
+    "circuit_breaker_state_changes_total",
+    "Changes of circuit breakers, over all workers.",
+    *("host", "from_state", "to_state"),
+)
+# The page shows `circuit_breaker_state` instead: half-open begins by the clock, in all workers.
+OPEN_UNTIL = Gauge(
+    "circuit_breaker_open_until",
+    "Hidden: CLOSED, NOT_CONFIGURED, or the monotonic time at which open ends.",
+    ["host"],
+    multiprocess_mode="livemax",
+    registry=REGISTRY,
+)
+WORKER_STARTS = _counter("worker_starts_total", "Worker processes started.")
+_BUILD_INFO = Gauge(
+    "notifier_build_info",
+    "Always 1; what runs is in the labels.",
+    ["version", "python_version"],
+    multiprocess_mode="livemax",
+    registry=REGISTRY,
+)
+_BUILD_INFO.labels(__version__, platform.python_version()).set(1)
+
+
+class Timed(NamedTuple):
+    """The two instruments of one kind of event."""
+
+    total: Counter
+    duration: Histogram
+
+    def record(self, seconds: float) -> None:
+        """Count one event that took `seconds`."""
+        self.total.inc()
+        self.duration.observe(seconds)
+
+
+@cache
+def served(method: str, route: str, status: int) -> Timed:
+    """Return the instruments of requests that were answered so; looked up once for each kind."""
+    labels = (method, route, str(status))
+    return Timed(_SERVER_REQUESTS.labels(*labels), _SERVER_DURATION.labels(*labels))
+
+
+@cache
+def called(host: str, status: int | None, error: str = "") -> Timed:
+    """Return the instruments of calls to `host` that ended so; looked up once for each kind."""
+    code = "" if status is None else str(status) if status <= HIGHEST_STATUS else "_OTHER"
+    labels = ("POST", host, code, error)
+    return Timed(_CLIENT_REQUESTS.labels(*labels), _CLIENT_DURATION.labels(*labels))
+
+
+@cache
+def notified(recipient: str, outcome: str) -> Timed:
+    """Return the instruments of notifications that ended so; looked up once for each kind."""
+    return Timed(
+        _NOTIFICATIONS.labels(recipient, outcome), _NOTIFICATION_DURATION.labels(recipient)
+    )
+
+
+@cache
+def tried(channel: str, provider: str, outcome: str) -> Counter:
+    """Return the instrument of channels that ended so; looked up once for each kind."""
+    return _NOTIFICATION_CHANNELS.labels(channel, provider, outcome)
+
+
+def page() -> bytes:
+    """Return the metrics of all workers in Prometheus's text format."""
+    shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+    source = MultiProcessCollector(None) if shared else REGISTRY  # type: ignore[no-untyped-call]
+    return generate_latest(_Presentable(source))
+
+
+class _Presentable(Collector):
+    """Shows `circuit_breaker_state` in the place of `OPEN_UNTIL`."""
+
+    def __init__(self, source: Collector) -> None:
+        self._source = source
+
+    def collect(self) -> Iterator[Metric]:
+        for family in sorted(self._source.collect(), key=lambda family: family.name):
+            yield _states(family) if family.name == "circuit_breaker_open_until" else family
+
+
+def _states(open_until: Metric) -> Metric:
+    states = GaugeMetricFamily(
+        "circuit_breaker_state",
+        "0 closed, 1 open, 2 half-open: the worst of the workers'.",
+        labels=["host", "state"],
+    )
+    for sample in open_until.samples:
+        if sample.value != NOT_CONFIGURED:
+            state = _state(sample.value)
+            states.add_metric([sample.labels["host"], state], STATE_VALUES[state])
+    return states
+
+
+def _state(open_until: float) -> str:
+    if open_until == CLOSED:
+        return STATE_CLOSED
+    return STATE_OPEN if open_until > time.monotonic() else STATE_HALF_OPEN
