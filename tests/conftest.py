@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from notifier import schema
+from notifier import metrics, schema
 from notifier.db import Database
 from notifier.dev import postgres
 from notifier.settings import Settings
@@ -25,6 +25,7 @@ Environment = dict[str, str]
 MakeSettings = Callable[..., Settings]
 MakeProvider = Callable[..., ScriptedProvider]
 MakeTransport = Callable[..., Transport]
+Growth = Callable[[str], dict[tuple[str, ...], float]]
 
 # What a developer's shell sets must not decide a test: only what a test sets does.
 _OURS = [*Settings.__dataclass_fields__, "http_proxy", "https_proxy", "all_proxy", "no_proxy"]
@@ -104,6 +105,17 @@ def add_provider(database: Environment) -> Callable[..., int]:
 
 
 @pytest.fixture
+def allow_connections(database: Environment, server: Environment) -> Callable[[str], None]:
+    """Let `database` take connections (`true`), or refuse them all (`false`)."""
+
+    def allow(allowed: str) -> None:
+        with connect(server) as connection:
+            connection.execute(f"ALTER DATABASE {database['DB_NAME']} ALLOW_CONNECTIONS {allowed}")
+
+    return allow
+
+
+@pytest.fixture
 def make_settings() -> MakeSettings:
     """Make settings that need no database, with the fields that a test names."""
 
@@ -118,6 +130,27 @@ def make_settings() -> MakeSettings:
         return Settings(**(unreachable | fields))
 
     return make
+
+
+@pytest.fixture
+def growth() -> Growth:
+    """Return by label values how much the series of a metric grew since the test began."""
+
+    def now() -> dict[tuple[str, tuple[str, ...]], float]:
+        samples = (sample for family in metrics.REGISTRY.collect() for sample in family.samples)
+        return {(sample.name, tuple(sample.labels.values())): sample.value for sample in samples}
+
+    before = now()
+
+    def of(name: str) -> dict[tuple[str, ...], float]:
+        grown = {
+            labels: value - before.get((series, labels), 0.0)
+            for (series, labels), value in now().items()
+            if series == name
+        }
+        return {labels: by for labels, by in grown.items() if by}
+
+    return of
 
 
 @pytest.fixture

@@ -70,6 +70,10 @@ class Peer:
             _pass_on(self._sock, target)
             back.join(5)
 
+    def pause(self, seconds: float) -> None:
+        """Say nothing for a while, or until the test ends."""
+        self._stopping.wait(seconds)
+
     def hang(self) -> None:
         """Say nothing until the test ends."""
         self._stopping.wait()

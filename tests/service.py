@@ -12,10 +12,14 @@ from typing import Any
 
 import psutil
 import requests
+from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parent.parent
 MESSAGE = {"to": "buyer@example.com", "title": "Hello", "message": "It is on its way."}
 START_SECONDS = 30
+
+# The script, not the module: only it can be started again by SIGUSR2.
+GUNICORN = Path(sys.executable).with_name("gunicorn")
 
 
 def free_port() -> int:
@@ -38,7 +42,7 @@ class Service:
         ours = {"HTTP_SERVER_PORT": str(self.port), "WEB_CONCURRENCY": "2", "LOG_LEVEL": "DEBUG"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gunicorn"],
+                [GUNICORN],
                 cwd=ROOT,
                 env=clean_environment() | ours | environment,
                 stdin=subprocess.DEVNULL,
@@ -49,7 +53,7 @@ class Service:
     def wait_until_ready(self) -> "Service":
         """Return once every worker answers."""
         give_up = time.monotonic() + START_SECONDS
-        while len(self.booted()) < self.workers_wanted() or not self._answers():
+        while len(self.booted()) < self.workers_wanted() or not self._serves():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < give_up, self.log.read_text()
             time.sleep(0.05)
@@ -61,16 +65,36 @@ class Service:
     def booted(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children()
 
-    def _answers(self) -> bool:
+    def _serves(self) -> bool:
         try:
-            return requests.get(f"{self.url}/healthz", timeout=5).ok
+            return self.metric("worker_starts_total") >= self.workers_wanted()
         except requests.ConnectionError:
             return False
 
-    def notify(self, recipient: str = "buyer", **options: Any) -> requests.Response:
-        """Post `MESSAGE`, or what `options` say, and return the reply."""
+    def notify(
+        self, recipient: str = "buyer", session: Any = requests, **options: Any
+    ) -> requests.Response:
+        """Post `MESSAGE`, or what `options` say, and return the reply; `session` may be kept."""
         url = f"{self.url}/api/v1.0/recipient/{recipient}/notify"
-        return requests.post(url, **({"json": MESSAGE, "timeout": 30} | options))
+        reply: requests.Response = session.post(url, **({"json": MESSAGE, "timeout": 30} | options))
+        return reply
+
+    def samples(self) -> list[tuple[str, dict[str, str], float]]:
+        """Return name, labels and value of every series that `/metrics` shows now."""
+        page = requests.get(f"{self.url}/metrics", timeout=10).text
+        return [
+            (sample.name, sample.labels, sample.value)
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+        ]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of the series of `name` that have `labels`."""
+        return sum(
+            value
+            for sample, has, value in self.samples()
+            if sample == name and labels.items() <= has.items()
+        )
 
     def send_raw(self, data: bytes, *, half_close: bool = False) -> bytes:
         """Send bytes as they are and return all that comes back until the service closes."""

@@ -250,17 +250,6 @@ def test_the_query_can_use_the_partial_index(database: Environment) -> None:
     assert "idx_notification_prefs_provider_deleted_active" in plan
 
 
-@pytest.fixture
-def allow_connections(database: Environment, server: Environment) -> Callable[[str], None]:
-    """Let `database` take connections (`true`), or refuse them all (`false`)."""
-
-    def allow(allowed: str) -> None:
-        with connect(server) as connection:
-            connection.execute(f"ALTER DATABASE {database['DB_NAME']} ALLOW_CONNECTIONS {allowed}")
-
-    return allow
-
-
 def test_expired_providers_are_served_while_the_database_is_gone_and_then_reloaded(
     known: Preferences,
     clock: Clock,

@@ -1,0 +1,358 @@
+"""What an orchestrator does to a running service: probe, drain, stop, reload, upgrade, kill."""
+
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+
+from tests.conftest import MakeProvider
+from tests.scripted_provider import Peer, Received, Script, answer
+from tests.service import Service
+from tests.sockets import LOOPBACK, not_answering, silent
+from tests.timing import eventually, within
+
+StartService = Callable[..., Service]
+AddProvider = Callable[..., int]
+
+
+class Gate:
+    """A provider's script that answers once the gate is open."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Semaphore(0)
+        self._open = threading.Event()
+
+    def __call__(self, peer: Peer, received: Received) -> None:
+        self._asked.release()
+        self._open.wait(30)
+        answer()(peer, received)
+
+    def wait_for(self, callers: int) -> None:
+        for _ in range(callers):
+            assert self._asked.acquire(timeout=20)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def answer_after(seconds: float) -> Script:
+    def script(peer: Peer, received: Received) -> None:
+        peer.pause(seconds)
+        answer()(peer, received)
+
+    return script
+
+
+@contextmanager
+def callers(service: Service, count: int, *, keep: bool) -> Iterator[list[Any]]:
+    """Notify without pause from `count` threads; the list gets the status or error of each try.
+
+    Args:
+        keep: whether each thread keeps its connection, or makes one for each request.
+    """
+    outcomes: list[Any] = []
+    enough = threading.Event()
+
+    def call() -> None:
+        with requests.Session() as session:
+            while not enough.is_set():
+                try:
+                    reply = service.notify(session=session if keep else requests)
+                    outcomes.append(reply.status_code)
+                except requests.RequestException as error:
+                    outcomes.append(error)
+
+    with ThreadPoolExecutor(count) as pool:
+        calls = [pool.submit(call) for _ in range(count)]
+        try:
+            yield outcomes
+        finally:
+            enough.set()
+    for done in calls:
+        done.result()
+
+
+def reload(service: Service, starts: int) -> None:
+    """Send SIGHUP; wait for the old workers' end, and for `starts` since the master's start."""
+    old = service.booted()
+    service.process.send_signal(signal.SIGHUP)
+    psutil.wait_procs(old, timeout=30)
+    eventually(lambda: service.metric("worker_starts_total") == starts)
+
+
+def readiness(service: Service, session: Any = requests) -> tuple[int, dict[str, Any]]:
+    reply = session.get(f"{service.url}/readyz", timeout=10)
+    return reply.status_code, reply.json()
+
+
+def metrics_folder(master: psutil.Process) -> Path:
+    """Return where the workers of `master` count."""
+    (folder,) = {path.parent for worker in master.children() for path in counted(worker)}
+    return folder
+
+
+def counted(worker: psutil.Process) -> list[Path]:
+    """Return the file of a worker's counters, once it has begun to count."""
+    parents = {Path(tempfile.gettempdir()), Path("/dev/shm")}
+    pattern = f"notifier-metrics-*/counter_{worker.pid}.db"
+    return [path for parent in parents for path in parent.glob(pattern)]
+
+
+# --- readiness
+
+
+def test_a_service_with_its_database_is_ready(start_service: StartService) -> None:
+    service = start_service()
+    assert readiness(service) == (
+        200,
+        {
+            "ready": True,
+            "checks": {
+                "preferences": {"ok": True, "detail": "loaded from PostgreSQL"},
+                "shutdown": {"ok": True, "detail": "not asked for"},
+            },
+        },
+    )
+
+
+def test_what_is_held_in_cache_makes_ready_while_the_database_is_away(
+    start_service: StartService, allow_connections: Callable[[str], None]
+) -> None:
+    service = start_service(WEB_CONCURRENCY="1", CACHE_EXPIRED_TIME="1ms")
+    assert readiness(service)[0] == 200
+    allow_connections("false")
+    status, report = readiness(service)
+    assert (status, report["checks"]["preferences"]["detail"]) == (200, "held in cache")
+
+
+def test_a_service_that_knows_no_providers_and_cannot_ask_is_not_ready_until_it_can(
+    start_service: StartService, allow_connections: Callable[[str], None]
+) -> None:
+    allow_connections("false")
+    service = start_service()
+    status, report = readiness(service)
+    assert (status, report["ready"]) == (503, False)
+    assert report["checks"]["preferences"] == {
+        "ok": False,
+        "detail": "not held in cache, and PostgreSQL cannot be asked",
+    }
+    assert service.metric("http_server_requests_total", http_status_code="503") == 1
+    allow_connections("true")
+    eventually(lambda: readiness(service)[0] == 200)
+
+
+@pytest.mark.parametrize("hanging", [silent, not_answering])
+def test_readiness_is_answered_within_a_second_however_the_database_hangs(
+    start_service: StartService, hanging: Callable[[], AbstractContextManager[int]]
+) -> None:
+    with hanging() as port:
+        service = start_service(DB_HOST=LOOPBACK, DB_PORT=str(port), WEB_CONCURRENCY="1")
+        for _ in range(3):
+            with within(1):
+                assert readiness(service)[0] == 503
+            with within(1):
+                assert requests.get(f"{service.url}/healthz", timeout=10).status_code == 200
+
+
+# --- stop
+
+
+def test_a_stop_lets_thirty_slow_requests_finish(
+    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
+) -> None:
+    add_provider(make_provider(answer_after(1.5)).url)
+    service = start_service()
+    with ThreadPoolExecutor(30) as pool:
+        replies = [pool.submit(service.notify) for _ in range(30)]
+        eventually(lambda: service.metric("http_server_active_requests") == 30)
+        service.process.send_signal(signal.SIGTERM)
+        assert [reply.result().status_code for reply in replies] == [200] * 30
+    assert service.process.wait(30) == 0
+    assert "Traceback" not in service.log.read_text()
+
+
+def test_while_draining_it_is_not_ready_and_still_serves(
+    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
+) -> None:
+    add_provider(make_provider().url)
+    service = start_service(DRAIN_DELAY="2s")
+    with requests.Session() as kept:
+        assert readiness(service, kept)[0] == 200
+        service.process.send_signal(signal.SIGTERM)
+        eventually(lambda: readiness(service)[0] == 503)
+        status, report = readiness(service, kept)
+        assert (status, report["checks"]["shutdown"]) == (503, {"ok": False, "detail": "under way"})
+    for _ in range(10):
+        reply = service.notify()
+        assert reply.status_code == 200
+        assert reply.headers["Connection"] == "close"  # the next request goes to somebody else
+    assert service.process.poll() is None
+    assert service.process.wait(30) == 0
+    assert [line["seconds"] for line in service.lines() if line["message"] == "draining"] == [2.0]
+
+
+def test_a_second_signal_ends_the_drain(start_service: StartService) -> None:
+    service = start_service(DRAIN_DELAY="1h")
+    service.process.send_signal(signal.SIGTERM)
+    eventually(lambda: readiness(service)[0] == 503)
+    assert service.stop() == 0
+
+
+def test_without_a_drain_delay_a_stop_does_not_wait(start_service: StartService) -> None:
+    service = start_service()
+    assert service.stop() == 0
+    assert "draining" not in {line["message"] for line in service.lines()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
+def test_a_quick_stop_does_not_drain(start_service: StartService, number: int) -> None:
+    service = start_service(DRAIN_DELAY="1h")
+    with within(10):
+        assert service.stop(number) == 0
+
+
+def test_under_load_a_drained_stop_refuses_connections_and_fails_no_request(
+    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
+) -> None:
+    """Callers that leave when they see a 503, as a load balancer does, lose nothing."""
+    add_provider(make_provider().url)
+    service = start_service(DRAIN_DELAY="3s")
+    with callers(service, 6, keep=True) as outcomes:
+        eventually(lambda: len(outcomes) > 50)
+        service.process.send_signal(signal.SIGTERM)
+        eventually(lambda: readiness(service)[0] == 503)
+    assert set(outcomes) == {200}
+    assert service.process.wait(30) == 0
+
+
+# --- reload, kill, upgrade
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept connections", "new connections"])
+def test_a_reload_under_load_fails_no_request_and_loses_no_count(
+    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider, keep: bool
+) -> None:
+    add_provider(make_provider().url)
+    service = start_service()
+    with callers(service, 6, keep=keep) as outcomes:
+        for starts in (4, 6, 8):
+            reload(service, starts)
+            eventually(lambda starts=starts: len(outcomes) > 10 * starts)
+    assert set(outcomes) == {200}
+    assert service.metric("notifications_total", outcome="delivered") == len(outcomes)
+    assert service.stop() == 0
+    assert "Traceback" not in service.log.read_text()
+
+
+def test_every_worker_says_what_all_have_counted_and_the_dead_too(
+    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
+) -> None:
+    add_provider(make_provider().url)
+    service = start_service(WEB_CONCURRENCY="3")
+
+    def counts() -> set[float]:
+        route = "/api/v1.0/recipient/<recipient>/notify"
+        return {service.metric("http_server_requests_total", http_route=route) for _ in range(12)}
+
+    def notify(times: int) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            replies = pool.map(lambda _: service.notify(), range(times))
+            assert {reply.status_code for reply in replies} == {200}
+
+    notify(350)
+    assert counts() == {350}
+    for number, total in ((signal.SIGKILL, 360), (signal.SIGTERM, 370)):
+        victim = service.booted()[0]
+        victim.send_signal(number)
+        psutil.wait_procs([victim], timeout=20)
+        service.wait_until_ready()
+        notify(10)
+        assert counts() == {total}
+    reload(service, starts=8)
+    notify(10)
+    assert counts() == {380}
+    assert not [labels for _, labels, _ in service.samples() if "pid" in labels]
+
+
+def test_a_killed_worker_leaves_no_gauge_behind(
+    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
+) -> None:
+    gate = Gate()
+    add_provider(make_provider(gate).url)
+    service = start_service()
+    with ThreadPoolExecutor(4) as pool:
+        under_way = [pool.submit(service.notify) for _ in range(4)]
+        gate.wait_for(4)
+        assert service.metric("http_server_active_requests") == 4
+        assert service.metric("circuit_breaker_state") == 0
+        for worker in service.booted():
+            worker.kill()
+        assert all(isinstance(reply.exception(), requests.RequestException) for reply in under_way)
+    gate.open()
+    service.wait_until_ready()
+    eventually(lambda: service.metric("http_server_active_requests") == 0)
+    assert "circuit_breaker_state" not in {name for name, *_ in service.samples()}
+
+
+def test_each_master_has_a_metrics_folder_of_its_own_and_removes_it(
+    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
+) -> None:
+    """Also after a reload, whose environment an upgrade hands on."""
+    add_provider(make_provider().url)
+    service = start_service(PROMETHEUS_MULTIPROC_DIR="/no/such/folder")
+    old = psutil.Process(service.process.pid)
+    folder = metrics_folder(old)
+    reload(service, starts=4)
+    assert metrics_folder(old) == folder
+
+    with ExitStack() as stack:
+        old.send_signal(signal.SIGUSR2)
+        new = wait_for_second_master(old)
+        stack.callback(new.wait, 30)
+        stack.callback(new.terminate)
+        new_folder = metrics_folder(new)
+        assert new_folder != folder
+        assert list(folder.glob("*.db"))
+        assert service.stop() == 0
+        assert not folder.exists()
+        assert service.notify().status_code == 200
+        eventually(lambda: service.metric("worker_starts_total") == 2)
+    assert not new_folder.exists()
+
+
+def wait_for_second_master(old: psutil.Process) -> psutil.Process:
+    """Return the master that an upgrade starts, once its two workers count."""
+
+    def masters() -> list[psutil.Process]:
+        grandchildren = {child: child.children() for child in old.children()}
+        return [
+            m
+            for m, workers in grandchildren.items()
+            if len(workers) == 2 and all(map(counted, workers))
+        ]
+
+    eventually(masters)
+    return masters()[0]
+
+
+def test_the_old_master_of_an_upgrade_does_not_drain(start_service: StartService) -> None:
+    """Both listen on one socket: its 503 would speak against the new one too."""
+    service = start_service(DRAIN_DELAY="1h")
+    old = psutil.Process(service.process.pid)
+    old.send_signal(signal.SIGUSR2)
+    new = wait_for_second_master(old)
+    with within(20):
+        assert service.stop() == 0
+    assert readiness(service)[0] == 200
+    for number in (signal.SIGTERM, signal.SIGTERM):
+        new.send_signal(number)
+        eventually(lambda: not new.is_running() or readiness(service)[0] == 503)
+    new.wait(30)

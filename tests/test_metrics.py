@@ -1,0 +1,298 @@
+"""What `/metrics` shows: the contract, one process's counts, and the breakers of all workers."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+
+from notifier import __version__, metrics
+from notifier.breakers import Breaker, Breakers, Policy
+from notifier.settings import Settings
+from tests.conftest import Growth, MakeProvider, connect
+from tests.scripted_provider import answer
+from tests.service import Service
+from tests.timing import eventually
+
+StartService = Callable[..., Service]
+AddProvider = Callable[..., int]
+
+SERVER = {"http_method", "http_route", "http_status_code"}
+CLIENT = {"http_method", "http_host", "http_status_code", "error"}
+
+# Name, type and labels as other systems rely on them; the parser drops `_total`.
+EXPORTED = {
+    "http_server_requests": ("counter", SERVER),
+    "http_server_duration_seconds": ("histogram", SERVER),
+    "http_client_requests": ("counter", CLIENT),
+    "http_client_duration_seconds": ("histogram", CLIENT),
+    "circuit_breaker_state": ("gauge", {"host", "state"}),
+    "circuit_breaker_state_changes": ("counter", {"host", "from_state", "to_state"}),
+    "notifications": ("counter", {"recipient", "outcome"}),
+    "notification_duration_seconds": ("histogram", {"recipient"}),
+    "notification_channel": ("counter", {"channel", "provider", "outcome"}),
+    "notification_fallback": ("counter", {"channel"}),
+    "preference_cache": ("counter", {"result"}),
+    "http_server_active_requests": ("gauge", set()),
+    "worker_starts": ("counter", set()),
+    "notifier_build_info": ("gauge", {"version", "python_version"}),
+}
+
+HOST = "mail.example.com:443"
+ONE_FAILURE_OPENS = Policy(
+    max_half_open=1, open_seconds=60.0, min_calls=1, failure_percent=1, window_seconds=60.0
+)
+
+
+def states() -> dict[str, tuple[str, float]]:
+    """Return state and value of each host's `circuit_breaker_state`, of this process."""
+    families = text_string_to_metric_families(metrics.page().decode())
+    (family,) = (family for family in families if family.name == "circuit_breaker_state")
+    assert len(family.samples) == len({sample.labels["host"] for sample in family.samples})
+    return {s.labels["host"]: (s.labels["state"], s.value) for s in family.samples}
+
+
+def shown(service: Service, name: str) -> dict[tuple[str, ...], float]:
+    """Return the series of a metric by the values of their labels, in the labels' order."""
+    return {
+        tuple(value for _, value in sorted(labels.items())): value
+        for sample, labels, value in service.samples()
+        if sample == name
+    }
+
+
+# --- the contract
+
+
+def test_names_types_and_labels_are_those_of_the_contract_and_counts_are_right(
+    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
+) -> None:
+    failing, delivering = make_provider(answer(503)), make_provider()
+    add_provider(failing.url, priority=1, name="email 1")
+    add_provider(delivering.url, priority=2, name="email 2")
+    service = start_service(WEB_CONCURRENCY="1")
+    for _ in range(5):
+        assert service.notify("buyer").status_code == 200
+    assert service.notify("seller").status_code == 500
+    assert service.notify("nobody").status_code == 422
+    assert requests.get(f"{service.url}/no/such/path", timeout=5).status_code == 404
+    assert requests.request("GRAB", f"{service.url}/healthz", timeout=5).status_code == 405
+
+    page = requests.get(f"{service.url}/metrics", timeout=5)
+    assert page.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    found = {}
+    for family in text_string_to_metric_families(page.text):
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        found[family.name] = (family.type, labels)
+        assert family.documentation
+    assert found == EXPORTED
+
+    route = "/api/v1.0/recipient/<recipient>/notify"
+    requests_total = shown(service, "http_server_requests_total")
+    assert {key: n for key, n in requests_total.items() if key[1] != "/metrics"} == {
+        ("POST", route, "200"): 5,
+        ("POST", route, "500"): 1,
+        ("POST", route, "422"): 1,
+        ("GET", "unmatched", "404"): 1,
+        ("_OTHER", "unmatched", "405"): 1,
+    }
+    assert service.metric("http_server_duration_seconds_count", http_route=route) == 7
+    assert shown(service, "http_client_requests_total") == {
+        ("", failing.host, "POST", "503"): 3,  # then its breaker opened
+        ("", delivering.host, "POST", "200"): 6,
+    }
+    assert service.metric("http_client_duration_seconds_count", http_host=failing.host) == 3
+    assert shown(service, "circuit_breaker_state") == {
+        (failing.host, "open"): 1,
+        (delivering.host, "closed"): 0,
+    }
+    assert shown(service, "circuit_breaker_state_changes_total") == {
+        ("closed", failing.host, "open"): 1
+    }
+    assert {key: n for key, n in shown(service, "notifications_total").items() if n} == {
+        ("delivered", "buyer"): 5,
+        ("no_provider", "seller"): 1,
+    }
+    assert {key: n for key, n in shown(service, "notification_channel_total").items() if n} == {
+        ("Email", "delivered", "email 2"): 6,
+        ("PushNotification", "no_provider", ""): 1,
+    }
+    assert service.metric("notification_duration_seconds_count", recipient="buyer") == 5
+    assert service.metric("notification_fallback_total", channel="Email") == 6
+    assert shown(service, "preference_cache_total") == {
+        ("hit",): 5,
+        ("miss",): 2,
+        ("stale",): 0,
+        ("error",): 0,
+    }
+    assert service.metric("notifier_build_info", version=__version__) == 1
+
+
+def test_what_can_be_counted_is_there_before_it_is(start_service: StartService) -> None:
+    """Prometheus sees no increase in a series that begins with its first count."""
+    service = start_service()
+    zeros = {
+        "notifications_total": 6,  # recipients x outcomes
+        "notification_channel_total": 4,  # channels x outcomes without a provider
+        "notification_fallback_total": 2,
+        "preference_cache_total": 4,
+    }
+    assert {name: len(shown(service, name)) for name in zeros} == zeros
+    assert {service.metric(name) for name in zeros} == {0}
+
+
+def test_the_buckets_tell_apart_what_lasts_from_a_millisecond_to_a_whole_deadline() -> None:
+    deadline = Settings.__dataclass_fields__["http_client_timeout"].default * 3
+    assert metrics.BUCKETS[0] == 0.001
+    assert {5.0, deadline} < set(metrics.BUCKETS)
+    assert metrics.BUCKETS[-1] > deadline  # what the deadline ends is a little longer
+    assert list(metrics.BUCKETS) == sorted(set(metrics.BUCKETS))
+
+
+def test_instruments_are_looked_up_once_for_each_kind() -> None:
+    assert metrics.served("POST", "/", 200) is metrics.served("POST", "/", 200)
+    assert metrics.called(HOST, None, "dns") is metrics.called(HOST, None, "dns")
+    assert metrics.notified("buyer", "failed") is metrics.notified("buyer", "failed")
+    assert metrics.tried("Email", "", "failed") is metrics.tried("Email", "", "failed")
+
+
+@pytest.mark.parametrize(
+    ("status", "label"), [(None, ""), (200, "200"), (599, "599"), (600, "_OTHER"), (999, "_OTHER")]
+)
+def test_a_provider_cannot_make_up_labels(status: int | None, label: str, growth: Growth) -> None:
+    metrics.called(HOST, status).record(0.1)
+    assert growth("http_client_requests_total") == {("POST", HOST, label, ""): 1}
+
+
+# --- breakers
+
+
+@pytest.fixture
+def breakers() -> Iterator[Breakers]:
+    made = Breakers(ONE_FAILURE_OPENS)
+    yield made
+    made.configure(set())
+
+
+def fail(breaker: Breaker) -> None:
+    with breaker.calling() as call:
+        call.record(failed=True)
+
+
+def test_a_breaker_is_shown_from_its_configuration_to_the_end_of_it(breakers: Breakers) -> None:
+    breakers.configure({HOST, "b:1"})
+    assert states() == {HOST: ("closed", 0), "b:1": ("closed", 0)}
+    breakers.configure({HOST})
+    assert states() == {HOST: ("closed", 0)}
+    breakers.configure({"b:1"})
+    assert states() == {"b:1": ("closed", 0)}
+
+
+def test_a_breaker_that_stays_configured_stays_as_it_is(breakers: Breakers) -> None:
+    breakers.configure({HOST})
+    fail(breakers.of(HOST))
+    breakers.configure({HOST, "b:1"})
+    assert states() == {HOST: ("open", 1), "b:1": ("closed", 0)}
+
+
+def test_a_host_that_comes_back_begins_afresh(breakers: Breakers) -> None:
+    breakers.configure({HOST})
+    fail(breakers.of(HOST))
+    breakers.configure(set())
+    breakers.configure({HOST})
+    assert states() == {HOST: ("closed", 0)}
+
+
+def test_a_call_that_outlives_its_hosts_configuration_shows_nothing(breakers: Breakers) -> None:
+    breakers.configure({HOST})
+    with breakers.of(HOST).calling() as call:
+        breakers.configure(set())
+        call.record(failed=True)
+    assert states() == {}
+
+
+class Clock:
+    """A clock that stands still, where the real one is now, until it is set."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_each_state_has_its_name_and_number_and_each_change_its_count(growth: Growth) -> None:
+    clock = Clock()
+    breaker = Breaker(HOST, ONE_FAILURE_OPENS, clock)
+    fail(breaker)
+    assert states()[HOST] == ("open", 1)
+
+    clock.now -= 60  # the metric goes by the real clock
+    fail_long_ago = Breaker(HOST, ONE_FAILURE_OPENS, clock)
+    fail(fail_long_ago)
+    assert states()[HOST] == ("half-open", 2)  # without any call since
+
+    clock.now += 60
+    with fail_long_ago.calling() as call:
+        assert states()[HOST] == ("half-open", 2)
+        call.record(failed=False)
+    assert states()[HOST] == ("closed", 0)
+    assert growth("circuit_breaker_state_changes_total") == {
+        (HOST, "closed", "open"): 2,
+        (HOST, "open", "half-open"): 1,
+        (HOST, "half-open", "closed"): 1,
+    }
+    breaker.retire()
+
+
+def test_the_worst_of_the_workers_states_is_shown_and_half_open_comes_without_traffic(
+    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
+) -> None:
+    provider, other = make_provider(answer(503)), make_provider()
+    add_provider(provider.url)
+    add_provider(other.url, priority=1)
+    service = start_service(
+        WEB_CONCURRENCY="2",
+        CIRCUIT_BREAKER_MIN_REQUESTS_BEFORE_TRIP="1",
+        CIRCUIT_BREAKER_OPEN_STATE_TIMEOUT="2s",
+        CIRCUIT_BREAKER_MAX_HALF_OPEN_REQUESTS="1",
+    )
+    with requests.Session() as one_worker:  # a kept connection stays with it
+        service.notify(session=one_worker)
+        assert service.metric("circuit_breaker_state_changes_total") == 1
+        state = {(provider.host, "open"): 1, (other.host, "closed"): 0}
+        assert shown(service, "circuit_breaker_state") == state
+
+        provider.script = answer()
+        half_open = {(provider.host, "half-open"): 2, (other.host, "closed"): 0}
+        eventually(lambda: shown(service, "circuit_breaker_state") == half_open)
+        assert service.metric("circuit_breaker_state_changes_total") == 1
+
+        assert service.notify(session=one_worker).status_code == 200
+        closed = {(provider.host, "closed"): 0, (other.host, "closed"): 0}
+        assert shown(service, "circuit_breaker_state") == closed
+
+
+def test_a_host_that_is_no_longer_configured_is_gone(
+    start_service: StartService,
+    make_provider: MakeProvider,
+    add_provider: AddProvider,
+    database: dict[str, str],
+) -> None:
+    old, new = make_provider(answer(503)), make_provider()
+    gone = add_provider(old.url)
+    service = start_service(CACHE_EXPIRED_TIME="100ms", WEB_CONCURRENCY="2")
+    service.notify()
+    assert shown(service, "circuit_breaker_state") == {(old.host, "closed"): 0}
+    add_provider(new.url)
+    with connect(database) as connection:
+        connection.execute(
+            "UPDATE notification_preferences SET deleted_at = now() WHERE id = %s", (gone,)
+        )
+
+    def only_the_new_one() -> bool:
+        service.notify()
+        return shown(service, "circuit_breaker_state") == {(new.host, "closed"): 0}
+
+    eventually(only_the_new_one)
