@@ -15,13 +15,13 @@ import pytest
 from notifier import exchange, logs
 from notifier.breakers import Breakers, Policy
 from notifier.db import Database
-from notifier.delivery import ChannelResult, Delivery, Report
+from notifier.delivery import OUTCOMES, ChannelResult, Delivery, Report
 from notifier.errors import PreferencesUnavailable
 from notifier.models import Channel, Message, Provider, Recipient
 from notifier.preferences import Preferences
 from notifier.providers import Providers
 from notifier.settings import MIN_DEADLINE, Settings
-from tests.conftest import Environment, MakeProvider, MakeTransport
+from tests.conftest import Environment, Growth, MakeProvider, MakeTransport
 from tests.scripted_provider import (
     Peer,
     Received,
@@ -381,6 +381,59 @@ def test_when_every_provider_fails_each_has_been_asked_once(
     assert not make(Known(email=rows(*(p.url for p in providers)))).to(Recipient.BUYER)
     assert [len(provider.received) for provider in providers] == [1, 1, 1]
     assert results() == [ChannelResult(Channel.EMAIL, "failed", None, 3)]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "outcome", "channels", "fallbacks"),
+    [
+        (([200], [200]), "delivered", ["email 1", "push 1"], 0),
+        (([500, 200], [503, 429, 201]), "delivered", ["email 2", "push 3"], 2),
+        (([200], []), "no_provider", ["email 1", "no_provider"], 0),
+        (([500], []), "no_provider", ["failed", "no_provider"], 0),
+        (([200], [500]), "failed", ["email 1", "failed"], 0),
+        (([400, 500], [500, 200]), "failed", ["failed", "push 2"], 1),
+    ],
+)
+def test_a_notification_and_its_channels_are_counted_by_how_they_ended(  # noqa: PLR0913
+    make: Callable[..., Made],
+    make_provider: MakeProvider,
+    growth: Growth,
+    *,
+    statuses: tuple[list[int], list[int]],
+    outcome: str,
+    channels: list[str],
+    fallbacks: int,
+) -> None:
+    """`statuses` of the two channels' providers; `channels`: who delivered, or why nobody."""
+    email, push = ([make_provider(answer(s)).url for s in of_channel] for of_channel in statuses)
+    made = make(Known(email=rows(*email), push=rows(*push, channel=Channel.PUSH)))
+    made.to(Recipient.SELLER)
+    assert growth("notifications_total") == {("seller", outcome): 1}
+    assert growth("notification_duration_seconds_count") == {("seller",): 1}
+    assert growth("notification_channel_total") == {
+        (channel, "", end) if end in OUTCOMES else (channel, end, "delivered"): 1
+        for channel, end in zip(Channel, channels, strict=True)
+    }
+    assert sum(growth("notification_fallback_total").values()) == fallbacks
+
+
+def test_preferences_that_cannot_be_read_are_a_failure(
+    make: Callable[..., Made], growth: Growth
+) -> None:
+    make(Known()).to(Recipient.BUYER)
+    assert growth("notifications_total") == {("buyer", "failed"): 1}
+    assert growth("notification_channel_total") == {("Email", "", "failed"): 1}
+
+
+def test_an_open_breaker_makes_its_providers_successor_a_fallback(
+    make: Callable[..., Made], make_provider: MakeProvider, growth: Growth
+) -> None:
+    first, second = make_provider(answer(503)), make_provider()
+    made = make(Known(email=rows(first.url, second.url)), min_calls=1)
+    for _ in range(3):
+        assert made.to(Recipient.BUYER)
+    assert len(first.received) == 1
+    assert growth("notification_fallback_total") == {("Email",): 3}
 
 
 SLOW: list[Script] = [

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import Future
 from typing import Any, LiteralString
 
@@ -17,7 +17,7 @@ from notifier.errors import PreferencesUnavailable
 from notifier.models import Channel, Provider
 from notifier.preferences import EMPTY_LIFETIME, QUERY, Preferences
 from notifier.settings import Settings
-from tests.conftest import Environment, connect
+from tests.conftest import Environment, Growth, connect
 from tests.sockets import LOOPBACK, refusing, silent
 from tests.timing import eventually, within
 
@@ -319,6 +319,74 @@ def test_a_cold_cache_without_a_server_knows_nothing_and_asks_each_time(
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert [error.__dict__["error"] for error in errors] == ["OperationalError"] * 2
     assert database["DB_PASSWORD"] not in caplog.text
+
+
+def test_each_look_up_is_counted_by_how_it_ended(
+    known: Preferences,
+    counting: Counting,
+    clock: Clock,
+    add_provider: Callable[..., int],
+    growth: Growth,
+) -> None:
+    add_provider("http://a/")
+
+    def counts() -> dict[str, float]:
+        return {result: n for (result,), n in growth("preference_cache_total").items()}
+
+    ask(known)
+    assert counts() == {"miss": 1}
+    ask(known)
+    assert counts() == {"miss": 1, "hit": 1}
+    clock.now += LIFETIME
+    counting.down = True
+    ask(known)
+    ask(known)  # while it backs off
+    assert counts() == {"miss": 1, "hit": 1, "stale": 2}
+    with pytest.raises(PreferencesUnavailable):
+        ask(known, Channel.PUSH)
+    assert counts() == {"miss": 1, "hit": 1, "stale": 2, "error": 1}
+    assert known.held() is False
+    assert counts()["hit"] == 1
+
+
+def test_a_load_asks_only_for_what_is_not_held(
+    known: Preferences, counting: Counting, clock: Clock, growth: Growth
+) -> None:
+    ask(known)
+    clock.now += LIFETIME
+    assert not known.held()
+    known.load(time.monotonic() + 5)
+    assert known.held()
+    known.load(time.monotonic() + 5)
+    assert counting.queries == 2
+    assert growth("preference_cache_total") == {("miss",): 1}
+
+
+def test_a_load_that_cannot_ask_says_so_by_its_deadline(
+    known: Preferences, counting: Counting
+) -> None:
+    counting.down = True
+    with pytest.raises(PreferencesUnavailable):
+        known.load(time.monotonic() + 5)
+    assert not known.held()
+
+
+def test_after_each_load_the_hosts_of_all_known_providers_are_told(
+    counting: Counting, clock: Clock, add_provider: Callable[..., int]
+) -> None:
+    told: list[Set[str]] = []
+    known = Preferences(counting, LIFETIME, clock, on_load=told.append)
+    for url in ("http://a/", "https://A/", "ftp://no"):
+        add_provider(url)
+    add_provider("http://push/", "PushNotification")
+    ask(known, Channel.PUSH)
+    ask(known, Channel.EMAIL)
+    ask(known, Channel.EMAIL)
+    assert told == [{"push:80"}, {"push:80", "a:80", "a:443"}]
+    clock.now += LIFETIME
+    counting.down = True
+    ask(known, Channel.EMAIL)
+    assert len(told) == 2  # what is served expired is still configured
 
 
 def test_a_missing_table_is_a_database_error_like_any_other(

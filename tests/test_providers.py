@@ -23,7 +23,7 @@ from notifier.errors import AttemptFailed, TransportError
 from notifier.models import Message, Provider
 from notifier.providers import Providers
 from notifier.transport import Transport
-from tests.conftest import MakeSettings
+from tests.conftest import Growth, MakeSettings
 
 URL = "https://mail.example.com/v1/send"
 HOST = "mail.example.com:443"
@@ -316,8 +316,11 @@ def test_a_url_that_only_requests_refuses_is_skipped_and_records_nothing(
     assert breakers.recorded == [("*.example.com:80", None)]
 
 
-def test_while_the_breaker_is_open_nothing_is_sent(
-    transport: Transport, answers: responses.RequestsMock, caplog: pytest.LogCaptureFixture
+def test_while_the_breaker_is_open_nothing_is_sent_and_no_call_counted(
+    transport: Transport,
+    answers: responses.RequestsMock,
+    caplog: pytest.LogCaptureFixture,
+    growth: Growth,
 ) -> None:
     answers.post(URL, status=503)
     providers = Providers(transport, Breakers(POLICY), TIMEOUT)
@@ -326,6 +329,27 @@ def test_while_the_breaker_is_open_nothing_is_sent(
     assert len(answers.calls) == 3
     refused = [record for record in logged(caplog) if record.levelname == "ERROR"]
     assert [record.__dict__["reason"] for record in refused] == ["breaker", "breaker"]
+    for name in ("http_client_requests_total", "http_client_duration_seconds_count"):
+        assert growth(name) == {("POST", HOST, "503", ""): 3}
+
+
+@pytest.mark.parametrize("kind", ["dns", "connect", "tls", "timeout", "reset", "protocol"])
+@pytest.mark.parametrize("deadline", [3600.0, 0.0], ids=["in time", "cut short"])
+def test_a_call_without_an_answer_is_counted_by_how_it_failed(
+    kind: str, deadline: float, breakers: RecordingBreakers, growth: Growth
+) -> None:
+    failure(Providers(FailingTransport(kind), breakers, TIMEOUT), deadline=deadline)
+    for name in ("http_client_requests_total", "http_client_duration_seconds_count"):
+        assert growth(name) == {("POST", HOST, "", kind): 1}
+
+
+def test_a_url_that_cannot_be_called_is_no_call(
+    breakers: RecordingBreakers, growth: Growth
+) -> None:
+    providers = Providers(FailingTransport("url"), breakers, TIMEOUT)
+    failure(providers)
+    failure(providers, make_provider("ftp://mail.example.com"))
+    assert growth("http_client_requests_total") == {}
 
 
 def test_one_hosts_open_breaker_does_not_stop_another_host(
