@@ -4,6 +4,7 @@ Only the settings and the logs are imported here. Flask, psycopg and what makes 
 are imported by the workers, after the fork.
 """
 
+import itertools
 import logging
 import mmap
 import os
@@ -84,6 +85,7 @@ def _metrics_folder(cfg):
     except OSError:
         sys.exit("notifier cannot start: expected a folder to write metrics in; set TMPDIR to one")
     os.chown(folder, cfg.uid, cfg.gid)  # the workers'
+    logging.getLogger("notifier").debug("metrics folder made", extra={"folder": folder})
     return folder
 
 
@@ -104,9 +106,16 @@ def when_ready(server):
         server.handle_term = drain
 
 
-def post_fork(server, worker):
-    """Let the worker know what its master knows."""
+def pre_fork(server, worker):
+    """Give the worker the lowest number that no other has."""
+    taken = {other.slot for other in server.WORKERS.values()}
+    worker.slot = next(number for number in itertools.count() if number not in taken)
     worker.draining = server.draining
+
+
+def post_fork(server, worker):
+    """Let the worker count where the last one with its number stopped."""
+    os.environ["METRICS_SLOT"] = str(worker.slot)
 
 
 def post_worker_init(worker):
@@ -136,7 +145,7 @@ def child_exit(server, worker):
     # Imported no sooner: it must find the variable that on_starting sets.
     from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415
 
-    mark_process_dead(worker.pid)
+    mark_process_dead(worker.slot)
 
 
 def on_exit(server):

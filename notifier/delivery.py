@@ -126,7 +126,7 @@ class Delivery:
                     break
             else:
                 if place:
-                    metrics.FALLBACKS.labels(channel).inc()
+                    metrics.fell_back(channel).inc()
                 return ChannelResult(channel, "delivered", provider.name, attempts + 1)
         return ChannelResult(channel, "failed", None, attempts)
 
@@ -136,6 +136,6 @@ def _start_at_zero() -> None:
     for recipient, outcome in product(Recipient, OUTCOMES):
         metrics.notified(recipient, outcome)
     for channel in Channel:
-        metrics.FALLBACKS.labels(channel)
+        metrics.fell_back(channel)
         metrics.tried(channel, "", "failed")
         metrics.tried(channel, "", "no_provider")

@@ -2,8 +2,9 @@
 
 The instruments are the only state that lives on a module. Under gunicorn every worker counts into
 files of its own in `PROMETHEUS_MULTIPROC_DIR`, which gunicorn.conf.py makes before this module is
-imported, and whichever worker is asked adds all of them up. Without that variable the counts are
-this process's.
+imported, and whichever worker is asked adds all of them up. The files are named by `METRICS_SLOT`,
+a number that the next worker takes over: named by process id, they would pile up with each restart.
+Without these variables the counts are this process's.
 
 Names follow OpenTelemetry's: dots become underscores, with the unit and `_total`.
 """
@@ -15,7 +16,14 @@ from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    values,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -39,6 +47,9 @@ STATE_VALUES = {STATE_CLOSED: 0, STATE_OPEN: 1, STATE_HALF_OPEN: 2}
 
 # RFC 9110 ends there. The label must not grow with what a provider makes up.
 HIGHEST_STATUS = 599
+
+if _slot := os.environ.get("METRICS_SLOT"):
+    values.ValueClass = values.MultiProcessValue(lambda: _slot)  # type: ignore[no-untyped-call]
 
 _SERVER = ("http_method", "http_route", "http_status_code")
 _CLIENT = ("http_method", "http_host", "http_status_code", "error")
@@ -80,7 +91,7 @@ _NOTIFICATION_CHANNELS = _counter(
     "Notifications by channel and the provider that delivered, if one did.",
     *("channel", "provider", "outcome"),
 )
-FALLBACKS = _counter(
+_FALLBACKS = _counter(
     "notification_fallback_total",
     "Deliveries by another provider than the channel's first.",
     "channel",
@@ -151,6 +162,12 @@ def notified(recipient: str, outcome: str) -> Timed:
 def tried(channel: str, provider: str, outcome: str) -> Counter:
     """Return the instrument of channels that ended so; looked up once for each kind."""
     return _NOTIFICATION_CHANNELS.labels(channel, provider, outcome)
+
+
+@cache
+def fell_back(channel: str) -> Counter:
+    """Return the instrument of fallbacks in `channel`; looked up once for each channel."""
+    return _FALLBACKS.labels(channel)
 
 
 def page() -> bytes:

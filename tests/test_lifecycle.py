@@ -1,11 +1,11 @@
 """What an orchestrator does to a running service: probe, drain, stop, reload, upgrade, kill."""
 
+import contextlib
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +93,9 @@ def readiness(service: Service, session: Any = requests) -> tuple[int, dict[str,
     return reply.status_code, reply.json()
 
 
-def metrics_folder(master: psutil.Process) -> Path:
-    """Return where the workers of `master` count."""
-    (folder,) = {path.parent for worker in master.children() for path in counted(worker)}
-    return folder
-
-
-def counted(worker: psutil.Process) -> list[Path]:
-    """Return the file of a worker's counters, once it has begun to count."""
-    parents = {Path(tempfile.gettempdir()), Path("/dev/shm")}
-    pattern = f"notifier-metrics-*/counter_{worker.pid}.db"
-    return [path for parent in parents for path in parent.glob(pattern)]
+def metrics_folders(service: Service) -> list[Path]:
+    """Return where the workers of each of the service's masters count."""
+    return [Path(line["folder"]) for line in service.lines() if "folder" in line]
 
 
 # --- readiness
@@ -302,57 +294,61 @@ def test_a_killed_worker_leaves_no_gauge_behind(
     assert "circuit_breaker_state" not in {name for name, *_ in service.samples()}
 
 
+def test_however_often_workers_are_replaced_their_files_do_not_pile_up(
+    start_service: StartService,
+) -> None:
+    service = start_service()
+    (folder,) = metrics_folders(service)
+    before = sorted(folder.iterdir())
+    for starts in range(3, 7):
+        victim = service.booted()[0]
+        victim.kill()
+        psutil.wait_procs([victim], timeout=20)
+        eventually(lambda starts=starts: service.metric("worker_starts_total") == starts)
+    assert sorted(folder.iterdir()) == before
+
+
 def test_each_master_has_a_metrics_folder_of_its_own_and_removes_it(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
 ) -> None:
     """Also after a reload, whose environment an upgrade hands on."""
     add_provider(make_provider().url)
     service = start_service(PROMETHEUS_MULTIPROC_DIR="/no/such/folder")
-    old = psutil.Process(service.process.pid)
-    folder = metrics_folder(old)
     reload(service, starts=4)
-    assert metrics_folder(old) == folder
+    (folder,) = metrics_folders(service)
 
-    with ExitStack() as stack:
-        old.send_signal(signal.SIGUSR2)
-        new = wait_for_second_master(old)
-        stack.callback(new.wait, 30)
-        stack.callback(new.terminate)
-        new_folder = metrics_folder(new)
-        assert new_folder != folder
+    with second_master(service):
         assert list(folder.glob("*.db"))
         assert service.stop() == 0
         assert not folder.exists()
         assert service.notify().status_code == 200
-        eventually(lambda: service.metric("worker_starts_total") == 2)
+        assert service.metric("worker_starts_total") == 2
+        _, new_folder = metrics_folders(service)
+        assert new_folder.exists()
     assert not new_folder.exists()
 
 
-def wait_for_second_master(old: psutil.Process) -> psutil.Process:
-    """Return the master that an upgrade starts, once its two workers count."""
-
-    def masters() -> list[psutil.Process]:
-        grandchildren = {child: child.children() for child in old.children()}
-        return [
-            m
-            for m, workers in grandchildren.items()
-            if len(workers) == 2 and all(map(counted, workers))
-        ]
-
-    eventually(masters)
-    return masters()[0]
+@contextmanager
+def second_master(service: Service) -> Iterator[psutil.Process]:
+    """Send SIGUSR2; yield the master that it starts, once its workers count; then stop it."""
+    service.process.send_signal(signal.SIGUSR2)
+    eventually(lambda: len(metrics_folders(service)) == 2)
+    eventually(lambda: len(list(metrics_folders(service)[1].glob("counter_*.db"))) == 2)
+    old = psutil.Process(service.process.pid)
+    (master,) = (child for child in old.children() if child.children())
+    try:
+        yield master
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):  # the second ends a drain
+            with contextlib.suppress(psutil.NoSuchProcess):
+                master.send_signal(number)
+        master.wait(30)
 
 
 def test_the_old_master_of_an_upgrade_does_not_drain(start_service: StartService) -> None:
     """Both listen on one socket: its 503 would speak against the new one too."""
     service = start_service(DRAIN_DELAY="1h")
-    old = psutil.Process(service.process.pid)
-    old.send_signal(signal.SIGUSR2)
-    new = wait_for_second_master(old)
-    with within(20):
-        assert service.stop() == 0
-    assert readiness(service)[0] == 200
-    for number in (signal.SIGTERM, signal.SIGTERM):
-        new.send_signal(number)
-        eventually(lambda: not new.is_running() or readiness(service)[0] == 503)
-    new.wait(30)
+    with second_master(service):
+        with within(20):
+            assert service.stop() == 0
+        assert readiness(service)[0] == 200

@@ -155,6 +155,7 @@ def test_instruments_are_looked_up_once_for_each_kind() -> None:
     assert metrics.called(HOST, None, "dns") is metrics.called(HOST, None, "dns")
     assert metrics.notified("buyer", "failed") is metrics.notified("buyer", "failed")
     assert metrics.tried("Email", "", "failed") is metrics.tried("Email", "", "failed")
+    assert metrics.fell_back("Email") is metrics.fell_back("Email")
 
 
 @pytest.mark.parametrize(
