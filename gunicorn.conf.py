@@ -4,6 +4,7 @@ Only the settings and the logs are imported here. Flask, psycopg and what makes 
 are imported by the workers, after the fork.
 """
 
+import functools
 import itertools
 import logging
 import mmap
@@ -68,13 +69,20 @@ logger_class = JsonLogger
 
 
 def on_starting(server):
-    """Make what the workers share, and say which variables of the Go service are set in vain."""
-    server.draining = mmap.mmap(-1, 1)  # not zero once a stop has been asked for
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics_folder(server.cfg)
+    """Say once which variables of the Go service's environment are set in vain."""
     ignored = [name for name in WITHOUT_EFFECT if os.environ.get(name, "").strip()]
     if ignored:
         message = "variables of the Go service that have no effect here"
         logging.getLogger("notifier.settings").info(message, extra={"variables": ignored})
+
+
+def when_ready(server):
+    """Make what the workers will share, before the first is forked."""
+    server.draining = mmap.mmap(-1, 1)  # not zero once a stop has been asked for
+    server.metrics_folder = _metrics_folder(server.cfg)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = server.metrics_folder
+    if settings.drain_delay:
+        server.handle_term = functools.partial(_drain, server, server.handle_term)
 
 
 def _metrics_folder(cfg):
@@ -89,21 +97,15 @@ def _metrics_folder(cfg):
     return folder
 
 
-def when_ready(server):
-    """Let a stop wait until whoever routes requests to us has seen that we are not ready."""
-    stop = server.handle_term
-
-    def drain():
-        # The new master of an upgrade takes the requests; a second signal is in a hurry.
-        if server.draining[0] or server.reexec_pid:
-            stop()
-        server.draining[0] = True
-        logging.getLogger("notifier").info("draining", extra={"seconds": settings.drain_delay})
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(server.pid, signal.SIGTERM))
-        signal.setitimer(signal.ITIMER_REAL, settings.drain_delay)
-
-    if settings.drain_delay:
-        server.handle_term = drain
+def _drain(server, stop):
+    """Stop once whoever routes requests to us has had time to see that we are not ready."""
+    # The new master of an upgrade takes the requests; a second signal is in a hurry.
+    if server.draining[0] or server.reexec_pid:
+        stop()
+    server.draining[0] = True
+    logging.getLogger("notifier").info("draining", extra={"seconds": settings.drain_delay})
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(server.pid, signal.SIGTERM))
+    signal.setitimer(signal.ITIMER_REAL, settings.drain_delay)
 
 
 def pre_fork(server, worker):
@@ -142,7 +144,7 @@ def worker_exit(server, worker):
 
 def child_exit(server, worker):
     """Forget the gauges of a worker that has ended; its counts stay."""
-    # Imported no sooner: it must find the variable that on_starting sets.
+    # Imported no sooner: it must find the variable that when_ready sets.
     from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415
 
     mark_process_dead(worker.slot)
@@ -150,4 +152,4 @@ def child_exit(server, worker):
 
 def on_exit(server):
     """Remove the metrics of this master."""
-    shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
+    shutil.rmtree(server.metrics_folder, ignore_errors=True)
