@@ -344,10 +344,18 @@ def second_master(service: Service) -> Iterator[psutil.Process]:
         master.wait(30)
 
 
-def test_the_old_master_of_an_upgrade_does_not_drain(start_service: StartService) -> None:
-    """Both listen on one socket: its 503 would speak against the new one too."""
+@pytest.mark.parametrize("keep", [True, False], ids=["kept connections", "new connections"])
+def test_an_upgrade_fails_no_request_and_its_old_master_does_not_drain(
+    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider, keep: bool
+) -> None:
+    """Both masters listen on one socket: the old one's 503 would speak against the new one too."""
+    add_provider(make_provider().url)
     service = start_service(DRAIN_DELAY="1h")
     with second_master(service):
-        with within(20):
+        with callers(service, 6, keep=keep) as outcomes:
+            eventually(lambda: len(outcomes) > 20)
             assert service.stop() == 0
+            served = len(outcomes)
+            eventually(lambda: len(outcomes) > served + 20)
+        assert set(outcomes) == {200}
         assert readiness(service)[0] == 200
