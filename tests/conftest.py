@@ -1,8 +1,15 @@
-"""What the tests share: PostgreSQL, databases made from a migrated one, settings, providers."""
+"""What the tests share: PostgreSQL, databases made from a migrated one, settings, providers.
+
+A test marked `needs(what)` is left out where `what` is missing, and the summary says so. `what` is
+an executable, or "containers": those tests run with TEST_CONTAINERS=1. REQUIRE_ALL=1 makes a
+missing executable an error.
+"""
 
 import itertools
 import os
+import shutil
 import ssl
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,6 +38,39 @@ Growth = Callable[[str], dict[tuple[str, ...], float]]
 _OURS = [*Settings.__dataclass_fields__, "http_proxy", "https_proxy", "all_proxy", "no_proxy"]
 
 _names = itertools.count(1)
+
+_LEFT_OUT = pytest.StashKey[Counter[str]]()  # how many tests, by reason
+
+
+@pytest.hookimpl(trylast=True)  # so that what -k and -m leave out needs nothing
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that need what this machine does not have."""
+    reasons = {item: reason for item in items if (reason := _missing(item))}
+    config.stash[_LEFT_OUT] = Counter(reasons.values())
+    if reasons:
+        config.hook.pytest_deselected(items=[*reasons])
+        items[:] = [item for item in items if item not in reasons]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say what was left out, and why."""
+    for reason, count in config.stash.get(_LEFT_OUT, Counter()).items():
+        terminalreporter.line(f"deselected {count} test{'s'[: count > 1]}: {reason}")
+
+
+def _missing(item: pytest.Item) -> str | None:
+    """Return why the test cannot run here; None if it can."""
+    for what in (mark.args[0] for mark in item.iter_markers("needs")):
+        if what == "containers":
+            if os.environ.get("TEST_CONTAINERS") != "1":
+                return "TEST_CONTAINERS is not 1"
+        elif not shutil.which(what):
+            if os.environ.get("REQUIRE_ALL") == "1":
+                raise pytest.UsageError(f"REQUIRE_ALL is 1, but {what} is not installed")
+            return f"{what} is not installed"
+    return None
 
 
 @pytest.fixture(autouse=True, scope="session")
