@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -12,43 +11,22 @@ import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 import psycopg
 import requests
 
 from notifier import schema
 from notifier.db import Database
-from notifier.dev import postgres
+from notifier.dev import postgres, seed
 from notifier.dev.mock_provider import MockProvider
-from notifier.models import Channel
+from notifier.dev.seed import PROVIDERS, Mock
 from notifier.settings import Settings, SettingsError
 
 ROOT = Path(__file__).parent.parent.parent
+HOST = "127.0.0.1"
 READY_WITHIN = 30.0
 
 EXAMPLE = '{"to": "seller@example.com", "title": "Sold", "message": "Your bicycle is sold."}'
-
-
-class Local(NamedTuple):
-    """A mock provider and its row."""
-
-    name: str
-    channel: Channel
-    port: int
-    priority: int
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/"
-
-
-PROVIDERS = (
-    Local("email 1", Channel.EMAIL, 9090, 0),
-    Local("email 2", Channel.EMAIL, 9091, 1),
-    Local("push 1", Channel.PUSH, 9092, 0),
-    Local("push 2", Channel.PUSH, 9093, 1),
-)
 
 
 class CannotRun(Exception):
@@ -85,7 +63,7 @@ def run(stack: ExitStack, stopping: threading.Event, began: tuple[int, bool]) ->
     """Start everything, each with its end noted in `stack`, and wait."""
     environment = {name: value for name, value in os.environ.items() if value.strip()}
     others = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
-    environment["no_proxy"] = f"{others},127.0.0.1"  # where all of ours is
+    environment["no_proxy"] = f"{others},{HOST}"  # where all of ours is
     own_database = "DB_HOST" not in environment
     settings = Settings.from_env(environment | (_ANY_DATABASE if own_database else {}))
     _check_ports(settings)
@@ -96,9 +74,11 @@ def run(stack: ExitStack, stopping: threading.Event, began: tuple[int, bool]) ->
         environment |= server.env
         settings = Settings.from_env(environment)
         where = f" (password in {server.base / 'password'})"
-    _prepare_database(Database(settings))
-    for local in PROVIDERS:
-        stack.enter_context(_mock_provider(local))
+    database = Database(settings)
+    schema.migrate(database)
+    seed.add_rows(database, PROVIDERS, HOST)
+    for mock in PROVIDERS:
+        stack.enter_context(_mock_provider(mock))
     service = _start_service(stack, environment, settings)
     if _until_ready(service, settings, stopping):
         print(_welcome(settings, where), flush=True)
@@ -114,15 +94,15 @@ _ANY_DATABASE = dict.fromkeys(("DB_HOST", "DB_NAME", "DB_USERNAME", "DB_PASSWORD
 }
 
 
-def _mock_provider(local: Local) -> MockProvider:
+def _mock_provider(mock: Mock) -> MockProvider:
     try:
-        return MockProvider(local.name, local.port)
+        return MockProvider(mock.name, mock.port)
     except OSError as error:
-        raise CannotRun(_no_port(local.port, f'the mock provider "{local.name}"', error)) from None
+        raise CannotRun(_no_port(mock.port, f'the mock provider "{mock.name}"', error)) from None
 
 
 def _check_ports(settings: Settings) -> None:
-    wanted = {local.port: f'the mock provider "{local.name}"' for local in PROVIDERS}
+    wanted = {mock.port: f'the mock provider "{mock.name}"' for mock in PROVIDERS}
     if settings.http_server_port in wanted:
         taken_by = wanted[settings.http_server_port]
         raise CannotRun(f"HTTP_SERVER_PORT is {settings.http_server_port}, used by {taken_by}")
@@ -137,11 +117,11 @@ def _check_ports(settings: Settings) -> None:
 def _try_port(port: int) -> None:
     """Raise the OSError that listening on `port` would raise."""
     with socket.socket() as probe:  # macOS lets two programs bind one port in different ways
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
+        if probe.connect_ex((HOST, port)) == 0:
             raise OSError(errno.EADDRINUSE, "is taken")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not for TIME_WAIT
-        probe.bind(("127.0.0.1", port))
+        probe.bind((HOST, port))
 
 
 def _no_port(port: int, who: str, error: OSError) -> str:
@@ -150,30 +130,13 @@ def _no_port(port: int, who: str, error: OSError) -> str:
     return f"port {port}, for {who}, cannot be used: {error.strerror}"
 
 
-def _prepare_database(database: Database) -> None:
-    """Migrate, and add the mock providers if the table is empty."""
-    schema.migrate(database)
-    with database.connect() as connection, connection.transaction():
-        connection.execute("LOCK TABLE notification_preferences IN EXCLUSIVE MODE")
-        if connection.execute("SELECT FROM notification_preferences LIMIT 1").fetchone() is None:
-            connection.cursor().executemany(
-                "INSERT INTO notification_preferences"
-                " (provider_type, provider_name, host, priority, secret_key)"
-                " VALUES (%s, %s, %s, %s, %s)",
-                [
-                    (local.channel, local.name, local.url, local.priority, secrets.token_hex(8))
-                    for local in PROVIDERS
-                ],
-            )
-
-
 def _start_service(
     stack: ExitStack, environment: dict[str, str], settings: Settings
 ) -> "subprocess.Popen[bytes]":
     # In a session of its own the terminal's Ctrl-C reaches only us, and the service is asked to
     # stop once. The guard stops it too should we be killed.
     python = [sys.executable, "-m"]
-    bind = f"127.0.0.1:{settings.http_server_port}"
+    bind = f"{HOST}:{settings.http_server_port}"
     service = subprocess.Popen(
         [*python, "notifier.dev.guard", *python, "gunicorn", "--bind", bind],
         cwd=ROOT,
@@ -199,7 +162,7 @@ def _stop_service(service: "subprocess.Popen[bytes]") -> None:
 def _until_ready(
     service: "subprocess.Popen[bytes]", settings: Settings, stopping: threading.Event
 ) -> bool:
-    url = f"http://127.0.0.1:{settings.http_server_port}/healthz"
+    url = f"http://{HOST}:{settings.http_server_port}/healthz"
     give_up = time.monotonic() + READY_WITHIN
     while service.poll() is None and not stopping.wait(0.1):
         with contextlib.suppress(requests.ConnectionError, requests.Timeout):
@@ -211,8 +174,8 @@ def _until_ready(
 
 
 def _welcome(settings: Settings, where: str) -> str:
-    service = f"http://127.0.0.1:{settings.http_server_port}"
-    providers = "\n".join(f"    {local.name:<10} {local.url}" for local in PROVIDERS)
+    service = f"http://{HOST}:{settings.http_server_port}"
+    providers = "\n".join(f"    {mock.name:<10} {mock.url(HOST)}" for mock in PROVIDERS)
     database = f"{settings.db_host}:{settings.db_port}/{settings.db_name}"
     return f"""
 The notifier is running.
