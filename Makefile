@@ -9,7 +9,7 @@ WITH_DATABASE := $(BIN)/python -m notifier.dev.postgres
 FLASK := $(BIN)/flask --app notifier.app
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint migrate rollback
+.PHONY: help install run test lint migrate rollback up down
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,3 +38,10 @@ migrate: install ## Bring the database's schema up to date.
 
 rollback: install ## Undo the last migration.
 	@$(WITH_DATABASE) $(FLASK) rollback
+
+up: ## Start everything in containers: as make run does, and Prometheus.
+	docker compose up --build --detach --wait
+	@echo "service http://127.0.0.1:8080/, mock providers http://127.0.0.1:9090/ to 9093, Prometheus http://127.0.0.1:9095/"
+
+down: ## Stop the containers; what is stored stays (docker compose down --volumes removes it).
+	docker compose down

@@ -1,0 +1,26 @@
+FROM python:3.13-slim AS wheels
+COPY requirements.txt /
+RUN pip wheel --no-cache-dir --wheel-dir /wheels --requirement /requirements.txt
+
+FROM python:3.13-slim
+LABEL org.opencontainers.image.title="notifier" \
+      org.opencontainers.image.description="Reaches a marketplace's buyers and sellers"
+WORKDIR /app
+RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
+    pip install --no-cache-dir --root-user-action=ignore --no-index /wheels/*.whl
+COPY gunicorn.conf.py .
+COPY migrations/ migrations/
+COPY notifier/ notifier/
+# Nothing can be written later, and the files may come from a umask that lets nobody else read them.
+RUN chmod -R u=rwX,go=rX . && python -m compileall -q notifier
+USER 10001:10001
+EXPOSE 8080
+STOPSIGNAL SIGTERM
+# Not urllib, which would ask a proxy of the environment for it.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-c", "\
+import http.client, os; \
+port = (os.environ.get('HTTP_SERVER_PORT') or '8080').strip().lstrip(':'); \
+connection = http.client.HTTPConnection('127.0.0.1', int(port), timeout=4); \
+connection.request('GET', '/healthz'); \
+exit(connection.getresponse().status != 200)"]
+CMD ["gunicorn"]
