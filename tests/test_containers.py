@@ -19,6 +19,7 @@ import requests
 
 from tests.service import MESSAGE, ROOT
 from tests.test_structure import pinned
+from tests.timing import eventually
 
 pytestmark = pytest.mark.needs("containers")
 
@@ -93,13 +94,6 @@ def containers() -> dict[str, dict[str, Any]]:
     """Return what docker knows of each service's container."""
     described = json.loads(docker("inspect", *compose("ps", "--all", "--quiet").split()))
     return {each["Config"]["Labels"]["com.docker.compose.service"]: each for each in described}
-
-
-def until(true: Callable[[], bool], seconds: float) -> None:
-    give_up = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < give_up
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -221,10 +215,10 @@ def asked(query: str) -> float | None:
 
 def test_a_notification_is_counted_in_prometheus(say: Say) -> None:
     query = 'sum(notifications_total{recipient="seller", outcome="delivered"})'
-    until(lambda: asked(query) is not None, 30)
+    eventually(lambda: asked(query) is not None, 30)
     before = asked(query) or 0
     assert notify("seller").status_code == 200
-    until(lambda: (asked(query) or 0) > before, 30)
+    eventually(lambda: (asked(query) or 0) > before, 30)
     say(f"Prometheus: {query} is {asked(query):g}")
 
 
@@ -239,7 +233,7 @@ def test_a_request_under_way_gets_its_answer_while_the_container_stops(say: Say)
     title = uuid4().hex
     with ThreadPoolExecutor() as pool:
         request = pool.submit(notify, "buyer", title=title)
-        until(lambda: title in titles(EMAIL_1), 10)
+        eventually(lambda: title in titles(EMAIL_1), 10)
         began = time.monotonic()
         compose("stop", "notifier")
         took = time.monotonic() - began
