@@ -72,6 +72,16 @@ class Prometheus:
         assert reply["status"] == "success", f"{parameters}: {reply['error']}"
         return reply["data"]
 
+    def wait_for_rules(self) -> None:
+        """Return once every rule has been evaluated with what has been scraped by now."""
+        for _ in range(2):  # the first may have begun before
+            before = self._evaluations()
+            eventually(lambda: before.isdisjoint(self._evaluations()))  # noqa: B023 called at once
+
+    def _evaluations(self) -> set[tuple[str, str]]:
+        groups = self.ask("rules")["groups"]
+        return {(group["name"], group["lastEvaluation"]) for group in groups}
+
     def stop(self) -> None:
         self._process.terminate()
         try:

@@ -209,6 +209,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, server: Environment) -> It
         try:
             with Prometheus(folder, f"127.0.0.1:{service.port}") as prometheus:
                 _make_things_happen(service, prometheus)
+                prometheus.wait_for_rules()
                 yield Watched(service, prometheus)
         finally:
             service.stop()
@@ -241,14 +242,10 @@ def _make_things_happen(service: Service, prometheus: Prometheus) -> None:
 def exported(watched: Watched) -> dict[str, set[str]]:
     """The labels of every metric of the service, recorded ones and `up` among them."""
 
-    def labels() -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {}
-        for series in watched.prometheus.ask("series", **{"match[]": '{job="notifier"}'}):
-            found.setdefault(series["__name__"], set()).update(series.keys() - {"__name__"})
-        return found
-
-    eventually(lambda: RECORDED.keys() <= labels().keys())
-    return labels()
+    labels: dict[str, set[str]] = {}
+    for series in watched.prometheus.ask("series", **{"match[]": '{job="notifier"}'}):
+        labels.setdefault(series["__name__"], set()).update(series.keys() - {"__name__"})
+    return labels
 
 
 @needs_prometheus
@@ -270,16 +267,15 @@ def test_an_expression_names_only_what_the_service_exports(
 @needs_prometheus
 @pytest.mark.parametrize("name", [*RECORDED, *QUERIES])
 def test_an_expression_is_answered_with_numbers(name: str, watched: Watched) -> None:
-    eventually(lambda: watched.prometheus.query(EXPRESSIONS[name]))
-    for sample in watched.prometheus.query(EXPRESSIONS[name]):
-        assert sample["value"][1] != "NaN"
+    values = [sample["value"][1] for sample in watched.prometheus.query(EXPRESSIONS[name])]
+    assert values
+    assert "NaN" not in values
 
 
 @needs_prometheus
 @pytest.mark.parametrize("name", QUERIES)
 def test_a_legend_shows_labels_that_the_answer_has(name: str, watched: Watched) -> None:
     wanted = set(re.findall(r"{{(\w+)}}", QUERIES[name]["legendFormat"]))
-    eventually(lambda: watched.prometheus.query(EXPRESSIONS[name]))
     samples = watched.prometheus.query(EXPRESSIONS[name])
     assert wanted <= {label for sample in samples for label in sample["metric"]}
     if len(samples) > 1 and QUERIES[name].get("format") != "table":
@@ -300,9 +296,8 @@ def test_a_variable_of_the_dashboard_finds_its_values(watched: Watched) -> None:
 @needs_prometheus
 def test_every_rule_works_and_a_channel_without_provider_is_told_at_once(watched: Watched) -> None:
     prometheus = watched.prometheus
-    channels = 'ALERTS{alertname="NotifierNoProvider", alertstate="firing", severity="critical"}'
-    eventually(lambda: prometheus.query(channels))
-    assert [s["metric"]["channel"] for s in prometheus.query(channels)] == ["PushNotification"]
+    firing = prometheus.query('ALERTS{alertname="NotifierNoProvider", alertstate="firing"}')
+    assert [sample["metric"]["channel"] for sample in firing] == ["PushNotification"]
     pending = 'count(ALERTS{alertname="NotifierBreakerOpen", alertstate="pending"})'
     assert prometheus.value(pending) == 2
     groups = prometheus.ask("rules")["groups"]
