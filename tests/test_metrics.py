@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 import requests
@@ -66,9 +67,19 @@ def shown(service: Service, name: str) -> dict[tuple[str, ...], float]:
 # --- the contract
 
 
-def test_names_types_and_labels_are_those_of_the_contract_and_counts_are_right(
+@dataclass(frozen=True)
+class Used:
+    """A service of one worker after 5 buyers, a seller without push, and 3 wrong requests."""
+
+    service: Service
+    failing: str  # the host that is asked first
+    delivering: str
+
+
+@pytest.fixture
+def used(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
-) -> None:
+) -> Used:
     failing, delivering = make_provider(answer(503)), make_provider()
     add_provider(failing.url, priority=1, name="email 1")
     add_provider(delivering.url, priority=2, name="email 2")
@@ -79,8 +90,11 @@ def test_names_types_and_labels_are_those_of_the_contract_and_counts_are_right(
     assert service.notify("nobody").status_code == 422
     assert requests.get(f"{service.url}/no/such/path", timeout=5).status_code == 404
     assert requests.request("GRAB", f"{service.url}/healthz", timeout=5).status_code == 405
+    return Used(service, failing.host, delivering.host)
 
-    page = requests.get(f"{service.url}/metrics", timeout=5)
+
+def test_names_types_and_labels_are_those_of_the_contract(used: Used) -> None:
+    page = requests.get(f"{used.service.url}/metrics", timeout=5)
     assert page.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     found = {}
     for family in text_string_to_metric_families(page.text):
@@ -89,45 +103,51 @@ def test_names_types_and_labels_are_those_of_the_contract_and_counts_are_right(
         assert family.documentation
     assert found == EXPORTED
 
+
+def test_requests_are_counted_by_rule_and_calls_by_host(used: Used) -> None:
     route = "/api/v1.0/recipient/<recipient>/notify"
-    requests_total = shown(service, "http_server_requests_total")
-    assert {key: n for key, n in requests_total.items() if key[1] != "/metrics"} == {
+    answered = shown(used.service, "http_server_requests_total")
+    assert {key: n for key, n in answered.items() if key[1] != "/metrics"} == {
         ("POST", route, "200"): 5,
         ("POST", route, "500"): 1,
         ("POST", route, "422"): 1,
         ("GET", "unmatched", "404"): 1,
         ("_OTHER", "unmatched", "405"): 1,
     }
-    assert service.metric("http_server_duration_seconds_count", http_route=route) == 7
-    assert shown(service, "http_client_requests_total") == {
-        ("", failing.host, "POST", "503"): 3,  # then its breaker opened
-        ("", delivering.host, "POST", "200"): 6,
+    assert used.service.metric("http_server_duration_seconds_count", http_route=route) == 7
+    assert shown(used.service, "http_client_requests_total") == {
+        ("", used.failing, "POST", "503"): 3,  # then its breaker opened
+        ("", used.delivering, "POST", "200"): 6,
     }
-    assert service.metric("http_client_duration_seconds_count", http_host=failing.host) == 3
-    assert shown(service, "circuit_breaker_state") == {
-        (failing.host, "open"): 1,
-        (delivering.host, "closed"): 0,
+    assert used.service.metric("http_client_duration_seconds_count", http_host=used.failing) == 3
+    assert shown(used.service, "circuit_breaker_state") == {
+        (used.failing, "open"): 1,
+        (used.delivering, "closed"): 0,
     }
-    assert shown(service, "circuit_breaker_state_changes_total") == {
-        ("closed", failing.host, "open"): 1
+    assert shown(used.service, "circuit_breaker_state_changes_total") == {
+        ("closed", used.failing, "open"): 1
     }
-    assert {key: n for key, n in shown(service, "notifications_total").items() if n} == {
+
+
+def test_notifications_channels_and_look_ups_are_counted_by_outcome(used: Used) -> None:
+    assert {key: n for key, n in shown(used.service, "notifications_total").items() if n} == {
         ("delivered", "buyer"): 5,
         ("no_provider", "seller"): 1,
     }
-    assert {key: n for key, n in shown(service, "notification_channel_total").items() if n} == {
+    channels = shown(used.service, "notification_channel_total")
+    assert {key: n for key, n in channels.items() if n} == {
         ("Email", "delivered", "email 2"): 6,
         ("PushNotification", "no_provider", ""): 1,
     }
-    assert service.metric("notification_duration_seconds_count", recipient="buyer") == 5
-    assert service.metric("notification_fallback_total", channel="Email") == 6
-    assert shown(service, "preference_cache_total") == {
+    assert used.service.metric("notification_duration_seconds_count", recipient="buyer") == 5
+    assert used.service.metric("notification_fallback_total", channel="Email") == 6
+    assert shown(used.service, "preference_cache_total") == {
         ("hit",): 5,
         ("miss",): 2,
         ("stale",): 0,
         ("error",): 0,
     }
-    assert service.metric("notifier_build_info", version=__version__) == 1
+    assert used.service.metric("notifier_build_info", version=__version__) == 1
 
 
 def test_what_can_be_counted_is_there_before_it_is(start_service: StartService) -> None:
