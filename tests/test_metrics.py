@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -314,7 +315,8 @@ def test_a_host_that_is_no_longer_configured_is_gone(
         )
 
     def only_the_new_one() -> bool:
-        service.notify()
+        list(pool.map(lambda _: service.notify(), range(16)))  # some to each worker
         return shown(service, "circuit_breaker_state") == {(new.host, "closed"): 0}
 
-    eventually(only_the_new_one)
+    with ThreadPoolExecutor(16) as pool:
+        eventually(only_the_new_one)
