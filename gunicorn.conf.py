@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
+from pathlib import Path
 
 from gunicorn.glogging import Logger
 
@@ -39,7 +40,10 @@ secure_scheme_headers = {}
 # Requests under way may take their deadline; the rest is for what surrounds them.
 graceful_timeout = round(settings.notify_deadline + 15)
 
-MEMORY = "/dev/shm"  # noqa: S108 gunicorn makes an unlinked file with a random name there
+MEMORY = "/dev/shm"  # noqa: S108 what is made there has a random name, or is unlinked
+
+# What the metrics of some workers may need. Who writes to memory that is full is killed.
+ROOM_FOR_METRICS = 16 * 1024 * 1024
 
 # Workers touch a file to show that they live. On a disk that can block, in memory it does not.
 if os.access(MEMORY, os.W_OK):
@@ -70,6 +74,8 @@ logger_class = JsonLogger
 
 def on_starting(server):
     """Say once which variables of the Go service's environment are set in vain."""
+    if server.cfg.preload_app:
+        sys.exit("notifier cannot start: preload_app is set, but workers have to load the service")
     ignored = [name for name in WITHOUT_EFFECT if os.environ.get(name, "").strip()]
     if ignored:
         message = "variables of the Go service that have no effect here"
@@ -79,28 +85,27 @@ def on_starting(server):
 def when_ready(server):
     """Make what the workers will share, before the first is forked."""
     server.draining = mmap.mmap(-1, 1)  # not zero once a stop has been asked for
-    server.metrics_folder = _metrics_folder(server.cfg)
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = server.metrics_folder
+    server.metrics_folder = _new_folder()
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(server.metrics_folder)
     if settings.drain_delay:
         server.handle_term = functools.partial(_drain, server, server.handle_term)
 
 
-def _metrics_folder(cfg):
-    """Return a new folder, of this master only: an upgrade by SIGUSR2 has two for a while."""
-    parent = MEMORY if os.access(MEMORY, os.W_OK) else None
+def _new_folder():
+    """Return a folder of this master only: an upgrade by SIGUSR2 has two for a while."""
+    in_memory = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOM_FOR_METRICS
     try:
-        folder = tempfile.mkdtemp(prefix="notifier-metrics-", dir=parent)
+        folder = tempfile.mkdtemp(prefix="notifier-metrics-", dir=MEMORY if in_memory else None)
     except OSError:
         sys.exit("notifier cannot start: expected a folder to write metrics in; set TMPDIR to one")
-    os.chown(folder, cfg.uid, cfg.gid)  # the workers'
     logging.getLogger("notifier").debug("metrics folder made", extra={"folder": folder})
-    return folder
+    return Path(folder)
 
 
 def _drain(server, stop):
     """Stop once whoever routes requests to us has had time to see that we are not ready."""
-    # The new master of an upgrade takes the requests; a second signal is in a hurry.
-    if server.draining[0] or server.reexec_pid:
+    # In an upgrade the other master takes the requests. A second signal is in a hurry.
+    if server.draining[0] or server.reexec_pid or server.master_pid:
         stop()
     server.draining[0] = True
     logging.getLogger("notifier").info("draining", extra={"seconds": settings.drain_delay})
@@ -113,11 +118,16 @@ def pre_fork(server, worker):
     taken = {other.slot for other in server.WORKERS.values()}
     worker.slot = next(number for number in itertools.count() if number not in taken)
     worker.draining = server.draining
+    # Whoever tidies up temporary files must not keep workers from starting.
+    server.metrics_folder.mkdir(mode=0o700, exist_ok=True)
+    os.chown(server.metrics_folder, server.cfg.uid, server.cfg.gid)
 
 
 def post_fork(server, worker):
     """Let the worker count where the last one with its number stopped."""
     os.environ["METRICS_SLOT"] = str(worker.slot)
+    # Until it has a handler of its own it has the master's, which would lose the signal.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def post_worker_init(worker):

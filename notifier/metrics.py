@@ -4,7 +4,7 @@ The instruments are the only state that lives on a module. Under gunicorn every 
 files of its own in `PROMETHEUS_MULTIPROC_DIR`, which gunicorn.conf.py makes before this module is
 imported, and whichever worker is asked adds all of them up. The files are named by `METRICS_SLOT`,
 a number that the next worker takes over: named by process id, they would pile up with each restart.
-Without these variables the counts are this process's.
+Without that number the counts are this process's.
 
 Names follow OpenTelemetry's: dots become underscores, with the unit and `_total`.
 """
@@ -12,8 +12,9 @@ Names follow OpenTelemetry's: dots become underscores, with the unit and `_total
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from prometheus_client import (
@@ -48,8 +49,12 @@ STATE_VALUES = {STATE_CLOSED: 0, STATE_OPEN: 1, STATE_HALF_OPEN: 2}
 # RFC 9110 ends there. The label must not grow with what a provider makes up.
 HIGHEST_STATUS = 599
 
-if _slot := os.environ.get("METRICS_SLOT"):
-    values.ValueClass = values.MultiProcessValue(lambda: _slot)  # type: ignore[no-untyped-call]
+_slot = os.environ.get("METRICS_SLOT")
+values.ValueClass = (
+    values.MultiProcessValue(lambda: _slot)  # type: ignore[no-untyped-call]
+    if _slot
+    else values.MutexValue
+)
 
 _SERVER = ("http_method", "http_route", "http_status_code")
 _CLIENT = ("http_method", "http_host", "http_status_code", "error")
@@ -68,7 +73,7 @@ def _histogram(name: str, what: str, *labels: str) -> Histogram:
 
 _SERVER_REQUESTS = _counter("http_server_requests_total", "Requests answered.", *_SERVER)
 _SERVER_DURATION = _histogram(
-    "http_server_duration_seconds", "From a request's arrival to its reply.", *_SERVER
+    "http_server_duration_seconds", "From a thread's taking a request up to its reply.", *_SERVER
 )
 ACTIVE_REQUESTS = Gauge(
     "http_server_active_requests",
@@ -172,9 +177,25 @@ def fell_back(channel: str) -> Counter:
 
 def page() -> bytes:
     """Return the metrics of all workers in Prometheus's text format."""
-    shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
-    source = MultiProcessCollector(None) if shared else REGISTRY  # type: ignore[no-untyped-call]
-    return generate_latest(_Presentable(source))
+    return generate_latest(_Presentable(_Workers() if _slot else REGISTRY))
+
+
+class _Workers(Collector):
+    """Adds up what the workers have counted."""
+
+    def collect(self) -> Iterable[Metric]:
+        folder = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+        files = [os.fspath(file) for file in folder.iterdir() if _has_content(file)]
+        merged: Iterable[Metric] = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
+        return merged
+
+
+def _has_content(file: Path) -> bool:
+    """Say whether `file` can be read: one that a starting worker has just made is empty."""
+    try:
+        return file.stat().st_size > 0
+    except FileNotFoundError:  # a gauge of a worker that has ended
+        return False
 
 
 class _Presentable(Collector):

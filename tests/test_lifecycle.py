@@ -1,7 +1,10 @@
 """What an orchestrator does to a running service: probe, drain, stop, reload, upgrade, kill."""
 
 import contextlib
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +18,7 @@ import requests
 
 from tests.conftest import MakeProvider
 from tests.scripted_provider import Peer, Received, Script, answer
-from tests.service import Service
+from tests.service import ROOT, Service, clean_environment
 from tests.sockets import LOOPBACK, not_answering, silent
 from tests.timing import eventually, within
 
@@ -307,6 +310,32 @@ def test_however_often_workers_are_replaced_their_files_do_not_pile_up(
     assert sorted(folder.iterdir()) == before
 
 
+def test_a_scrape_while_a_worker_starts_steps_over_the_file_it_has_just_made(
+    start_service: StartService,
+) -> None:
+    service = start_service()
+    (folder,) = metrics_folders(service)
+    (folder / "gauge_livesum_9.db").touch()
+    assert service.metric("worker_starts_total") == 2
+
+
+def test_a_metrics_folder_that_was_tidied_up_costs_counts_and_nothing_else(
+    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
+) -> None:
+    add_provider(make_provider().url)
+    service = start_service()
+    (folder,) = metrics_folders(service)
+    shutil.rmtree(folder)
+    assert service.notify().status_code == 200
+    assert requests.get(f"{service.url}/metrics", timeout=10).status_code == 500
+    victim = service.booted()[0]
+    victim.kill()
+    psutil.wait_procs([victim], timeout=20)
+    eventually(lambda: list(folder.glob("counter_*.db")))
+    eventually(lambda: service.metric("worker_starts_total") == 1)
+    assert service.notify().status_code == 200
+
+
 def test_each_master_has_a_metrics_folder_of_its_own_and_removes_it(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
 ) -> None:
@@ -359,3 +388,33 @@ def test_an_upgrade_fails_no_request_and_its_old_master_does_not_drain(
             eventually(lambda: len(outcomes) > served + 20)
         assert set(outcomes) == {200}
         assert readiness(service)[0] == 200
+
+
+def test_a_new_master_that_is_taken_back_does_not_drain(start_service: StartService) -> None:
+    service = start_service(DRAIN_DELAY="1h")
+    with second_master(service) as master:
+        master.send_signal(signal.SIGTERM)
+        eventually(lambda: not master.is_running() or master.status() == psutil.STATUS_ZOMBIE)
+        assert readiness(service)[0] == 200
+    assert service.stop(signal.SIGINT) == 0
+
+
+def test_workers_that_would_not_count_are_not_started(
+    tmp_path: Path, server: dict[str, str]
+) -> None:
+    service = Service(tmp_path, server | {"GUNICORN_CMD_ARGS": "--preload"})
+    assert service.process.wait(30) == 1
+    assert "notifier cannot start: preload_app is set" in service.log.read_text()
+
+
+def test_a_command_ignores_where_others_count(server: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flask", "--app", "notifier.app", "routes"],
+        cwd=ROOT,
+        env=clean_environment() | server | {"PROMETHEUS_MULTIPROC_DIR": "/no/such/folder"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert "/metrics" in done.stdout

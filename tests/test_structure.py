@@ -4,12 +4,15 @@ import ast
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -199,6 +202,16 @@ def test_every_shipped_value_is_one_that_gunicorn_knows_and_takes(
             assert name in config.settings or name in ours, name
         if name in config.settings:
             config.set(name, value)
+
+
+def test_metrics_are_kept_in_memory_only_where_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Who writes to a memory file system that is full is killed."""
+    conf = gunicorn_conf(monkeypatch)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=15 * 2**20))
+    assert conf["_new_folder"]().parent == tmp_path
 
 
 def test_each_timeout_leaves_room_for_those_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
