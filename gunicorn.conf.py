@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 
 from gunicorn.glogging import Logger
+from gunicorn.workers.gthread import ThreadWorker
 
 from notifier import logs
 from notifier.settings import WITHOUT_EFFECT, settings_or_exit
@@ -25,7 +26,6 @@ settings = settings_or_exit()
 
 wsgi_app = "notifier.app:create_app()"
 bind = f"0.0.0.0:{settings.http_server_port}"
-worker_class = "gthread"
 workers = settings.web_concurrency
 threads = settings.web_threads
 preload_app = False
@@ -51,6 +51,22 @@ if os.access(MEMORY, os.W_OK):
 
 # It would open a socket in the home directory, which need not exist or be writable.
 control_socket_disable = True
+
+
+class Worker(ThreadWorker):
+    """gunicorn's gthread, but a stop does not wait for connections on which nothing ever came.
+
+    Load balancers open some in advance. The original caps the patience with those that have been
+    used, and waits its whole `graceful_timeout` for the others; a reload waits with it.
+    """
+
+    def _cap_keepalive(self, deadline):
+        super()._cap_keepalive(deadline)
+        for connection in self.pending_conns:
+            connection.timeout = min(connection.timeout, deadline)
+
+
+worker_class = Worker
 
 
 class JsonLogger(Logger):

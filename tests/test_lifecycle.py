@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -172,6 +173,18 @@ def test_a_stop_lets_thirty_slow_requests_finish(
         assert [reply.result().status_code for reply in replies] == [200] * 30
     assert service.process.wait(30) == 0
     assert "Traceback" not in service.log.read_text()
+
+
+def test_a_stop_does_not_wait_for_connections_that_say_nothing(
+    start_service: StartService,
+) -> None:
+    """A load balancer opens some in advance."""
+    service = start_service(WEB_CONCURRENCY="1", WEB_THREADS="1")
+    with socket.create_connection(("127.0.0.1", service.port)):
+        # The only thread waits some seconds for it, and is free again once it has been put aside.
+        assert requests.get(f"{service.url}/healthz", timeout=20).status_code == 200
+        with within(15):  # graceful_timeout is 30 s
+            assert service.stop() == 0
 
 
 def test_while_draining_it_is_not_ready_and_still_serves(

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from gunicorn.config import Config
+from gunicorn.workers.gthread import ThreadWorker
 
 from notifier.db import DATABASE_WAIT
 from notifier.settings import WITHOUT_EFFECT, Settings
@@ -182,13 +183,13 @@ def test_gunicorn_is_shipped_with_threads_without_preload_and_without_a_control_
     shipped = {
         "wsgi_app": "notifier.app:create_app()",
         "bind": "0.0.0.0:81",
-        "worker_class": "gthread",
         "workers": 3,
         "threads": 7,
         "preload_app": False,
         "control_socket_disable": True,
     }
     assert {name: conf[name] for name in shipped} == shipped
+    assert issubclass(conf["worker_class"], ThreadWorker)
 
 
 def test_every_shipped_value_is_one_that_gunicorn_knows_and_takes(
