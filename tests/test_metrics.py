@@ -1,5 +1,6 @@
 """What `/metrics` shows: the contract, one process's counts, and the breakers of all workers."""
 
+import platform
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from notifier import __version__, metrics
 from notifier.breakers import Breaker, Breakers, Policy
 from notifier.settings import Settings
 from tests.conftest import Growth, MakeProvider, connect
-from tests.scripted_provider import answer
+from tests.scripted_provider import Peer, Received, answer
 from tests.service import Service
 from tests.timing import eventually
 
@@ -148,7 +149,28 @@ def test_notifications_channels_and_look_ups_are_counted_by_outcome(used: Used) 
         ("stale",): 0,
         ("error",): 0,
     }
-    assert used.service.metric("notifier_build_info", version=__version__) == 1
+
+
+def test_what_runs_is_told_once_however_many_workers_there_are(start_service: StartService) -> None:
+    service = start_service(WEB_CONCURRENCY="2")
+    told = {(platform.python_version(), __version__): 1}
+    assert shown(service, "notifier_build_info") == told
+
+
+def test_durations_are_in_seconds_and_each_contains_what_it_waits_for(
+    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
+) -> None:
+    def late(peer: Peer, received: Received) -> None:
+        peer.pause(0.3)
+        answer()(peer, received)
+
+    add_provider(make_provider(late).url)
+    service = start_service(WEB_CONCURRENCY="1")
+    service.notify()
+    call = service.metric("http_client_duration_seconds_sum")
+    notification = service.metric("notification_duration_seconds_sum")
+    request = service.metric("http_server_duration_seconds_sum", http_method="POST")
+    assert 0.3 <= call <= notification <= request < 30
 
 
 def test_what_can_be_counted_is_there_before_it_is(start_service: StartService) -> None:
@@ -272,15 +294,23 @@ def test_each_state_has_its_name_and_number_and_each_change_its_count(growth: Gr
 def test_the_worst_of_the_workers_states_is_shown_and_half_open_comes_without_traffic(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
 ) -> None:
-    provider, other = make_provider(answer(503)), make_provider()
+    provider, other = make_provider(), make_provider()
     add_provider(provider.url)
     add_provider(other.url, priority=1)
     service = start_service(
         WEB_CONCURRENCY="2",
         CIRCUIT_BREAKER_MIN_REQUESTS_BEFORE_TRIP="1",
+        CIRCUIT_BREAKER_FAILURE_THRESHOLD_PERCENT="1",
         CIRCUIT_BREAKER_OPEN_STATE_TIMEOUT="2s",
         CIRCUIT_BREAKER_MAX_HALF_OPEN_REQUESTS="1",
     )
+
+    def loads() -> float:
+        service.notify()
+        return service.metric("preference_cache_total", result="miss")
+
+    eventually(lambda: loads() == 2)  # so each worker has a breaker of the host
+    provider.script = answer(503)
     with requests.Session() as one_worker:  # a kept connection stays with it
         service.notify(session=one_worker)
         assert service.metric("circuit_breaker_state_changes_total") == 1
