@@ -20,6 +20,7 @@ from notifier.app import create_app
 from notifier.delivery import ChannelResult, Report
 from notifier.models import Channel, Message, Recipient
 from notifier.settings import Settings
+from tests.conftest import Growth
 
 NOTIFY = "/api/v1.0/recipient/buyer/notify"
 GOOD = {"to": "buyer@example.com", "title": "Your order", "message": "It is on its way"}
@@ -434,6 +435,15 @@ def test_any_other_request_id_is_replaced_by_a_new_one(
     assert made == delivery.request_ids
     assert len(set(made)) == 2
     assert all(re.fullmatch(r"[0-9a-f]{32}", request_id) for request_id in made)
+
+
+@pytest.mark.parametrize("method", ["CONNECT", "DELETE", "HEAD", "PATCH", "PUT", "TRACE", "GRAB"])
+def test_a_request_is_counted_by_its_method_unless_the_caller_made_that_up(
+    method: str, client: FlaskClient, growth: Growth
+) -> None:
+    client.open(NOTIFY, method=method)
+    label = "_OTHER" if method == "GRAB" else method
+    assert growth("http_server_requests_total") == {(label, "unmatched", "405"): 1}
 
 
 @pytest.fixture
