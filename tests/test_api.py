@@ -7,6 +7,7 @@ import logging
 import random
 import re
 from collections.abc import Callable
+from contextvars import Context
 from typing import Any
 
 import pytest
@@ -437,6 +438,11 @@ def test_any_other_request_id_is_replaced_by_a_new_one(
     assert all(re.fullmatch(r"[0-9a-f]{32}", request_id) for request_id in made)
 
 
+def test_after_a_request_its_thread_no_longer_has_its_id(client: FlaskClient) -> None:
+    client.get("/healthz", headers={"X-Request-Id": "order 4711"})
+    assert logs.request_id.get() is None
+
+
 @pytest.mark.parametrize("method", ["CONNECT", "DELETE", "HEAD", "PATCH", "PUT", "TRACE", "GRAB"])
 def test_a_request_is_counted_by_its_method_unless_the_caller_made_that_up(
     method: str, client: FlaskClient, growth: Growth
@@ -444,6 +450,26 @@ def test_a_request_is_counted_by_its_method_unless_the_caller_made_that_up(
     client.open(NOTIFY, method=method)
     label = "_OTHER" if method == "GRAB" else method
     assert growth("http_server_requests_total") == {(label, "unmatched", "405"): 1}
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("no")])
+def test_a_request_is_in_progress_until_it_ends_however_it_does(
+    error: Exception | None, client: FlaskClient, delivery: FakeDelivery, growth: Growth
+) -> None:
+    seen = []
+
+    def act() -> None:
+        seen.append(growth("http_server_active_requests"))
+        for path in ("/no/such/path", "/healthz"):  # others, that end sooner
+            Context().run(client.get, path)
+        seen.append(growth("http_server_active_requests"))
+        if error:
+            raise error
+
+    delivery.act = act
+    client.post(NOTIFY, json=GOOD)
+    assert seen == [{(): 1}, {(): 1}]
+    assert growth("http_server_active_requests") == {}
 
 
 @pytest.fixture
