@@ -220,6 +220,15 @@ def test_without_a_drain_delay_a_stop_does_not_wait(start_service: StartService)
     assert "draining" not in {line["message"] for line in service.lines()}
 
 
+def test_without_a_drain_delay_a_stopping_worker_is_not_ready(start_service: StartService) -> None:
+    service = start_service()
+    with requests.Session() as kept:
+        assert readiness(service, kept)[0] == 200
+        service.process.send_signal(signal.SIGTERM)
+        eventually(lambda: readiness(service, kept)[0] == 503)
+    assert service.process.wait(30) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
 def test_a_quick_stop_does_not_drain(start_service: StartService, number: int) -> None:
     service = start_service(DRAIN_DELAY="1h")
