@@ -233,6 +233,18 @@ def test_a_longer_deadline_makes_the_graceful_timeout_longer(
     assert gunicorn_conf(monkeypatch, NOTIFY_DEADLINE="90s")["graceful_timeout"] == 105
 
 
+def test_without_a_place_for_metrics_the_start_stops_with_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(**_: Any) -> None:
+        raise OSError
+
+    when_ready = gunicorn_conf(monkeypatch)["when_ready"]
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(SystemExit, match=r"^notifier cannot start: .* TMPDIR"):
+        when_ready(SimpleNamespace(cfg=Config()))
+
+
 def variables() -> dict[str, Any]:
     """Return every variable that is read, with the default of its field."""
     return {field.name.upper(): field.default for field in fields(Settings)}
