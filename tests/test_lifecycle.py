@@ -18,7 +18,7 @@ import pytest
 import requests
 
 from tests.conftest import MakeProvider
-from tests.scripted_provider import Peer, Received, Script, answer
+from tests.scripted_provider import Peer, Received, answer
 from tests.service import ROOT, Service, clean_environment
 from tests.sockets import LOOPBACK, not_answering, silent
 from tests.timing import eventually, within
@@ -45,14 +45,6 @@ class Gate:
 
     def open(self) -> None:
         self._open.set()
-
-
-def answer_after(seconds: float) -> Script:
-    def script(peer: Peer, received: Received) -> None:
-        peer.pause(seconds)
-        answer()(peer, received)
-
-    return script
 
 
 @contextmanager
@@ -164,12 +156,16 @@ def test_readiness_is_answered_within_a_second_however_the_database_hangs(
 def test_a_stop_lets_thirty_slow_requests_finish(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
 ) -> None:
-    add_provider(make_provider(answer_after(1.5)).url)
+    gate = Gate()
+    add_provider(make_provider(gate).url)
     service = start_service()
     with ThreadPoolExecutor(30) as pool:
         replies = [pool.submit(service.notify) for _ in range(30)]
-        eventually(lambda: service.metric("http_server_active_requests") == 30)
+        gate.wait_for(30)
+        assert service.metric("http_server_active_requests") == 30
         service.process.send_signal(signal.SIGTERM)
+        eventually(lambda: "Handling signal: term" in service.log.read_text())
+        gate.open()
         assert [reply.result().status_code for reply in replies] == [200] * 30
     assert service.process.wait(30) == 0
     assert "Traceback" not in service.log.read_text()
@@ -191,7 +187,7 @@ def test_while_draining_it_is_not_ready_and_still_serves(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
 ) -> None:
     add_provider(make_provider().url)
-    service = start_service(DRAIN_DELAY="2s")
+    service = start_service(DRAIN_DELAY="1h")
     with requests.Session() as kept:
         assert readiness(service, kept)[0] == 200
         service.process.send_signal(signal.SIGTERM)
@@ -202,9 +198,8 @@ def test_while_draining_it_is_not_ready_and_still_serves(
         reply = service.notify()
         assert reply.status_code == 200
         assert reply.headers["Connection"] == "close"  # the next request goes to somebody else
-    assert service.process.poll() is None
-    assert service.process.wait(30) == 0
-    assert [line["seconds"] for line in service.lines() if line["message"] == "draining"] == [2.0]
+    assert service.stop() == 0
+    assert [line["seconds"] for line in service.lines() if line["message"] == "draining"] == [3600]
 
 
 def test_a_second_signal_ends_the_drain(start_service: StartService) -> None:
