@@ -6,7 +6,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Set
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, LiteralString
 
 import psycopg
@@ -387,6 +388,36 @@ def test_after_each_load_the_hosts_of_all_known_providers_are_told(
     counting.down = True
     ask(known, Channel.EMAIL)
     assert len(told) == 2  # what is served expired is still configured
+
+
+def test_loads_of_different_channels_are_told_one_after_the_other(counting: Counting) -> None:
+    """Else what was known before one of them could be told after it."""
+    both = threading.Barrier(2)
+    at_once: list[Set[str]] = []
+
+    def tell(hosts: Set[str]) -> None:
+        with suppress(threading.BrokenBarrierError):  # nobody else is told meanwhile
+            both.wait(0.5)
+            at_once.append(hosts)
+
+    known = Preferences(counting, LIFETIME, on_load=tell)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda channel: ask(known, channel), Channel)) == [(), ()]
+    assert at_once == []
+
+
+def test_a_channel_that_loses_its_last_provider_is_told(
+    counting: Counting, clock: Clock, add_provider: Callable[..., int], database: Environment
+) -> None:
+    told: list[Set[str]] = []
+    known = Preferences(counting, LIFETIME, clock, on_load=told.append)
+    add_provider("http://a/")
+    ask(known)
+    with connect(database) as connection:
+        connection.execute("UPDATE notification_preferences SET deleted_at = now()")
+    clock.now += LIFETIME
+    assert ask(known) == ()
+    assert told == [{"a:80"}, set()]
 
 
 def test_a_missing_table_is_a_database_error_like_any_other(
