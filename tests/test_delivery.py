@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -342,6 +343,15 @@ def test_a_sellers_channels_are_under_way_at_the_same_time_with_the_same_request
         ChannelResult(Channel.EMAIL, "delivered", "email 1", 1),
         ChannelResult(Channel.PUSH, "delivered", "push 1", 1),
     ]
+
+
+def test_the_second_channels_of_several_requests_are_under_way_at_the_same_time(
+    make: Callable[..., Made], make_provider: MakeProvider
+) -> None:
+    email, push = make_provider(), make_provider(together(threading.Barrier(3)))
+    made = make(Known(email=rows(email.url), push=rows(push.url, channel=Channel.PUSH)))
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(made.to, [Recipient.SELLER] * 3))
 
 
 @pytest.mark.parametrize("failing", ["email", "push"])
