@@ -190,6 +190,7 @@ def test_while_draining_it_is_not_ready_and_still_serves(
     service = start_service(DRAIN_DELAY="1h")
     with requests.Session() as kept:
         assert readiness(service, kept)[0] == 200
+        assert service.notify().headers["Connection"] == "keep-alive"
         service.process.send_signal(signal.SIGTERM)
         eventually(lambda: readiness(service)[0] == 503)
         status, report = readiness(service, kept)
