@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable
 from contextvars import Context
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -503,6 +504,15 @@ def test_a_request_has_one_line_that_names_the_rule_and_not_the_path(
     assert fields == {"levelname": level, "method": method, "route": route, "status": 200}
     assert line["duration_ms"] >= 0
     assert "a@example.com" not in repr(line)
+
+
+def test_the_line_says_how_many_milliseconds_the_request_took(
+    client: FlaskClient, request_line: RequestLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 100.25])  # as it began and as it ended
+    monkeypatch.setattr("notifier.ops.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    client.get("/healthz")
+    assert request_line()["duration_ms"] == 250
 
 
 def test_the_line_of_a_notification_says_who_was_reached_and_how(
