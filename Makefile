@@ -43,5 +43,5 @@ up: ## Start everything in containers: as make run does, and Prometheus.
 	docker compose up --build --detach --wait
 	@echo "service http://127.0.0.1:8080/, mock providers http://127.0.0.1:9090/ to 9093, Prometheus http://127.0.0.1:9095/"
 
-down: ## Stop the containers; what is stored stays (docker compose down --volumes removes it).
-	docker compose down
+down: ## Stop the containers; what is stored stays.
+	docker compose --profile '*' down

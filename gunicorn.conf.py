@@ -40,14 +40,14 @@ secure_scheme_headers = {}
 # Requests under way may take their deadline; the rest is for what surrounds them.
 graceful_timeout = round(settings.notify_deadline + 15)
 
-MEMORY = "/dev/shm"  # noqa: S108 what is made there has a random name, or is unlinked
+# None where a file system in memory is missing: what is made there has random names.
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
+
+# Workers touch a file to show that they live. On a disk that can block, in memory it does not.
+worker_tmp_dir = MEMORY
 
 # What the metrics of some workers may need. Who writes to memory that is full is killed.
 ROOM_FOR_METRICS = 16 * 1024 * 1024
-
-# Workers touch a file to show that they live. On a disk that can block, in memory it does not.
-if os.access(MEMORY, os.W_OK):
-    worker_tmp_dir = MEMORY
 
 # It would open a socket in the home directory, which need not exist or be writable.
 control_socket_disable = True
@@ -103,15 +103,14 @@ def when_ready(server):
     server.draining = mmap.mmap(-1, 1)  # not zero once a stop has been asked for
     server.metrics_folder = _new_folder()
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(server.metrics_folder)
-    if settings.drain_delay:
-        server.handle_term = functools.partial(_drain, server, server.handle_term)
+    server.handle_term = functools.partial(_drain, server, server.handle_term)
 
 
 def _new_folder():
     """Return a folder of this master only: an upgrade by SIGUSR2 has two for a while."""
-    in_memory = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOM_FOR_METRICS
+    has_room = MEMORY and shutil.disk_usage(MEMORY).free >= ROOM_FOR_METRICS
     try:
-        folder = tempfile.mkdtemp(prefix="notifier-metrics-", dir=MEMORY if in_memory else None)
+        folder = tempfile.mkdtemp(prefix="notifier-metrics-", dir=MEMORY if has_room else None)
     except OSError:
         sys.exit("notifier cannot start: expected a folder to write metrics in; set TMPDIR to one")
     logging.getLogger("notifier").debug("metrics folder made", extra={"folder": folder})
@@ -120,10 +119,12 @@ def _new_folder():
 
 def _drain(server, stop):
     """Stop once whoever routes requests to us has had time to see that we are not ready."""
-    # In an upgrade the other master takes the requests. A second signal is in a hurry.
-    if server.draining[0] or server.reexec_pid or server.master_pid:
+    if server.reexec_pid or server.master_pid:  # an upgrade: the other master takes the requests
         stop()
+    in_a_hurry = server.draining[0] or not settings.drain_delay
     server.draining[0] = True
+    if in_a_hurry:
+        stop()
     logging.getLogger("notifier").info("draining", extra={"seconds": settings.drain_delay})
     signal.signal(signal.SIGALRM, lambda *_: os.kill(server.pid, signal.SIGTERM))
     signal.setitimer(signal.ITIMER_REAL, settings.drain_delay)
@@ -148,17 +149,13 @@ def post_fork(server, worker):
 
 def post_worker_init(worker):
     """Begin to serve."""
-    worker.wsgi.extensions["notifier"].start(lambda: _stopping(worker))
+    worker.wsgi.extensions["notifier"].start(stopping=lambda: bool(worker.draining[0]))
 
 
 def pre_request(worker, request):
     """Let callers that keep their connection move to another instance while this one stops."""
-    if _stopping(worker):
+    if worker.draining[0]:
         request.force_close()
-
-
-def _stopping(worker):
-    return bool(worker.draining[0]) or not worker.alive
 
 
 def worker_exit(server, worker):
@@ -170,7 +167,7 @@ def worker_exit(server, worker):
 
 def child_exit(server, worker):
     """Forget the gauges of a worker that has ended; its counts stay."""
-    # Imported no sooner: it must find the variable that when_ready sets.
+    # Not at the top: the master begins without what belongs to the workers.
     from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415
 
     mark_process_dead(worker.slot)

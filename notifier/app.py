@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class Notifier:
     """The parts of the service in one worker, made after the fork.
 
-    `stopping` says whether this process, or the master that it belongs to, has been asked to stop.
+    `stopping` says whether the service has been asked to stop.
     """
 
     settings: Settings

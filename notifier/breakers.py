@@ -28,6 +28,13 @@ from notifier import metrics
 
 WINDOW_BUCKETS = 10
 
+CHANGES = (
+    (STATE_CLOSED, STATE_OPEN),
+    (STATE_OPEN, STATE_HALF_OPEN),
+    (STATE_HALF_OPEN, STATE_CLOSED),
+    (STATE_HALF_OPEN, STATE_OPEN),
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -99,7 +106,7 @@ class Breaker:
         self._policy = policy
         self._clock = clock
         self._lock = threading.Lock()
-        self._changes = _Changes()
+        self._changes = _Changes(host)
         self._storage = CircuitMemoryStorage(STATE_CLOSED)
         self._machine = CircuitBreaker(
             name=host, state_storage=self._storage, listeners=[self._changes]
@@ -107,10 +114,9 @@ class Breaker:
         self._window = RollingWindow(policy.window_seconds)
         self._generation = 0
         self._in_flight = 0  # of this generation
-        self._open_until = 0.0
-        self._retired = False
+        self._open_until = metrics.CLOSED
+        self._configured = False
         self._shown = metrics.OPEN_UNTIL.labels(host)
-        self._shown.set(metrics.CLOSED)
 
     @property
     def state(self) -> str:
@@ -118,11 +124,11 @@ class Breaker:
         with self._lock:
             return self._state()
 
-    def retire(self) -> None:
-        """Show no state from now on, whatever calls under way bring: the host is not configured."""
+    def configure(self, *, configured: bool) -> None:
+        """Show the state in the metrics or, whatever calls under way bring, show it no more."""
         with self._lock:
-            self._retired = True
-            self._shown.set(metrics.NOT_CONFIGURED)
+            self._configured = configured
+            self._shown.set(self._open_until if configured else metrics.NOT_CONFIGURED)
 
     @contextmanager
     def calling(self) -> Iterator[Call]:
@@ -181,7 +187,8 @@ class Breaker:
         if self._storage.success_counter >= self._policy.max_half_open:
             self._change(self._machine.close)
             self._window.clear()
-            self._show(metrics.CLOSED)
+            self._open_until = metrics.CLOSED
+            self._show()
 
     def _count(self, *, failed: bool) -> None:
         now = self._clock()
@@ -196,12 +203,12 @@ class Breaker:
     def _open(self) -> None:
         self._open_until = self._clock() + self._policy.open_seconds
         self._change(self._machine.open)
-        self._show(self._open_until)
+        self._show()
 
-    def _show(self, open_until: float) -> None:
+    def _show(self) -> None:
         # Under the lock, or an older state could be shown for good.
-        if not self._retired:
-            self._shown.set(open_until)
+        if self._configured:
+            self._shown.set(self._open_until)
 
     def _change(self, transition: Callable[[], object]) -> None:
         transition()
@@ -212,8 +219,9 @@ class Breaker:
 class _Changes(CircuitBreakerListener):
     """Counts the changes of state; keeps them until the breaker's lock is free, then logs them."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str) -> None:
         self._changes: deque[tuple[str | None, str, str]] = deque()
+        self._counts = {change: metrics.STATE_CHANGES.labels(host, *change) for change in CHANGES}
 
     def state_change(
         self,
@@ -222,7 +230,7 @@ class _Changes(CircuitBreakerListener):
         new_state: CircuitBreakerState,
     ) -> None:
         old = old_state.name if old_state else STATE_CLOSED
-        metrics.STATE_CHANGES.labels(cb.name, old, new_state.name).inc()
+        self._counts[old, new_state.name].inc()
         self._changes.append((cb.name, old, new_state.name))
 
     def announce(self) -> None:
@@ -255,13 +263,16 @@ class Breakers:
         return self._by_host.get(host) or self._add(host)
 
     def configure(self, hosts: Set[str]) -> None:
-        """Have a breaker for each of `hosts` and for no other."""
+        """Have a breaker for each of `hosts` and for no other; one call at a time.
+
+        A request that knows an older configuration may still ask for others, unseen.
+        """
         for host in hosts:
-            self.of(host)
+            self.of(host).configure(configured=True)
         with self._lock:
             gone = [self._by_host.pop(host) for host in self._by_host.keys() - hosts]
         for breaker in gone:
-            breaker.retire()
+            breaker.configure(configured=False)
 
     def _add(self, host: str) -> Breaker:
         with self._lock:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
@@ -37,7 +38,8 @@ class ChannelResult(NamedTuple):
     attempts: int = 0
 
 
-class Report(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Report:
     """How a notification ended, over each of its channels and so as a whole."""
 
     channels: tuple[ChannelResult, ...]
@@ -75,10 +77,12 @@ class Delivery:
     def deliver(self, recipient: Recipient, message: Message) -> Report:
         """Reach `recipient` over all its channels at once; return when all of them have ended."""
         began = time.monotonic()
-        report = Report(self._fan_out(CHANNELS[recipient], message, began + self._deadline))
-        for result in report.channels:
-            metrics.tried(result.channel, result.provider or "", result.outcome).inc()
-        metrics.notified(recipient, report.outcome).record(time.monotonic() - began)
+        outcome = "failed"  # should something unforeseen end it
+        try:
+            report = Report(self._fan_out(CHANNELS[recipient], message, began + self._deadline))
+            outcome = report.outcome
+        finally:
+            metrics.notified(recipient, outcome).record(time.monotonic() - began)
         return report
 
     def _fan_out(
@@ -100,6 +104,11 @@ class Delivery:
         return self._pool.submit(run, self._through, channel, message, deadline)
 
     def _through(self, channel: Channel, message: Message, deadline: float) -> ChannelResult:
+        result = self._try(channel, message, deadline)
+        metrics.tried(channel, result.provider or "", result.outcome).inc()
+        return result
+
+    def _try(self, channel: Channel, message: Message, deadline: float) -> ChannelResult:
         try:
             providers = self._preferences.providers(channel, deadline)
         except PreferencesUnavailable:

@@ -22,7 +22,6 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
-    disable_created_metrics,
     values,
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
@@ -59,7 +58,6 @@ values.ValueClass = (
 _SERVER = ("http_method", "http_route", "http_status_code")
 _CLIENT = ("http_method", "http_host", "http_status_code", "error")
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # workers have no common beginning
 REGISTRY = CollectorRegistry()
 
 

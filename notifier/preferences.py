@@ -99,7 +99,7 @@ class Preferences:
         """
         for channel in Channel:
             if channel not in self._entries:
-                self._ask(channel, None, deadline)
+                self.providers(channel, deadline)
 
     def _look_up(self, channel: Channel, deadline: float) -> tuple[_Entry, str]:
         entry = self._entries.get(channel)

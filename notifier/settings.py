@@ -31,7 +31,7 @@ _UNITS = {
     "h": 3600.0,
 }
 _TERM = re.compile(rf"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)({'|'.join(_UNITS)})")
-_MIN_DURATION, _MAX_DURATION = 0.001, 24 * 3600.0
+_MAX_DURATION = 24 * 3600.0
 
 # Python's names and those of zap, which the Go service logged with.
 _LOG_LEVELS = {
@@ -59,25 +59,25 @@ class Kind(NamedTuple):
     parse: Callable[[str], Any]
 
 
-def parse_duration(text: str) -> float:
+def parse_duration(text: str, shortest: float = 0.001) -> float:
     """Return the seconds of a duration written as in Go (`1m30s`).
 
     Source: the grammar of Go's `time.ParseDuration`, without a sign.
 
     Raises:
-        ValueError: not in that form, or not within 1ms and 24h.
+        ValueError: not in that form, or not within `shortest` seconds and 24h.
     """
     terms = _TERM.findall(text)
     if not terms or "".join(number + unit for number, unit in terms) != text:
         raise ValueError(text)
     seconds = sum(float(number) * _UNITS[unit] for number, unit in terms)
-    if not _MIN_DURATION <= seconds <= _MAX_DURATION:
+    if not shortest <= seconds <= _MAX_DURATION:
         raise ValueError(text)
     return seconds
 
 
 def _parse_delay(text: str) -> float:
-    return 0.0 if re.fullmatch(rf"0+({'|'.join(_UNITS)})?", text) else parse_duration(text)
+    return 0.0 if text == "0" else parse_duration(text, shortest=0.0)
 
 
 def _whole_number(low: int, high: int) -> Kind:

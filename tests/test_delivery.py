@@ -427,6 +427,23 @@ def test_a_notification_and_its_channels_are_counted_by_how_they_ended(  # noqa:
     assert sum(growth("notification_fallback_total").values()) == fallbacks
 
 
+def test_what_was_delivered_is_counted_though_something_unforeseen_ends_the_rest(
+    make: Callable[..., Made], make_provider: MakeProvider, growth: Growth
+) -> None:
+    class Broken(Known):
+        def providers(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
+            if channel is Channel.PUSH:
+                raise RuntimeError
+            return super().providers(channel, deadline)
+
+    made = make(Broken(email=rows(make_provider().url)))
+    with pytest.raises(RuntimeError):
+        made.to(Recipient.SELLER)
+    assert growth("notifications_total") == {("seller", "failed"): 1}
+    assert growth("notification_duration_seconds_count") == {("seller",): 1}
+    assert growth("notification_channel_total") == {("Email", "email 1", "delivered"): 1}
+
+
 def test_preferences_that_cannot_be_read_are_a_failure(
     make: Callable[..., Made], growth: Growth
 ) -> None:

@@ -216,6 +216,21 @@ def test_without_a_drain_delay_a_stop_does_not_wait(start_service: StartService)
     assert "draining" not in {line["message"] for line in service.lines()}
 
 
+def test_a_worker_that_a_reload_replaces_is_ready_to_its_end(start_service: StartService) -> None:
+    """The service is: whoever keeps a connection for its probes must not take it for stopping."""
+    service = start_service()
+    with requests.Session() as kept:
+
+        def is_the_old_workers_last() -> bool:
+            reply = kept.get(f"{service.url}/readyz", timeout=10)
+            assert reply.status_code == 200
+            return reply.headers["Connection"] == "close"
+
+        assert not is_the_old_workers_last()
+        service.process.send_signal(signal.SIGHUP)
+        eventually(is_the_old_workers_last)
+
+
 def test_without_a_drain_delay_a_stopping_worker_is_not_ready(start_service: StartService) -> None:
     service = start_service()
     with requests.Session() as kept:

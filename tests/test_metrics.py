@@ -11,7 +11,7 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from notifier import __version__, metrics
-from notifier.breakers import Breaker, Breakers, Policy
+from notifier.breakers import CHANGES, Breaker, Breakers, Policy
 from notifier.settings import Settings
 from tests.conftest import Growth, MakeProvider, connect
 from tests.scripted_provider import Peer, Received, answer
@@ -104,6 +104,7 @@ def test_names_types_and_labels_are_those_of_the_contract(used: Used) -> None:
         found[family.name] = (family.type, labels)
         assert family.documentation
     assert found == EXPORTED
+    assert list(found) == sorted(found)  # for those who read it themselves
 
 
 def test_requests_are_counted_by_rule_and_calls_by_host(used: Used) -> None:
@@ -126,9 +127,9 @@ def test_requests_are_counted_by_rule_and_calls_by_host(used: Used) -> None:
         (used.failing, "open"): 1,
         (used.delivering, "closed"): 0,
     }
-    assert shown(used.service, "circuit_breaker_state_changes_total") == {
-        ("closed", used.failing, "open"): 1
-    }
+    changes = shown(used.service, "circuit_breaker_state_changes_total")
+    assert {key: n for key, n in changes.items() if n} == {("closed", used.failing, "open"): 1}
+    assert len(changes) == 2 * len(CHANGES)  # the others are there at 0
 
 
 def test_notifications_channels_and_look_ups_are_counted_by_outcome(used: Used) -> None:
@@ -257,6 +258,26 @@ def test_a_call_that_outlives_its_hosts_configuration_shows_nothing(breakers: Br
     assert states() == {}
 
 
+def test_a_call_that_outlives_its_hosts_configuration_does_not_hide_the_next(
+    breakers: Breakers,
+) -> None:
+    breakers.configure({HOST})
+    with breakers.of(HOST).calling() as call:
+        breakers.configure(set())
+        breakers.configure({HOST})
+        call.record(failed=True)
+    assert states() == {HOST: ("closed", 0)}
+
+
+def test_a_request_with_an_older_configuration_does_not_bring_its_host_back(
+    breakers: Breakers,
+) -> None:
+    breakers.configure({HOST})
+    breakers.configure(set())
+    fail(breakers.of(HOST))
+    assert states() == {}
+
+
 class Clock:
     """A clock that stands still, where the real one is now, until it is set."""
 
@@ -270,11 +291,13 @@ class Clock:
 def test_each_state_has_its_name_and_number_and_each_change_its_count(growth: Growth) -> None:
     clock = Clock()
     breaker = Breaker(HOST, ONE_FAILURE_OPENS, clock)
+    breaker.configure(configured=True)
     fail(breaker)
     assert states()[HOST] == ("open", 1)
 
     clock.now -= 60  # the metric goes by the real clock
     fail_long_ago = Breaker(HOST, ONE_FAILURE_OPENS, clock)
+    fail_long_ago.configure(configured=True)
     fail(fail_long_ago)
     assert states()[HOST] == ("half-open", 2)  # without any call since
 
@@ -288,7 +311,7 @@ def test_each_state_has_its_name_and_number_and_each_change_its_count(growth: Gr
         (HOST, "open", "half-open"): 1,
         (HOST, "half-open", "closed"): 1,
     }
-    breaker.retire()
+    breaker.configure(configured=False)
 
 
 def test_the_worst_of_the_workers_states_is_shown_and_half_open_comes_without_traffic(

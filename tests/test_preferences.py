@@ -360,16 +360,17 @@ def test_a_load_asks_only_for_what_is_not_held(
     assert known.held()
     known.load(time.monotonic() + 5)
     assert counting.queries == 2
-    assert growth("preference_cache_total") == {("miss",): 1}
+    assert growth("preference_cache_total") == {("miss",): 2}
 
 
-def test_a_load_that_cannot_ask_says_so_by_its_deadline(
-    known: Preferences, counting: Counting
+def test_a_load_that_cannot_ask_says_so_and_is_counted(
+    known: Preferences, counting: Counting, growth: Growth
 ) -> None:
     counting.down = True
     with pytest.raises(PreferencesUnavailable):
         known.load(time.monotonic() + 5)
     assert not known.held()
+    assert growth("preference_cache_total") == {("error",): 1}  # nobody may ever ask otherwise
 
 
 def test_after_each_load_the_hosts_of_all_known_providers_are_told(

@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -205,29 +204,6 @@ def test_a_wrong_environment_stops_the_start_with_one_line(
     assert stopped.stdout == ""
     assert stopped.stderr.count("\n") == 1
     assert expected in stopped.stderr
-
-
-def test_a_stop_lets_the_requests_under_way_finish(
-    start_service: StartService, make_provider, add_provider
-):
-    asked, may_answer = threading.Semaphore(0), threading.Event()
-
-    def answer_when_told(peer: Peer, received: Received) -> None:
-        asked.release()
-        may_answer.wait(20)
-        answer()(peer, received)
-
-    add_provider(make_provider(answer_when_told).url)
-    service = start_service()
-    with ThreadPoolExecutor(10) as callers:
-        replies = [callers.submit(service.notify) for _ in range(10)]
-        for _ in replies:
-            assert asked.acquire(timeout=20)
-        service.process.send_signal(signal.SIGTERM)
-        threading.Timer(0.5, may_answer.set).start()
-        assert [reply.result().status_code for reply in replies] == [200] * 10
-    assert service.process.wait(30) == 0
-    assert "Traceback" not in service.log.read_text()
 
 
 def test_a_killed_worker_is_replaced_and_costs_only_what_it_had_in_hand(

@@ -118,7 +118,7 @@ GOOD = [
     ("CIRCUIT_BREAKER_FAILURE_THRESHOLD_PERCENT", "100", 100),
     ("HTTP_CLIENT_TIMEOUT", "500ms", 0.5),
     *[(name, "1m30s", 90.0) for name in DURATIONS],
-    *[("DRAIN_DELAY", text, 0.0) for text in ("0", "0s", "0ms", "00s")],
+    *[("DRAIN_DELAY", text, 0.0) for text in ("0", "0s", "0ms", "0m0.0s")],
     ("DRAIN_DELAY", "5s", 5.0),
     ("DB_HOST", "/var/run/postgresql", "/var/run/postgresql"),
     ("DB_PORT", "6432", 6432),
