@@ -17,13 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    values,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -148,9 +142,14 @@ def served(method: str, route: str, status: int) -> Timed:
 @cache
 def called(host: str, status: int | None, error: str = "") -> Timed:
     """Return the instruments of calls to `host` that ended so; looked up once for each kind."""
-    code = "" if status is None else str(status) if status <= HIGHEST_STATUS else "_OTHER"
-    labels = ("POST", host, code, error)
+    labels = ("POST", host, _code(status), error)
     return Timed(_CLIENT_REQUESTS.labels(*labels), _CLIENT_DURATION.labels(*labels))
+
+
+def _code(status: int | None) -> str:
+    if status is None:
+        return ""
+    return str(status) if status <= HIGHEST_STATUS else "_OTHER"
 
 
 @cache

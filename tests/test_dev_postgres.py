@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +18,7 @@ import psycopg
 import pytest
 
 from notifier.dev import cluster, postgres
+from tests.timing import eventually
 
 ROOT = Path(__file__).parent.parent
 COMMAND_LINE = [sys.executable, "-m", "notifier.dev.postgres"]
@@ -166,14 +166,6 @@ def servers(base: Path) -> list[int]:
 
 def watchers(base: Path) -> list[int]:
     return [pid for pid, command in processes(base).items() if "--watch" in command]
-
-
-def eventually(condition: Callable[[], object], seconds: float = 20) -> None:
-    """Wait until the condition holds; fail if it does not in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def lines_of(done: "subprocess.CompletedProcess[str]") -> list[str]:
