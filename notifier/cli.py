@@ -39,7 +39,7 @@ def _rollback() -> None:
 
 def _with_database(act: Callable[[Database], Result]) -> Result:
     try:
-        return act(current_app.extensions["notifier"].database)
+        return act(Database.migrating(current_app.extensions["notifier"].settings))
     except psycopg.errors.LockNotAvailable:
         raise click.ClickException(
             f"another migration has been running for {schema.LOCK_WAIT}; try again when it is done"

@@ -1,65 +1,137 @@
-"""How PostgreSQL is reached: one short-lived connection per use, bounded in time."""
+"""How PostgreSQL is reached: where, as whom, and bounded in time."""
 
 import os
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, LiteralString
+from typing import Any
 
 import psycopg
 
-from notifier.settings import Settings
+from notifier.settings import Secret, Settings
+
+Connection = psycopg.Connection[tuple[Any, ...]]
 
 # The most that a request waits for PostgreSQL. libpq's own minimum for connecting is 2 s as well.
 DATABASE_WAIT = 2.0
 
+# What libpq and the server say, and what may be told of it: their words name hosts and users.
+REASONS = {
+    "DB_PASSWORD_FILE": "password: the file cannot be read",
+    "password authentication failed": "password: it is wrong, or the user is unknown",
+    "no pg_hba.conf entry": "PostgreSQL admits no such user from here",
+    "does not match host name": "tls: the server's certificate is for another host",
+    "certificate verify failed": "tls: the server's certificate is by an unknown authority",
+    "root certificate file": "tls: DB_SSLROOTCERT names no file of authorities",
+    "certificate file": "tls: DB_SSLCERT cannot be used",
+    "private key file": "tls: DB_SSLKEY cannot be used",
+    "server does not support SSL": "tls: the server has none",
+    "closed the connection": "the connection broke",
+    "closed unexpectedly": "the connection broke",
+    "SYSCALL": "the connection broke",
+    "SSL": "tls: no secure connection",
+    "not currently accepting connections": "PostgreSQL does not accept connections",
+    "is starting up": "PostgreSQL is starting",
+    "is shutting down": "PostgreSQL is stopping",
+    "terminating connection": "PostgreSQL ended the connection",
+    "too many": "PostgreSQL has no connection left",
+    "remaining connection slots": "PostgreSQL has no connection left",
+    "in hot standby mode": "the server is a standby",
+    "does not exist": "the database, the user or the table does not exist",
+    "permission denied": "the user lacks a privilege: migrate grants it",
+    "Connection refused": "refused",
+    "could not translate host name": "no such host",
+    "failed to resolve host": "no such host",
+    "timeout": "no answer in time",
+}
+
 
 class Database:
-    """Connects with the service's settings. Holds no connection between uses."""
+    """Connects to one place as one role. Holds no connection between uses.
 
-    def __init__(self, settings: Settings) -> None:
+    Without more than `settings` it is the place and the role that serve.
+
+    Args:
+        place: hosts and ports, in the form they have in `Settings`.
+        role: a user's name and password.
+        primary: take no standby.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        place: tuple[str, str] | None = None,
+        role: tuple[str, Secret] | None = None,
+        primary: bool = False,
+    ) -> None:
+        self.name = settings.db_name
+        self.username, self._password = role or (settings.db_username, settings.db_password)
+        host, port = place or settings.serve_place
         self._parameters: dict[str, Any] = {
-            "host": settings.db_host,
-            "port": settings.db_port,
-            "dbname": settings.db_name,
-            "user": settings.db_username,
-            "password": settings.db_password,
+            "host": host,
+            "port": port,
+            "dbname": self.name,
+            "user": self.username,
             "sslmode": settings.db_sslmode,
+            "sslrootcert": settings.db_sslrootcert,
+            "sslcert": settings.db_sslcert,
+            "sslkey": settings.db_sslkey,
             "connect_timeout": int(DATABASE_WAIT),
             "client_encoding": "utf8",  # whatever the database's: SQL_ASCII would give us bytes
             "application_name": settings.app_name,
+            "target_session_attrs": "primary" if primary else "any",
         }
 
-    def connect(self) -> psycopg.Connection[tuple[Any, ...]]:
+    @classmethod
+    def listening(cls, settings: Settings) -> "Database":
+        """Return where notifications come from: DB_LISTEN_HOST, never a standby."""
+        return cls(settings, place=settings.listen_place, primary=True)
+
+    @classmethod
+    def reading(cls, settings: Settings) -> "Database":
+        """Return where to read what may be a little old: DB_READ_HOST."""
+        return cls(settings, place=settings.read_place)
+
+    @classmethod
+    def migrating(cls, settings: Settings) -> "Database":
+        """Return the role that owns the schema: DB_MIGRATION_USERNAME."""
+        return cls(settings, role=settings.migrating_role, primary=True)
+
+    def connect(self) -> Connection:
         """Return a new connection in autocommit mode, without a time limit on what is done with it.
 
         Raises:
             psycopg.Error: PostgreSQL cannot be reached.
         """
-        # Prepared statements gain nothing on short connections and break transaction poolers.
-        return psycopg.connect(**self._parameters, autocommit=True, prepare_threshold=None)
-
-    def fetch(self, query: LiteralString, parameters: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        """Return the rows of `query`, within `DATABASE_WAIT` seconds once connected.
-
-        Raises:
-            psycopg.Error: PostgreSQL cannot be reached, is too slow, or refused the query.
-        """
-        limit = str(int(1000 * DATABASE_WAIT))
-        with (
-            self.connect() as connection,
-            _cut_off(connection, DATABASE_WAIT),
-            connection.transaction(),
-        ):
-            # The server must give up too, it does not notice that we have left; but only for this
-            # transaction, because a transaction pooler hands the session on.
-            connection.execute("SELECT set_config('statement_timeout', %s, true)", (limit,))
-            return connection.execute(query, parameters).fetchall()
+        try:
+            password = self._password.read()
+        except (OSError, ValueError):
+            raise psycopg.OperationalError("DB_PASSWORD_FILE cannot be read") from None
+        # Prepared statements gain nothing on few queries and break transaction poolers.
+        return psycopg.connect(
+            **self._parameters, password=password, autocommit=True, prepare_threshold=None
+        )
 
 
 @contextmanager
-def _cut_off(connection: psycopg.Connection[Any], seconds: float) -> Iterator[None]:
+def transaction(connection: Connection, seconds: float = DATABASE_WAIT) -> Iterator[None]:
+    """Hold a transaction that neither side lets last longer than `seconds`.
+
+    Raises:
+        psycopg.Error: PostgreSQL was too slow, went away, or refused what was asked.
+    """
+    limit = str(int(1000 * seconds))
+    with cut_off(connection, seconds), connection.transaction():
+        # The server must give up too, it does not notice that we have left; but only for this
+        # transaction, because a transaction pooler hands the session on.
+        connection.execute("SELECT set_config('statement_timeout', %s, true)", (limit,))
+        yield
+
+
+@contextmanager
+def cut_off(connection: Connection, seconds: float) -> Iterator[None]:
     """End what the block waits for after `seconds`.
 
     A stopped server process answers nothing and its kernel still acknowledges, so neither
@@ -79,3 +151,9 @@ def _cut_off(connection: psycopg.Connection[Any], seconds: float) -> Iterator[No
 def _shut_down(duplicate: socket.socket) -> None:
     with suppress(OSError):  # the server closed it first
         duplicate.shutdown(socket.SHUT_RDWR)
+
+
+def reason(error: BaseException) -> str:
+    """Return why PostgreSQL could not be asked, in words that name no host and no user."""
+    text = str(error)
+    return next((ours for theirs, ours in REASONS.items() if theirs in text), "unknown")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import psycopg
 
 from notifier import metrics
-from notifier.db import DATABASE_WAIT, Database
+from notifier.db import DATABASE_WAIT, Database, transaction
 from notifier.errors import PreferencesUnavailable
 from notifier.models import Channel, Provider
 from notifier.single_flight import SingleFlight
@@ -120,7 +120,8 @@ class Preferences:
 
     def _reload(self, channel: Channel) -> _Entry:
         try:
-            rows = self._database.fetch(QUERY, (channel.value,))
+            with self._database.connect() as connection, transaction(connection):
+                rows = connection.execute(QUERY, (channel.value,)).fetchall()
         except (psycopg.Error, OSError) as error:
             fields = {"channel": channel, "error": type(error).__name__}
             log.error("database error", extra=fields)  # noqa: TRY400 its text names hosts and users

@@ -76,6 +76,15 @@ def parse_duration(text: str, shortest: float = 0.001) -> float:
     return seconds
 
 
+def _list_of(kind: "Kind") -> "Kind":
+    """Take one or several with commas between them, as libpq does."""
+
+    def parse(text: str) -> str:
+        return ",".join(str(kind.parse(part.strip())) for part in text.split(","))
+
+    return Kind(f"{kind.expected}, or several with commas between them", parse)
+
+
 def _parse_delay(text: str) -> float:
     return 0.0 if text == "0" else parse_duration(text, shortest=0.0)
 
@@ -118,15 +127,56 @@ def _ca_bundle(text: str) -> str:
     return text
 
 
+def _readable(text: str) -> str:
+    try:
+        with open(text, "rb"):  # noqa: PTH123 which libpq will do with it
+            return text
+    except OSError:
+        raise ValueError(text) from None
+
+
+def _filled(text: str) -> str:
+    if not text:
+        raise ValueError(text)
+    return text
+
+
 _TEXT = Kind("a text", str)
+_FILE = Kind("a readable file", _readable)
+_HOSTS = _list_of(Kind("a host", _filled))
+_SWITCH = _one_of({"on": "on", "off": "off"})
 _DURATION = Kind("a duration such as 500ms, 5s or 1m30s, from 1ms to 24h", parse_duration)
 _DELAY = Kind("0s or a duration such as 500ms or 5s, up to 24h", _parse_delay)
 _COUNT = _whole_number(1, 1_000_000)
 _PORT = _whole_number(1, 65_535)
+_PORTS = _list_of(_PORT)
 _LISTEN_PORT = Kind(
     "a port such as 8080 or :8080", lambda text: _PORT.parse(text.removeprefix(":"))
 )
 _CA_BUNDLE = Kind("a readable PEM file, or folder, of certificates", _ca_bundle)
+_ROOT_CERT = Kind(
+    "a readable PEM file of certificates, or system",
+    lambda text: text if text == "system" else _ca_bundle(_readable(text)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """A secret's text, or the file that holds it, so that it can change while we run."""
+
+    text: str = field(default="", repr=False)
+    file: str = ""
+
+    def read(self) -> str:
+        """Return the secret; a file is read each time, and a line end after it is no part of it.
+
+        Raises:
+            ValueError: the file is empty, or no text.
+            OSError: it can't be read.
+        """
+        if not self.file:
+            return self.text
+        return _filled(Path(self.file).read_text(encoding="utf-8").rstrip("\r\n"))
 
 
 def _variable(kind: Kind, default: Any = ..., *, secret: bool = False) -> Any:
@@ -166,12 +216,25 @@ class Settings:
 
     cache_expired_time: float = _variable(_DURATION, 600.0)
 
-    db_host: str = _variable(_TEXT)
-    db_port: int = _variable(_PORT)
+    cache_invalidation: str = _variable(_SWITCH, "on")
+
+    db_host: str = _variable(_HOSTS)
+    db_port: str = _variable(_PORTS)
     db_name: str = _variable(_TEXT)
     db_username: str = _variable(_TEXT)
-    db_password: str = _variable(_TEXT, secret=True)
+    db_password: Secret = _variable(_TEXT, secret=True)
     db_sslmode: str = _variable(_one_of({mode: mode for mode in _SSL_MODES}), "disable")
+    db_sslrootcert: str | None = _variable(_ROOT_CERT, None)
+    db_sslcert: str | None = _variable(_FILE, None)
+    db_sslkey: str | None = _variable(_FILE, None)
+
+    # Where they are unset, see the properties below.
+    db_listen_host: str | None = _variable(_HOSTS, None)
+    db_listen_port: str | None = _variable(_PORTS, None)
+    db_read_host: str | None = _variable(_HOSTS, None)
+    db_read_port: str | None = _variable(_PORTS, None)
+    db_migration_username: str | None = _variable(_TEXT, None)
+    db_migration_password: Secret | None = _variable(_TEXT, None, secret=True)
 
     requests_ca_bundle: str | None = _variable(_CA_BUNDLE, None)
     curl_ca_bundle: str | None = _variable(_CA_BUNDLE, None)
@@ -185,6 +248,50 @@ class Settings:
                 f"NOTIFY_DEADLINE is {self.notify_deadline:g}s: expected at least one attempt "
                 f"(HTTP_CLIENT_TIMEOUT, {self.http_client_timeout:g}s) and at least {MIN_DEADLINE}s"
             )
+        self._check_pairs()
+        self._check_ports()
+
+    def _check_pairs(self) -> None:
+        for first, second in (
+            ("db_migration_username", "db_migration_password"),
+            ("db_sslcert", "db_sslkey"),
+        ):
+            given = {name for name in (first, second) if getattr(self, name) is not None}
+            if len(given) == 1:
+                (other,) = {first, second} - given
+                raise SettingsError(f"{other.upper()} is missing: {given.pop().upper()} needs it")
+
+    def _check_ports(self) -> None:
+        places = {"": self.serve_place, "LISTEN_": self.listen_place, "READ_": self.read_place}
+        for kind, (hosts, ports) in places.items():
+            wanted, given = len(hosts.split(",")), len(ports.split(","))
+            if given not in (1, wanted):
+                raise SettingsError(
+                    f"DB_{kind}PORT is {json.dumps(ports)}: "
+                    f"expected one port for all hosts, or one for each of {wanted}"
+                )
+
+    @property
+    def serve_place(self) -> tuple[str, str]:
+        """Hosts and ports of PostgreSQL."""
+        return self.db_host, self.db_port
+
+    @property
+    def listen_place(self) -> tuple[str, str]:
+        """Hosts and ports where notifications come from."""
+        return self.db_listen_host or self.db_host, self.db_listen_port or self.db_port
+
+    @property
+    def read_place(self) -> tuple[str, str]:
+        """Hosts and ports where to read what may be a little old."""
+        return self.db_read_host or self.db_host, self.db_read_port or self.db_port
+
+    @property
+    def migrating_role(self) -> tuple[str, Secret]:
+        """Name and password of the role that owns the schema."""
+        if self.db_migration_username and self.db_migration_password:
+            return self.db_migration_username, self.db_migration_password
+        return self.db_username, self.db_password
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> "Settings":
@@ -206,17 +313,39 @@ class Settings:
 
 
 def _read(spec: Field[Any], environ: Mapping[str, str], values: dict[str, Any]) -> None:
+    """Put the variable's value into `values`, if it has one."""
     name, kind, secret = spec.name.upper(), spec.metadata["kind"], spec.metadata["secret"]
     text = environ.get(name, "")
+    if secret and environ.get(f"{name}_FILE", "").strip():
+        values[spec.name] = _secret_file(name, text, environ[f"{name}_FILE"].strip())
+        return
     if not text.strip():
         if spec.default is MISSING:
-            raise SettingsError(f"{name} is missing: expected {kind.expected}")
+            instead = f", or {name}_FILE" if secret else ""
+            raise SettingsError(f"{name} is missing: expected {kind.expected}{instead}")
+        return
+    if secret:
+        values[spec.name] = Secret(text)
         return
     try:
-        values[spec.name] = kind.parse(text if secret else text.strip())
+        values[spec.name] = kind.parse(text.strip())
     except ValueError:
-        shown = "wrong" if secret else json.dumps(text[:100])
+        shown = json.dumps(text[:100])
         raise SettingsError(f"{name} is {shown}: expected {kind.expected}") from None
+
+
+def _secret_file(name: str, text: str, file: str) -> Secret:
+    if text.strip():
+        raise SettingsError(f"{name} and {name}_FILE are both set: expected one of them")
+    secret = Secret(file=file)
+    try:
+        secret.read()
+    except (OSError, ValueError):
+        shown = json.dumps(file[:100])
+        raise SettingsError(
+            f"{name}_FILE is {shown}: expected a readable file with the secret"
+        ) from None
+    return secret
 
 
 def settings_or_exit() -> Settings:

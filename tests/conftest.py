@@ -22,7 +22,7 @@ from psycopg import sql
 from notifier import metrics, schema
 from notifier.db import Database
 from notifier.dev import postgres
-from notifier.settings import Settings
+from notifier.settings import Secret, Settings
 from notifier.transport import Transport
 from tests.certificates import make_certificate
 from tests.scripted_provider import Script, ScriptedProvider
@@ -89,7 +89,7 @@ def server() -> Iterator[Environment]:
 
 def connect(environment: Environment) -> psycopg.Connection[Any]:
     """Return a connection in autocommit mode to the database of `environment`."""
-    return Database(Settings.from_env(environment)).connect()
+    return Database.migrating(Settings.from_env(environment)).connect()
 
 
 def _create_database(server: Environment, template: str = "template1") -> Environment:
@@ -103,7 +103,7 @@ def _create_database(server: Environment, template: str = "template1") -> Enviro
 @pytest.fixture(scope="session")
 def _migrated(server: Environment) -> Environment:
     environment = _create_database(server)
-    schema.migrate(Database(Settings.from_env(environment)))
+    schema.migrate(Database.migrating(Settings.from_env(environment)))
     return environment
 
 
@@ -162,10 +162,10 @@ def make_settings() -> MakeSettings:
     def make(**fields: Any) -> Settings:
         unreachable = {
             "db_host": "127.0.0.1",
-            "db_port": 1,
+            "db_port": "1",
             "db_name": "none",
             "db_username": "none",
-            "db_password": "none",
+            "db_password": Secret("none"),
         }
         return Settings(**(unreachable | fields))
 
