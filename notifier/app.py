@@ -13,6 +13,7 @@ from notifier.db import Database
 from notifier.delivery import Delivery
 from notifier.preferences import Preferences
 from notifier.providers import Providers
+from notifier.refresher import Refresher
 from notifier.settings import Settings, settings_or_exit
 from notifier.transport import Transport
 
@@ -27,8 +28,8 @@ class Notifier:
     """
 
     settings: Settings
-    database: Database
     preferences: Preferences
+    refresher: Refresher
     providers: Providers
     delivery: Delivery
     stopping: Callable[[], bool] = lambda: False
@@ -36,11 +37,12 @@ class Notifier:
     def start(self, stopping: Callable[[], bool]) -> None:
         """Begin to serve; a process that only runs a command never calls it."""
         self.stopping = stopping
+        self.refresher.start()
         metrics.WORKER_STARTS.inc()
 
     def close(self) -> None:
         """Undo the making in reverse; one failure is logged and the rest still close."""
-        for close in (self.delivery.close, self.providers.close):
+        for close in (self.delivery.close, self.providers.close, self.refresher.close):
             _close(close)
 
 
@@ -70,6 +72,12 @@ def build(settings: Settings) -> Notifier:
     database = Database(settings)
     breakers = Breakers(_policy(settings))
     preferences = Preferences(database, settings.cache_expired_time, on_load=breakers.configure)
+    refresher = Refresher(
+        preferences,
+        database,
+        listening=Database.listening(settings) if settings.cache_invalidation == "on" else None,
+        replica=Database.reading(settings) if settings.db_read_host else None,
+    )
     transport = Transport(
         ca_bundle=settings.requests_ca_bundle or settings.curl_ca_bundle,
         proxies=getproxies_environment(),
@@ -79,7 +87,7 @@ def build(settings: Settings) -> Notifier:
     )
     providers = Providers(transport, breakers, settings.http_client_timeout)
     delivery = Delivery(preferences, providers, settings.notify_deadline, settings.web_threads)
-    return Notifier(settings, database, preferences, providers, delivery)
+    return Notifier(settings, preferences, refresher, providers, delivery)
 
 
 def _policy(settings: Settings) -> Policy:

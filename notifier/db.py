@@ -19,6 +19,8 @@ DATABASE_WAIT = 2.0
 # What libpq and the server say, and what may be told of it: their words name hosts and users.
 REASONS = {
     "DB_PASSWORD_FILE": "password: the file cannot be read",
+    "through a pooler": "a pooler swallows notifications: set DB_LISTEN_HOST or DB_LISTEN_PORT "
+    "past it, or CACHE_INVALIDATION=off",
     "password authentication failed": "password: it is wrong, or the user is unknown",
     "no pg_hba.conf entry": "PostgreSQL admits no such user from here",
     "does not match host name": "tls: the server's certificate is for another host",
@@ -96,8 +98,10 @@ class Database:
 
     @classmethod
     def migrating(cls, settings: Settings) -> "Database":
-        """Return the role that owns the schema: DB_MIGRATION_USERNAME."""
-        return cls(settings, role=settings.migrating_role, primary=True)
+        """Return the role that owns the schema, DB_MIGRATION_USERNAME, by DB_LISTEN_HOST."""
+        return cls(
+            settings, place=settings.listen_place, role=settings.migrating_role, primary=True
+        )
 
     def connect(self) -> Connection:
         """Return a new connection in autocommit mode, without a time limit on what is done with it.
@@ -157,3 +161,8 @@ def reason(error: BaseException) -> str:
     """Return why PostgreSQL could not be asked, in words that name no host and no user."""
     text = str(error)
     return next((ours for theirs, ours in REASONS.items() if theirs in text), "unknown")
+
+
+def describe(error: BaseException) -> dict[str, str]:
+    """Return the fields that a log line may have about an error of PostgreSQL."""
+    return {"error": type(error).__name__, "reason": reason(error)}

@@ -96,6 +96,24 @@ _FALLBACKS = _counter(
 PREFERENCE_CACHE = _counter(
     "preference_cache_total", "Look-ups of a channel's providers.", "result"
 )
+LAST_REFRESH = Gauge(
+    "preference_last_refresh_timestamp_seconds",
+    "When providers were last read: the oldest of the workers', 0 for never.",
+    multiprocess_mode="livemin",
+    registry=REGISTRY,
+)
+LISTENER_CONNECTED = Gauge(
+    "preference_listener_connected",
+    "Whether all workers hear of changes of providers.",
+    multiprocess_mode="livemin",
+    registry=REGISTRY,
+)
+LISTENER_RECONNECTS = _counter(
+    "preference_listener_reconnects_total", "Attempts to hear of changes again."
+)
+NOTIFICATIONS_HEARD = _counter(
+    "preference_notifications_total", "Changes of providers that workers heard of."
+)
 STATE_CHANGES = _counter(
     "circuit_breaker_state_changes_total",
     "Changes of circuit breakers, over all workers.",

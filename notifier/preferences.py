@@ -1,15 +1,17 @@
-"""Which providers serve a channel: the query, and a cache per worker."""
+"""Which providers serve a channel: the query, and what a worker holds of its answer."""
 
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+from typing import LiteralString
 
 import psycopg
 
 from notifier import metrics
-from notifier.db import DATABASE_WAIT, Database, transaction
+from notifier.db import DATABASE_WAIT, Connection, Database, describe, transaction
 from notifier.errors import PreferencesUnavailable
 from notifier.models import Channel, Provider
 from notifier.single_flight import SingleFlight
@@ -17,36 +19,56 @@ from notifier.single_flight import SingleFlight
 QUERY = """
     SELECT id, provider_type::text, provider_name, host, secret_key
       FROM notification_preferences
-     WHERE provider_type = %s::notification_provider_type AND deleted_at IS NULL
-     ORDER BY priority, id
+     WHERE provider_type = ANY(%s::notification_provider_type[]) AND deleted_at IS NULL
+     ORDER BY provider_type, priority, id
 """
 
-# Nothing can be delivered through a channel without providers, so it is asked about again soon.
-EMPTY_LIFETIME = 1.0
-MAX_BACKOFF = 30.0
+# How far a standby has replayed the primary's log, in bytes; NULL on a primary.
+REPLAYED = """
+    SELECT CASE WHEN pg_is_in_recovery()
+                THEN coalesce((pg_last_wal_replay_lsn() - '0/0'::pg_lsn)::bigint, 0) END
+"""
 
-# How a look-up ends: a fresh entry, a query, an expired entry, nothing to serve.
+# Where the primary's log ends: what a query has seen lies before, also what is not yet flushed.
+WRITTEN = "SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint"
+
+# What is held is not asked for again in less: a shorter lifetime counts as this.
+SHORTEST_LIFETIME = 1.0
+
+# How a look-up ends: held, the first load, expired, nothing to serve.
 RESULTS = ("hit", "miss", "stale", "error")
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    providers: tuple[Provider, ...]
-    reload_at: float
-    failed_reloads: int = 0  # since the last good one; above 0 the entry has expired
+class _Held:
+    providers: Mapping[Channel, tuple[Provider, ...]]
+    expires: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What was read, and the place in the primary's log up to which it is known to be complete."""
+
+    providers: Mapping[Channel, tuple[Provider, ...]]
+    position: int
+    from_standby: bool
 
 
 class Preferences:
     """The providers of each channel, in the order they are tried.
 
-    Shared: the entries, whose single reads and writes are atomic. Only the one reload per channel
-    that may be under way writes entries.
+    A look-up asks PostgreSQL only while nothing is held. What is held is replaced as a whole by
+    `reload`, which somebody else calls in time, and is served until then, be it expired.
+
+    Shared: what is held, one reference that is read without a lock and replaced under `_keeping`,
+    which also guards what decides about that: the generation and the position.
 
     Args:
-        lifetime: seconds until an entry expires.
-        on_load: is told the hosts of all known providers after each load, one call at a time.
+        database: asked by the first look-up.
+        lifetime: seconds until what is held has expired.
+        on_load: is told the hosts of all providers after each load, one call at a time.
     """
 
     def __init__(
@@ -56,95 +78,128 @@ class Preferences:
         clock: Callable[[], float] = time.monotonic,
         on_load: Callable[[Set[str]], None] = lambda _: None,
     ) -> None:
+        self.lifetime = max(lifetime, SHORTEST_LIFETIME)
         self._database = database
-        self._lifetime = lifetime
         self._clock = clock
         self._on_load = on_load
-        self._telling = threading.Lock()
-        self._entries: dict[Channel, _Entry] = {}
-        self._reloads: SingleFlight[Channel, _Entry] = SingleFlight("preferences")
+        self._held: _Held | None = None
+        self._keeping = threading.Lock()
+        self._begun = itertools.count(1)
+        self._generation = 0  # the number of the load that is held
+        self._position = 0  # of the last load from the primary
+        self._first_load: SingleFlight[str, _Held] = SingleFlight("preferences")
         self._count = {result: metrics.PREFERENCE_CACHE.labels(result) for result in RESULTS}
 
     def providers(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
         """Return the active providers of `channel` by priority, then id; possibly none.
 
-        Expired ones are served as long as PostgreSQL cannot be asked.
-
         Args:
-            deadline: on `time.monotonic()`; nobody waits longer, nor longer than `DATABASE_WAIT`.
+            deadline: on `time.monotonic()`; nobody waits longer for the first load, nor longer
+                than `DATABASE_WAIT`.
 
         Raises:
-            PreferencesUnavailable: PostgreSQL cannot be asked, and nothing is known from before.
+            PreferencesUnavailable: PostgreSQL cannot be asked, and nothing is held.
         """
-        try:
-            entry, result = self._look_up(channel, deadline)
-        except PreferencesUnavailable:
-            self._count["error"].inc()
-            raise
-        if entry.failed_reloads:
+        held = self._held
+        if held is None:
+            held = self._load_first(deadline)
+        elif self._clock() < held.expires:
+            log.debug("preferences cache hit", extra={"channel": channel})
+            self._count["hit"].inc()
+        else:
             log.warning("serving expired preferences", extra={"channel": channel})
-            result = "stale"
-        self._count[result].inc()
-        return entry.providers
+            self._count["stale"].inc()
+        return held.providers[channel]
 
     def held(self) -> bool:
-        """Say whether the providers of every channel are known here, be they expired."""
-        return all(channel in self._entries for channel in Channel)
+        """Say whether the providers are known here, be they expired."""
+        return self._held is not None
+
+    def lacking(self) -> bool:
+        """Say whether a channel has no provider, as far as is known here."""
+        held = self._held
+        return held is None or not all(held.providers.values())
 
     def load(self, deadline: float) -> None:
-        """Ask PostgreSQL for what is not held yet; `deadline` is on `time.monotonic()`.
+        """Ask PostgreSQL if nothing is held yet; `deadline` is on `time.monotonic()`.
 
         Raises:
             PreferencesUnavailable: it cannot be asked.
         """
-        for channel in Channel:
-            if channel not in self._entries:
-                self.providers(channel, deadline)
+        if self._held is None:
+            self._load_first(deadline)
 
-    def _look_up(self, channel: Channel, deadline: float) -> tuple[_Entry, str]:
-        entry = self._entries.get(channel)
-        if entry is not None and self._clock() < entry.reload_at:
-            log.debug("preferences cache hit", extra={"channel": channel})
-            return entry, "hit"
-        log.debug("preferences cache miss", extra={"channel": channel})
-        return self._ask(channel, entry, deadline), "miss"
+    def reload(self, connection: Connection) -> bool:
+        """Replace what is held by what PostgreSQL has now; say whether that was not older.
 
-    def _ask(self, channel: Channel, known: _Entry | None, deadline: float) -> _Entry:
+        It is older if a load that began later has ended already, or if it comes from a standby that
+        has not replayed what the primary had shown us.
+
+        Raises:
+            psycopg.Error: PostgreSQL cannot be asked; what is held stays.
+        """
+        generation = next(self._begun)
+        return self._keep(_read(connection), generation)
+
+    def _load_first(self, deadline: float) -> _Held:
+        """Return what is held after the one first load, whoever began it."""
+        log.debug("preferences cache miss")
         wait = max(0.0, min(DATABASE_WAIT, deadline - time.monotonic()))
         try:
-            return self._reloads.run(channel, lambda: self._reload(channel), wait)
-        except TimeoutError as error:
-            if known is None:
-                raise PreferencesUnavailable from error
-            return replace(known, failed_reloads=known.failed_reloads + 1)
+            held = self._first_load.run("all", self._ask, wait)
+        except (PreferencesUnavailable, TimeoutError) as error:
+            self._count["error"].inc()
+            raise PreferencesUnavailable from error
+        self._count["miss"].inc()
+        return held
 
-    def _reload(self, channel: Channel) -> _Entry:
+    def _ask(self) -> _Held:
         try:
-            with self._database.connect() as connection, transaction(connection):
-                rows = connection.execute(QUERY, (channel.value,)).fetchall()
+            with self._database.connect() as connection:
+                self.reload(connection)
         except (psycopg.Error, OSError) as error:
-            fields = {"channel": channel, "error": type(error).__name__}
-            log.error("database error", extra=fields)  # noqa: TRY400 its text names hosts and users
-            self._entries[channel] = entry = self._expired(channel)
-            return entry
-        providers = tuple(Provider.from_row(row) for row in rows)
-        lifetime = self._lifetime if providers else min(self._lifetime, EMPTY_LIFETIME)
-        self._entries[channel] = entry = _Entry(providers, self._clock() + lifetime)
-        self._tell()
-        return entry
-
-    def _tell(self) -> None:
-        with self._telling:  # or a load of another channel could be told before and undone here
-            entries = list(self._entries.values())
-            hosts = (provider.host for entry in entries for provider in entry.providers)
-            self._on_load({host for host in hosts if host})
-
-    def _expired(self, channel: Channel) -> _Entry:
-        """Return what is known, to be served for a while that doubles with each failure."""
-        known = self._entries.get(channel)
-        if known is None:
+            log.error("database error", extra=describe(error))  # noqa: TRY400 its text names hosts
+        if self._held is None:
             raise PreferencesUnavailable
-        pause = min(MAX_BACKOFF, 2.0 ** min(known.failed_reloads, 10))
-        return replace(
-            known, reload_at=self._clock() + pause, failed_reloads=known.failed_reloads + 1
-        )
+        return self._held
+
+    def _keep(self, load: _Load, generation: int) -> bool:
+        with self._keeping:
+            behind = load.from_standby and load.position < self._position
+            if behind or generation < self._generation:
+                return False
+            self._generation = generation
+            if not load.from_standby:
+                self._position = load.position
+            self._held = _Held(load.providers, self._clock() + self.lifetime)
+            metrics.LAST_REFRESH.set_to_current_time()
+            self._on_load(_hosts(load.providers))
+        return True
+
+
+def _read(connection: Connection) -> _Load:
+    """Read the position before the rows on a standby, and after them on a primary.
+
+    So that what the rows show is at least what was there at the position on a standby, and at most
+    that on a primary.
+    """
+    channels = [channel.value for channel in Channel]
+    with transaction(connection):
+        replayed = _value(connection, REPLAYED)
+        rows = connection.execute(QUERY, (channels,)).fetchall()
+        position = _value(connection, WRITTEN) if replayed is None else replayed
+    providers = [Provider.from_row(row) for row in rows]
+    by_channel = {
+        channel: tuple(provider for provider in providers if provider.channel is channel)
+        for channel in Channel
+    }
+    return _Load(by_channel, position or 0, from_standby=replayed is not None)
+
+
+def _value(connection: Connection, query: LiteralString) -> int | None:
+    row = connection.execute(query).fetchone()
+    return row[0] if row else None
+
+
+def _hosts(providers: Mapping[Channel, tuple[Provider, ...]]) -> set[str]:
+    return {one.host for some in providers.values() for one in some if one.host}

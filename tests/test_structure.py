@@ -34,6 +34,7 @@ LEVELS = {
     "error_handlers": 4,
     "ops": 4,
     "delivery": 3,
+    "refresher": 3,
     "preferences": 2,
     "providers": 2,
     "schema": 2,

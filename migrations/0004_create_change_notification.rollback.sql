@@ -1,0 +1,1 @@
+DROP FUNCTION IF EXISTS notify_of_notification_preferences();

@@ -1,0 +1,1 @@
+DROP TRIGGER IF EXISTS notify_of_changed_rows ON notification_preferences;

@@ -1,0 +1,1 @@
+DROP TRIGGER IF EXISTS notify_of_truncation ON notification_preferences;
