@@ -1,0 +1,568 @@
+"""When the preferences are read again: with a real PostgreSQL, its notifications and its faults."""
+
+import itertools
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from notifier import metrics, refresher
+from notifier.db import DATABASE_WAIT, Connection, Database
+from notifier.models import Channel
+from notifier.preferences import Preferences
+from notifier.refresher import CHANGES, LONGEST_PAUSE, SHORTEST_PAUSE, Refresher
+from notifier.settings import Settings
+from tests.conftest import Environment, Growth, connect
+from tests.sockets import LOOPBACK, refusing, silent
+from tests.timing import eventually, within
+
+AddProvider = Callable[..., int]
+
+LONG = 600.0
+SOON = 1.0
+NAME = "the-refresher"  # of its connections, in the server's list
+
+
+class Refreshed:
+    """Preferences and their refresher, which runs until the test ends."""
+
+    def __init__(self, environment: Environment, lifetime: float, **places: Any) -> None:
+        settings = Settings.from_env(environment | {"APP_NAME": NAME})
+        database = Database(settings)
+        self.preferences = Preferences(database, lifetime)
+        places = {"listening": Database.listening(settings)} | places
+        self.refresher = Refresher(self.preferences, database, **places)
+
+    def ids(self, channel: Channel = Channel.EMAIL) -> list[int]:
+        if not self.preferences.held():
+            return [-1]
+        return [provider.id for provider in self.preferences.providers(channel, 0)]
+
+    def threads(self) -> int:
+        return sum(thread.name == "refresher" for thread in threading.enumerate())
+
+
+Make = Callable[..., Refreshed]
+
+
+@pytest.fixture
+def make(database: Environment) -> Iterator[Make]:
+    """Start a refresher on `database`; places and variables may be others."""
+    with ExitStack() as stack:
+
+        def start(lifetime: float = LONG, *, variables: Any = (), **places: Any) -> Refreshed:
+            made = Refreshed(database | dict(variables), lifetime, **places)
+            stack.callback(made.refresher.close)
+            made.refresher.start()
+            return made
+
+        yield start
+
+
+@pytest.fixture
+def execute(database: Environment) -> Callable[..., None]:
+    """Run a statement on `database` as its owner."""
+
+    def run(statement: Any, parameters: Any = ()) -> None:
+        with connect(database) as connection:
+            connection.execute(statement, parameters)
+
+    return run
+
+
+Execute = Callable[..., None]
+
+
+@pytest.fixture
+def untold(execute: Execute) -> None:
+    """Nobody is told of changes."""
+    execute("ALTER TABLE notification_preferences DISABLE TRIGGER USER")
+
+
+def listeners(database: Environment) -> list[int]:
+    """The server's processes that work for a refresher."""
+    query = "SELECT pid FROM pg_stat_activity WHERE application_name = %s AND datname = %s"
+    with connect(database) as connection:
+        rows = connection.execute(query, (NAME, database["DB_NAME"])).fetchall()
+    return [process for (process,) in rows]
+
+
+def listening() -> bool:
+    (family,) = metrics.LISTENER_CONNECTED.collect()
+    return family.samples[0].value == 1
+
+
+def wait_until_listening() -> None:
+    eventually(listening)
+
+
+@pytest.fixture(autouse=True)
+def _nobody_listens_yet() -> None:
+    metrics.LISTENER_CONNECTED.set(0)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notice and repair within moments what takes seconds in production."""
+    monkeypatch.setattr(refresher, "HEARTBEAT", 0.2)
+    monkeypatch.setattr(refresher, "LONGEST_PAUSE", 0.2)
+
+
+# --- changes
+
+
+def test_the_preferences_are_read_at_the_start_without_anyone_asking(
+    make: Make, add_provider: AddProvider
+) -> None:
+    email, push = add_provider("http://a/"), add_provider("http://b/", "PushNotification")
+    made = make()
+    eventually(lambda: (made.ids(), made.ids(Channel.PUSH)) == ([email], [push]))
+
+
+def test_every_kind_of_change_is_seen(
+    make: Make, add_provider: AddProvider, execute: Execute
+) -> None:
+    made = make()
+    wait_until_listening()
+    first, second = add_provider("http://a/", priority=1), add_provider("http://b/", priority=2)
+    eventually(lambda: made.ids() == [first, second])
+    execute("UPDATE notification_preferences SET priority = 0 WHERE id = %s", (second,))
+    eventually(lambda: made.ids() == [second, first])
+    execute("UPDATE notification_preferences SET deleted_at = now() WHERE id = %s", (first,))
+    eventually(lambda: made.ids() == [second])
+    execute("UPDATE notification_preferences SET provider_type = 'PushNotification'")
+    eventually(lambda: made.ids() == [] and len(made.ids(Channel.PUSH)) == 1)
+    execute("DELETE FROM notification_preferences")
+    eventually(lambda: made.ids(Channel.PUSH) == [])
+    third = add_provider("http://c/")
+    eventually(lambda: made.ids() == [third])
+    execute("TRUNCATE notification_preferences")
+    eventually(lambda: made.ids() == [])
+
+
+def told(connection: Connection) -> list[str]:
+    return sorted(told.payload for told in connection.notifies(timeout=0.2))
+
+
+@pytest.mark.parametrize(
+    ("statement", "channels"),
+    [
+        ("INSERT INTO {} (provider_type, provider_name, host) VALUES ('Email', 'n', 'h')", "E"),
+        ("UPDATE {} SET host = 'x' WHERE provider_type = 'PushNotification'", "P"),
+        ("UPDATE {} SET provider_type = 'Email'", "EP"),
+        ("DELETE FROM {} WHERE provider_type = 'Email'", "E"),
+        ("DELETE FROM {} WHERE false", ""),
+        ("TRUNCATE {}", "EP"),
+    ],
+)
+def test_the_trigger_tells_each_channel_that_changed_once(
+    database: Environment, add_provider: AddProvider, statement: str, channels: str
+) -> None:
+    """Also if several rows of it changed, and wherever the session looks for names."""
+    for channel in (*Channel, *Channel):
+        add_provider("http://a/", channel)
+    names = {"E": "Email", "P": "PushNotification"}
+    with connect(database) as connection, connect(database) as other:
+        connection.execute(f"LISTEN {CHANGES}")
+        other.execute("SET search_path = pg_catalog")
+        other.execute(statement.format("public.notification_preferences"))
+        assert told(connection) == [names[letter] for letter in channels]
+
+
+def test_what_is_rolled_back_is_not_told(database: Environment, execute: Execute) -> None:
+    with connect(database) as connection:
+        connection.execute(f"LISTEN {CHANGES}")
+        execute("BEGIN; TRUNCATE notification_preferences; ROLLBACK")
+        assert told(connection) == []
+
+
+def test_notifications_are_counted(make: Make, add_provider: AddProvider, growth: Growth) -> None:
+    make()
+    wait_until_listening()
+    for heard in (1, 2):
+        add_provider("http://a/")
+        eventually(lambda n=heard: growth("preference_notifications_total") == {(): n})
+
+
+def test_many_changes_at_once_are_read_together(
+    make: Make, database: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make()
+    wait_until_listening()
+    reloads = itertools.count()
+    reload = Preferences.reload
+
+    def count(preferences: Preferences, connection: Connection) -> bool:
+        next(reloads)
+        return reload(preferences, connection)
+
+    monkeypatch.setattr(Preferences, "reload", count)
+    with connect(database) as connection:
+        for _ in range(300):  # each a transaction of its own
+            connection.execute(
+                "INSERT INTO notification_preferences (provider_type, provider_name, host)"
+                " VALUES ('Email', 'n', 'http://a/')"
+            )
+    eventually(lambda: len(made.ids()) == 300)
+    assert next(reloads) < 150
+
+
+# --- what must not be missed
+
+
+def test_a_change_right_after_the_first_read_is_heard(
+    make: Make, add_provider: AddProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading first and listening then would miss it for good."""
+    reload = Preferences.reload
+    added: list[int] = []
+
+    def then_change(preferences: Preferences, connection: Connection) -> bool:
+        kept = reload(preferences, connection)
+        if not added:
+            added.append(add_provider("http://a/"))
+        return kept
+
+    monkeypatch.setattr(Preferences, "reload", then_change)
+    made = make()
+    eventually(lambda: added and made.ids() == added)
+
+
+def test_a_change_that_is_told_while_it_reads_is_heard_afterwards(
+    make: Make, add_provider: AddProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It arrives with the answers to the query, and nothing more comes on the connection then."""
+    made = make()
+    wait_until_listening()
+    reload = Preferences.reload
+    added: list[int] = []
+
+    def then_change(preferences: Preferences, connection: Connection) -> bool:
+        kept = reload(preferences, connection)
+        if len(added) == 1:
+            added.append(add_provider("http://b/"))
+            connection.execute("SELECT 1")
+        return kept
+
+    monkeypatch.setattr(Preferences, "reload", then_change)
+    added.append(add_provider("http://a/"))
+    eventually(lambda: len(added) == 2 and made.ids() == added)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_changed_while_nobody_listened_is_seen_at_the_reconnect(
+    make: Make,
+    database: Environment,
+    allow_connections: Callable[[str], None],
+    growth: Growth,
+) -> None:
+    made = make()
+    wait_until_listening()
+    (before,) = listeners(database)
+    with connect(database) as connection:
+        allow_connections("false")
+        connection.execute("SELECT pg_terminate_backend(%s)", (before,))
+        eventually(lambda: not listening())
+        connection.execute(
+            "INSERT INTO notification_preferences (provider_type, provider_name, host)"
+            " VALUES ('Email', 'n', 'http://a/')"
+        )
+    assert made.ids() == []
+    allow_connections("true")
+    eventually(lambda: len(made.ids()) == 1)
+    wait_until_listening()
+    assert growth("preference_listener_reconnects_total")[()] >= 1
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("idle", [True, False], ids=["idle", "at a change"])
+def test_a_server_process_that_stops_is_given_up_and_replaced(
+    make: Make, add_provider: AddProvider, database: Environment, *, idle: bool
+) -> None:
+    """Its connection stays open, and its kernel acknowledges all that is sent."""
+    made = make()
+    wait_until_listening()
+    (stopped,) = listeners(database)
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        added = [] if idle else [add_provider("http://a/")]
+        with within(DATABASE_WAIT + 8):
+            eventually(lambda: set(listeners(database)) - {stopped})
+            wait_until_listening()
+            eventually(lambda: made.ids() == added)
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    eventually(lambda: len(listeners(database)) == 1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_change_whose_reading_fails_leaves_what_is_held_and_is_read_at_the_reconnect(
+    make: Make, add_provider: AddProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = add_provider("http://a/")
+    made = make()
+    eventually(lambda: made.ids() == [first])
+    failing, failed = threading.Event(), threading.Event()
+    failing.set()
+    reload = Preferences.reload
+
+    def fail(preferences: Preferences, connection: Connection) -> bool:
+        if failing.is_set():
+            failed.set()
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
+        return reload(preferences, connection)
+
+    monkeypatch.setattr(Preferences, "reload", fail)
+    second = add_provider("http://b/")
+    assert failed.wait(10)
+    assert made.ids() == [first]
+    failing.clear()
+    eventually(lambda: made.ids() == [first, second])
+
+
+# --- by the time
+
+
+def test_without_a_listener_changes_are_seen_in_time_and_no_connection_is_held(
+    make: Make, add_provider: AddProvider, database: Environment, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, push = add_provider("http://a/"), add_provider("http://b/", "PushNotification")
+    made = make(SOON, listening=None)
+    eventually(lambda: made.ids() == [first])
+    second = add_provider("http://c/")
+    for _ in range(3):
+        eventually(lambda: listeners(database) == [], SOON)
+        eventually(lambda: made.ids() == [first, second], 2 * SOON)
+    assert made.ids(Channel.PUSH) == [push]
+    assert not listening()
+    assert "expired" not in caplog.text
+
+
+@pytest.mark.usefixtures("untold")
+def test_a_listener_reads_in_time_too(make: Make, add_provider: AddProvider) -> None:
+    made = make(SOON)
+    wait_until_listening()
+    added = add_provider("http://a/")
+    eventually(lambda: made.ids() == [added])
+
+
+def test_without_a_listener_a_channel_without_a_provider_is_asked_about_again_soon(
+    make: Make, add_provider: AddProvider
+) -> None:
+    made = make(LONG, listening=None)
+    eventually(lambda: made.ids() == [])
+    added = add_provider("http://a/")
+    eventually(lambda: made.ids() == [added])
+
+
+def test_what_is_held_never_expires_while_postgresql_can_be_asked(
+    make: Make, add_provider: AddProvider, caplog: pytest.LogCaptureFixture
+) -> None:
+    for channel in Channel:
+        add_provider("http://a/", channel)
+    made = make(SOON)
+    eventually(made.preferences.held)
+    give_up = time.monotonic() + 3 * SOON
+    while time.monotonic() < give_up:
+        assert len(made.ids()) == 1
+        time.sleep(0.01)
+    assert "expired" not in caplog.text
+
+
+def test_while_the_listener_cannot_connect_the_time_still_counts(
+    make: Make, add_provider: AddProvider, database: Environment
+) -> None:
+    """Its place may be another: past a pooler."""
+    with refusing() as port:
+        elsewhere = Settings.from_env(database | {"DB_LISTEN_PORT": str(port)})
+        made = make(SOON, listening=Database.listening(elsewhere))
+        eventually(lambda: made.ids() == [])
+        added = add_provider("http://a/")
+        eventually(lambda: made.ids() == [added])
+        assert not listening()
+
+
+# --- a replica
+
+
+class Replica(Database):
+    """A database that counts its connections and can be made to look like a standby, or be away."""
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(Settings.from_env(environment | {"APP_NAME": NAME}))
+        self.asked = 0
+        self.away = False
+
+    def connect(self) -> Connection:
+        self.asked += 1
+        if self.away:
+            raise psycopg.OperationalError("Connection refused")
+        return super().connect()
+
+
+@pytest.fixture
+def replica(database: Environment) -> Replica:
+    return Replica(database)
+
+
+def test_a_replica_is_read_when_time_has_passed_and_not_at_a_change(
+    make: Make, add_provider: AddProvider, replica: Replica
+) -> None:
+    made = make(LONG, replica=replica)
+    wait_until_listening()
+    added = add_provider("http://a/")
+    eventually(lambda: made.ids() == [added])
+    assert replica.asked == 0
+    make(SOON, replica=replica)
+    eventually(lambda: replica.asked > 2)
+
+
+@pytest.mark.usefixtures("untold")
+@pytest.mark.parametrize("with_listener", [True, False])
+def test_where_the_replica_is_away_or_behind_the_primary_is_read(
+    make: Make,
+    add_provider: AddProvider,
+    replica: Replica,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    with_listener: bool,
+) -> None:
+    places = {"replica": replica} | ({} if with_listener else {"listening": None})
+    replica.away = True
+    made = make(SOON, **places)
+    eventually(lambda: made.ids() == [])
+    added = [add_provider("http://a/")]
+    eventually(lambda: made.ids() == added)
+
+    monkeypatch.setattr(Preferences, "reload", behind_on(replica, Preferences.reload))
+    replica.away = False
+    asked = replica.asked
+    added.append(add_provider("http://b/"))
+    eventually(lambda: made.ids() == added)
+    assert replica.asked > asked
+
+
+def behind_on(replica: Replica, reload: Any) -> Any:
+    """A `reload` that does not believe what comes from the replica."""
+    connections: list[Connection] = []
+    connect_really = replica.connect
+
+    def connect_and_note() -> Connection:
+        connections.append(connect_really())
+        return connections[-1]
+
+    replica.connect = connect_and_note  # type: ignore[method-assign]
+
+    def keep_unless_from_replica(preferences: Preferences, connection: Connection) -> bool:
+        return connection not in connections and reload(preferences, connection)
+
+    return keep_unless_from_replica
+
+
+# --- faults
+
+
+def test_failed_attempts_pause_twice_as_long_each_time_up_to_half_a_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    chances: list[tuple[float, float]] = []
+    monkeypatch.setattr(refresher, "_by_chance", lambda *bounds: chances.append(bounds) or 1.0)
+    attempts = refresher._Attempts()
+    assert attempts.due()
+    for _ in range(2):
+        for pause in (0.5, 1, 2, 4, 8, 16, 30, 30):
+            attempts.begin()
+            now += pause - 0.001
+            assert not attempts.due()
+            now += 0.002
+            assert attempts.due()
+        attempts.succeed(now + LONG)
+        assert not attempts.due()
+    assert set(chances) == {(0.5, 1.0)}
+    assert (SHORTEST_PAUSE, LONGEST_PAUSE) == (0.5, 30.0)
+
+
+@pytest.mark.parametrize("hanging", [refusing, silent])
+def test_a_server_that_is_away_costs_few_attempts_and_lines(
+    make: Make, hanging: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with hanging() as port:
+        made = make(variables={"DB_HOST": LOOPBACK, "DB_PORT": str(port)}.items())
+        eventually(lambda: len(errors(caplog)) >= 2)
+        assert not made.preferences.held()
+        assert {record.__dict__["reason"] for record in errors(caplog)} <= {
+            "refused",
+            "no answer in time",
+        }
+        time.sleep(1)  # more of it would show a loop without a pause
+        assert len(errors(caplog)) <= 8
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.levelno == logging.ERROR]
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_unforeseen_is_logged_and_tried_again(
+    make: Make,
+    add_provider: AddProvider,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    reload = Preferences.reload
+    failures = iter([ZeroDivisionError(), ZeroDivisionError()])
+
+    def fail_twice(preferences: Preferences, connection: Connection) -> bool:
+        for failure in failures:
+            raise failure
+        return reload(preferences, connection)
+
+    monkeypatch.setattr(Preferences, "reload", fail_twice)
+    made = make()
+    added = add_provider("http://a/")
+    eventually(lambda: made.ids() == [added])
+    assert [record.msg for record in errors(caplog)] == ["could not refresh the preferences"] * 2
+
+
+def test_a_closed_refresher_leaves_no_thread_connection_or_file(
+    make: Make, database: Environment
+) -> None:
+    before = open_files()
+    made = make()
+    wait_until_listening()
+    with within(1):
+        made.refresher.close()
+    assert made.threads() == 0
+    assert open_files() == before
+    assert not listening()
+    eventually(lambda: listeners(database) == [])
+    made.refresher.close()
+
+
+def open_files() -> int:
+    return len([*Path("/dev/fd").iterdir()])
+
+
+def test_one_that_never_began_can_be_closed(database: Environment) -> None:
+    before = open_files()
+    Refreshed(database, LONG).refresher.close()
+    assert open_files() == before
+
+
+def test_closing_does_not_wait_for_a_server_that_hangs(make: Make) -> None:
+    with silent() as port:
+        made = make(variables={"DB_HOST": LOOPBACK, "DB_PORT": str(port)}.items())
+        time.sleep(0.2)  # into the connection
+        with within(DATABASE_WAIT + 1):
+            made.refresher.close()
+    eventually(lambda: made.threads() == 0)
