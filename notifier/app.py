@@ -76,7 +76,7 @@ def build(settings: Settings) -> Notifier:
         preferences,
         database,
         listening=Database.listening(settings) if settings.cache_invalidation == "on" else None,
-        replica=Database.reading(settings) if settings.db_read_host else None,
+        replica=Database.reading(settings) if settings.read_place != settings.serve_place else None,
     )
     transport = Transport(
         ca_bundle=settings.requests_ca_bundle or settings.curl_ca_bundle,

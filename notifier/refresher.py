@@ -168,7 +168,7 @@ class Refresher:
             _log(error)
             return False
         if not kept:
-            log.warning("standby is behind, its preferences are not used")
+            log.warning("standby is behind, what it has is not used")
         return kept
 
     def _reloaded(self) -> None:

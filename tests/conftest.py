@@ -92,7 +92,7 @@ def connect(environment: Environment) -> psycopg.Connection[Any]:
     return Database.migrating(Settings.from_env(environment)).connect()
 
 
-def _create_database(server: Environment, template: str = "template1") -> Environment:
+def create_database(server: Environment, template: str = "template1") -> Environment:
     name = f"test_{next(_names)}"
     create = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
     with connect(server) as connection:
@@ -102,7 +102,7 @@ def _create_database(server: Environment, template: str = "template1") -> Enviro
 
 @pytest.fixture(scope="session")
 def _migrated(server: Environment) -> Environment:
-    environment = _create_database(server)
+    environment = create_database(server)
     schema.migrate(Database.migrating(Settings.from_env(environment)))
     return environment
 
@@ -110,13 +110,13 @@ def _migrated(server: Environment) -> Environment:
 @pytest.fixture
 def empty_database(server: Environment) -> Environment:
     """The `DB_*` of a new database with nothing in it."""
-    return _create_database(server)
+    return create_database(server)
 
 
 @pytest.fixture
 def database(server: Environment, _migrated: Environment) -> Environment:
     """The `DB_*` of a new database with the schema and no rows."""
-    return _create_database(server, _migrated["DB_NAME"])
+    return create_database(server, _migrated["DB_NAME"])
 
 
 @pytest.fixture

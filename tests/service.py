@@ -14,6 +14,8 @@ import psutil
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.timing import eventually
+
 ROOT = Path(__file__).parent.parent
 MESSAGE = {"to": "buyer@example.com", "title": "Hello", "message": "It is on its way."}
 START_SECONDS = 30
@@ -57,6 +59,11 @@ class Service:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < give_up, self.log.read_text()
             time.sleep(0.05)
+        return self
+
+    def wait_until_listening(self) -> "Service":
+        """Return once every worker holds the providers and hears of changes."""
+        eventually(lambda: self.metric("preference_listener_connected") == 1)
         return self
 
     def workers_wanted(self) -> int:

@@ -63,8 +63,8 @@ class FakeDelivery:
 
 @pytest.fixture(scope="module")
 def app() -> Flask:
-    names = ("db_host", "db_name", "db_username", "db_password")
-    return create_app(Settings(db_port=1, **dict.fromkeys(names, "none")))
+    names = ("DB_HOST", "DB_NAME", "DB_USERNAME", "DB_PASSWORD")
+    return create_app(Settings.from_env({"DB_PORT": "1", **dict.fromkeys(names, "none")}))
 
 
 @pytest.fixture

@@ -98,13 +98,13 @@ def metrics_folders(service: Service) -> list[Path]:
 
 
 def test_a_service_with_its_database_is_ready(start_service: StartService) -> None:
-    service = start_service()
+    service = start_service().wait_until_listening()
     assert readiness(service) == (
         200,
         {
             "ready": True,
             "checks": {
-                "preferences": {"ok": True, "detail": "loaded from PostgreSQL"},
+                "preferences": {"ok": True, "detail": "held in cache"},
                 "shutdown": {"ok": True, "detail": "not asked for"},
             },
         },
@@ -312,21 +312,22 @@ def test_every_worker_says_what_all_have_counted_and_the_dead_too(
 def test_a_killed_worker_leaves_no_gauge_behind(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
 ) -> None:
-    gate = Gate()
-    add_provider(make_provider(gate).url)
-    service = start_service()
+    gate, failing = Gate(), make_provider(answer(503))
+    add_provider(failing.url)
+    add_provider(make_provider(gate).url, priority=1)
+    service = start_service(CIRCUIT_BREAKER_MIN_REQUESTS_BEFORE_TRIP="1")
     with ThreadPoolExecutor(4) as pool:
         under_way = [pool.submit(service.notify) for _ in range(4)]
         gate.wait_for(4)
         assert service.metric("http_server_active_requests") == 4
-        assert service.metric("circuit_breaker_state") == 0
+        assert service.metric("circuit_breaker_state", host=failing.host, state="open") == 1
         for worker in service.booted():
             worker.kill()
         assert all(isinstance(reply.exception(), requests.RequestException) for reply in under_way)
     gate.open()
     service.wait_until_ready()
     eventually(lambda: service.metric("http_server_active_requests") == 0)
-    assert "circuit_breaker_state" not in {name for name, *_ in service.samples()}
+    assert service.metric("circuit_breaker_state") == 0
 
 
 def test_however_often_workers_are_replaced_their_files_do_not_pile_up(

@@ -3,7 +3,6 @@
 import platform
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -37,6 +36,10 @@ EXPORTED = {
     "notification_channel": ("counter", {"channel", "provider", "outcome"}),
     "notification_fallback": ("counter", {"channel"}),
     "preference_cache": ("counter", {"result"}),
+    "preference_last_refresh_timestamp_seconds": ("gauge", set()),
+    "preference_listener_connected": ("gauge", set()),
+    "preference_listener_reconnects": ("counter", set()),
+    "preference_notifications": ("counter", set()),
     "http_server_active_requests": ("gauge", set()),
     "worker_starts": ("counter", set()),
     "notifier_build_info": ("gauge", {"version", "python_version"}),
@@ -85,7 +88,7 @@ def used(
     failing, delivering = make_provider(answer(503)), make_provider()
     add_provider(failing.url, priority=1, name="email 1")
     add_provider(delivering.url, priority=2, name="email 2")
-    service = start_service(WEB_CONCURRENCY="1")
+    service = start_service(WEB_CONCURRENCY="1").wait_until_listening()
     for _ in range(5):
         assert service.notify("buyer").status_code == 200
     assert service.notify("seller").status_code == 500
@@ -145,8 +148,8 @@ def test_notifications_channels_and_look_ups_are_counted_by_outcome(used: Used) 
     assert used.service.metric("notification_duration_seconds_count", recipient="buyer") == 5
     assert used.service.metric("notification_fallback_total", channel="Email") == 6
     assert shown(used.service, "preference_cache_total") == {
-        ("hit",): 5,
-        ("miss",): 2,
+        ("hit",): 7,
+        ("miss",): 0,
         ("stale",): 0,
         ("error",): 0,
     }
@@ -328,11 +331,7 @@ def test_the_worst_of_the_workers_states_is_shown_and_half_open_comes_without_tr
         CIRCUIT_BREAKER_MAX_HALF_OPEN_REQUESTS="1",
     )
 
-    def loads() -> float:
-        service.notify()
-        return service.metric("preference_cache_total", result="miss")
-
-    eventually(lambda: loads() == 2)  # so each worker has a breaker of the host
+    service.wait_until_listening()  # so each worker has a breaker of the host
     provider.script = answer(503)
     with requests.Session() as one_worker:  # a kept connection stays with it
         service.notify(session=one_worker)
@@ -358,7 +357,7 @@ def test_a_host_that_is_no_longer_configured_is_gone(
 ) -> None:
     old, new = make_provider(answer(503)), make_provider()
     gone = add_provider(old.url)
-    service = start_service(CACHE_EXPIRED_TIME="100ms", WEB_CONCURRENCY="2")
+    service = start_service(WEB_CONCURRENCY="2").wait_until_listening()
     service.notify()
     assert shown(service, "circuit_breaker_state") == {(old.host, "closed"): 0}
     add_provider(new.url)
@@ -367,9 +366,22 @@ def test_a_host_that_is_no_longer_configured_is_gone(
             "UPDATE notification_preferences SET deleted_at = now() WHERE id = %s", (gone,)
         )
 
-    def only_the_new_one() -> bool:
-        list(pool.map(lambda _: service.notify(), range(16)))  # some to each worker
-        return shown(service, "circuit_breaker_state") == {(new.host, "closed"): 0}
+    only_the_new_one = {(new.host, "closed"): 0}
+    eventually(lambda: shown(service, "circuit_breaker_state") == only_the_new_one)
 
-    with ThreadPoolExecutor(16) as pool:
-        eventually(only_the_new_one)
+
+def test_what_the_listeners_do_is_shown_for_all_workers_together(
+    start_service: StartService, add_provider: AddProvider
+) -> None:
+    service = start_service(WEB_CONCURRENCY="3").wait_until_listening()
+    assert service.metric("preference_listener_reconnects_total") == 0
+    before = time.time()
+    add_provider("http://a/")
+    eventually(lambda: service.metric("preference_last_refresh_timestamp_seconds") >= before)
+    assert service.metric("preference_notifications_total") == 3
+
+
+def test_without_invalidation_nobody_listens(start_service: StartService) -> None:
+    service = start_service(CACHE_INVALIDATION="off")
+    eventually(lambda: service.metric("preference_last_refresh_timestamp_seconds") > 0)
+    assert service.metric("preference_listener_connected") == 0

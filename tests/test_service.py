@@ -12,6 +12,7 @@ import psutil
 import pytest
 import requests
 
+from tests.conftest import create_database
 from tests.scripted_provider import Peer, Received, Script, answer, close, reset
 from tests.service import MESSAGE, ROOT, Service, clean_environment
 
@@ -113,9 +114,10 @@ def test_the_request_id_reaches_providers_and_every_log_line_from_pool_threads_t
 
 
 @pytest.fixture(scope="module")
-def idle_service(tmp_path_factory: pytest.TempPathFactory, server) -> Iterator[Service]:
-    """A service whose callers never get as far as its database."""
-    service = Service(tmp_path_factory.mktemp("idle"), server)
+def idle_service(tmp_path_factory: pytest.TempPathFactory, server, _migrated) -> Iterator[Service]:
+    """A service whose callers never get as far as its providers."""
+    database = create_database(server, _migrated["DB_NAME"])
+    service = Service(tmp_path_factory.mktemp("idle"), database)
     yield service.wait_until_ready()
     assert service.stop() == 0
 
