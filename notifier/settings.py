@@ -136,7 +136,7 @@ def _readable(text: str) -> str:
 
 
 def _filled(text: str) -> str:
-    if not text:
+    if not text.strip():
         raise ValueError(text)
     return text
 
@@ -171,7 +171,7 @@ class Secret:
         """Return the secret; a file is read each time, and a line end after it is no part of it.
 
         Raises:
-            ValueError: the file is empty, or no text.
+            ValueError: the file is empty, or no UTF-8.
             OSError: it can't be read.
         """
         if not self.file:
@@ -248,8 +248,16 @@ class Settings:
                 f"NOTIFY_DEADLINE is {self.notify_deadline:g}s: expected at least one attempt "
                 f"(HTTP_CLIENT_TIMEOUT, {self.http_client_timeout:g}s) and at least {MIN_DEADLINE}s"
             )
+        self._check_authorities()
         self._check_pairs()
         self._check_ports()
+
+    def _check_authorities(self) -> None:
+        if self.db_sslrootcert == "system" and self.db_sslmode != "verify-full":  # libpq's rule
+            raise SettingsError(
+                f"DB_SSLMODE is {json.dumps(self.db_sslmode)}: "
+                "expected verify-full, DB_SSLROOTCERT is system"
+            )
 
     def _check_pairs(self) -> None:
         for first, second in (
@@ -259,16 +267,21 @@ class Settings:
             given = {name for name in (first, second) if getattr(self, name) is not None}
             if len(given) == 1:
                 (other,) = {first, second} - given
-                raise SettingsError(f"{other.upper()} is missing: {given.pop().upper()} needs it")
+                missing = other.upper() + (f", or {other.upper()}_FILE," * ("password" in other))
+                raise SettingsError(f"{missing} is missing: {given.pop().upper()} needs it")
 
     def _check_ports(self) -> None:
-        places = {"": self.serve_place, "LISTEN_": self.listen_place, "READ_": self.read_place}
-        for kind, (hosts, ports) in places.items():
-            wanted, given = len(hosts.split(",")), len(ports.split(","))
-            if given not in (1, wanted):
+        places = {
+            "db_port": self.serve_place,
+            "db_listen_port": self.listen_place,
+            "db_read_port": self.read_place,
+        }
+        for name, (hosts, ports) in places.items():
+            if len(ports.split(",")) not in (1, len(hosts.split(","))):
+                whose = "" if getattr(self, name) else "DB_PORT's "
                 raise SettingsError(
-                    f"DB_{kind}PORT is {json.dumps(ports)}: "
-                    f"expected one port for all hosts, or one for each of {wanted}"
+                    f"{name.upper()} is {whose}{json.dumps(ports)}: "
+                    f"expected one port, or one for each host of {json.dumps(hosts)}"
                 )
 
     @property
@@ -340,10 +353,11 @@ def _secret_file(name: str, text: str, file: str) -> Secret:
     secret = Secret(file=file)
     try:
         secret.read()
-    except (OSError, ValueError):
-        shown = json.dumps(file[:100])
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "empty, or no UTF-8"
+        # The value isn't shown: it may be the secret itself, in the wrong variable.
         raise SettingsError(
-            f"{name}_FILE is {shown}: expected a readable file with the secret"
+            f"{name}_FILE cannot be used ({why}): expected a readable file with the secret"
         ) from None
     return secret
 

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, asdict, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
 import certifi
@@ -15,6 +15,7 @@ from notifier import settings as settings_module
 from notifier.settings import (
     MIN_DEADLINE,
     WITHOUT_EFFECT,
+    Secret,
     Settings,
     SettingsError,
     available_cpus,
@@ -23,6 +24,7 @@ from notifier.settings import (
 )
 
 PASSWORD = "hunter2-p4ss"
+HERE = str(Path(__file__).parent)
 
 REQUIRED = {
     "DB_HOST": "db.example.com",
@@ -34,10 +36,10 @@ REQUIRED = {
 
 VALUES_OF_REQUIRED = {
     "db_host": "db.example.com",
-    "db_port": 5432,
+    "db_port": "5432",
     "db_name": "notifications",
     "db_username": "notifier",
-    "db_password": PASSWORD,
+    "db_password": Secret(PASSWORD),
 }
 
 DEFAULTS = {
@@ -55,7 +57,17 @@ DEFAULTS = {
     "circuit_breaker_failure_threshold_percent": 60,
     "circuit_breaker_window": 60.0,
     "cache_expired_time": 600.0,
+    "cache_invalidation": "on",
     "db_sslmode": "disable",
+    "db_sslrootcert": None,
+    "db_sslcert": None,
+    "db_sslkey": None,
+    "db_listen_host": None,
+    "db_listen_port": None,
+    "db_read_host": None,
+    "db_read_port": None,
+    "db_migration_username": None,
+    "db_migration_password": None,
     "requests_ca_bundle": None,
     "curl_ca_bundle": None,
 }
@@ -67,7 +79,30 @@ DELAY = "0s or a duration such as 500ms or 5s, up to 24h"
 COUNT = "a whole number from 1 to 1000000"
 PORT = "a whole number from 1 to 65535"
 LISTEN_PORT = "a port such as 8080 or :8080"
+PORTS = f"{PORT}, or several with commas between them"
+HOSTS = "a host, or several with commas between them"
 PATH = "a readable PEM file, or folder, of certificates"
+ROOT_CERT = "a readable PEM file of certificates, or system"
+FILE = "a readable file"
+
+SECRETS = ["DB_PASSWORD", "DB_MIGRATION_PASSWORD"]
+PLACES = [
+    ("DB_HOST", "DB_PORT"),
+    ("DB_LISTEN_HOST", "DB_LISTEN_PORT"),
+    ("DB_READ_HOST", "DB_READ_PORT"),
+]
+
+# What some variables need beside them to be good.
+BESIDE = {
+    "DB_SSLROOTCERT": {"DB_SSLMODE": "verify-full"},
+    "DB_SSLCERT": {"DB_SSLKEY": __file__},
+    "DB_SSLKEY": {"DB_SSLCERT": __file__},
+    "DB_LISTEN_PORT": {"DB_LISTEN_HOST": "a,b"},
+    "DB_READ_PORT": {"DB_READ_HOST": "a,b"},
+    "DB_PORT": {"DB_HOST": "a,b"},
+    "DB_MIGRATION_USERNAME": {"DB_MIGRATION_PASSWORD": "m1grat0r"},
+    "DB_MIGRATION_PASSWORD": {"DB_MIGRATION_USERNAME": "migrator"},
+}
 
 COUNTS = [
     "CIRCUIT_BREAKER_MAX_HALF_OPEN_REQUESTS",
@@ -120,17 +155,39 @@ GOOD = [
     *[(name, "1m30s", 90.0) for name in DURATIONS],
     *[("DRAIN_DELAY", text, 0.0) for text in ("0", "0s", "0ms", "0m0.0s")],
     ("DRAIN_DELAY", "5s", 5.0),
-    ("DB_HOST", "/var/run/postgresql", "/var/run/postgresql"),
-    ("DB_PORT", "6432", 6432),
+    *[("CACHE_INVALIDATION", text, text.lower()) for text in ("on", "off", "OFF")],
+    *[
+        (hosts, text, read)
+        for hosts, _ in PLACES
+        for text, read in [
+            ("/var/run/postgresql", "/var/run/postgresql"),
+            ("a,b", "a,b"),
+            ("a.example.com, b.example.com , ::1", "a.example.com,b.example.com,::1"),
+        ]
+    ],
+    *[
+        (ports, text, read)
+        for _, ports in PLACES
+        for text, read in [
+            ("6432", "6432"),
+            ("1,65535", "1,65535"),
+            (" 5432 , 05433 ", "5432,5433"),
+        ]
+    ],
     ("DB_NAME", "other", "other"),
     ("DB_USERNAME", "other", "other"),
-    ("DB_PASSWORD", " kept as it is ", " kept as it is "),
+    ("DB_MIGRATION_USERNAME", "other", "other"),
+    *[(name, " kept as it is ", Secret(" kept as it is ")) for name in SECRETS],
+    ("DB_SSLROOTCERT", certifi.where(), certifi.where()),
+    ("DB_SSLROOTCERT", "system", "system"),
+    ("DB_SSLCERT", certifi.where(), certifi.where()),
+    ("DB_SSLKEY", certifi.where(), certifi.where()),
     *[
         ("DB_SSLMODE", mode, mode)
         for mode in ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
     ],
     ("REQUESTS_CA_BUNDLE", certifi.where(), certifi.where()),
-    ("CURL_CA_BUNDLE", str(Path(__file__).parent), str(Path(__file__).parent)),
+    ("CURL_CA_BUNDLE", HERE, HERE),
 ]
 
 WRONG = [
@@ -139,7 +196,27 @@ WRONG = [
         ("HTTP_SERVER_PORT", text, LISTEN_PORT)
         for text in [*NO_NUMBERS, "0", "65536", ":", "::8080", ":-1", "0.0.0.0:8080", "8080/tcp"]
     ],
-    *[("DB_PORT", text, PORT) for text in [*NO_NUMBERS, "0", "65536", ":5432"]],
+    *[
+        (ports, text, PORTS)
+        for _, ports in PLACES
+        for text in [
+            *NO_NUMBERS,
+            "0",
+            "65536",
+            ":5432",
+            "5432,",
+            ",5432",
+            "5432,,5433",
+            "5432;5433",
+        ]
+    ],
+    *[(hosts, text, HOSTS) for hosts, _ in PLACES for text in (",", "a,", ",a", "a,,b", "a, ,b")],
+    *[("CACHE_INVALIDATION", text, "one of on, off") for text in ("true", "0", "on,off")],
+    *[
+        ("DB_SSLROOTCERT", text, ROOT_CERT)
+        for text in ("/no/such/file.pem", HERE, __file__, "System")
+    ],
+    *[(name, text, FILE) for name in ("DB_SSLCERT", "DB_SSLKEY") for text in ("/no/file", HERE)],
     *[
         ("WEB_CONCURRENCY", text, "a whole number from 1 to 256")
         for text in [*NO_NUMBERS, "0", "257", "auto"]
@@ -175,7 +252,9 @@ def problem(environ: dict[str, str]) -> str:
 
 
 def test_without_variables_the_defaults_hold() -> None:
-    assert asdict(read()) == DEFAULTS | VALUES_OF_REQUIRED
+    settings = read()
+    values = {field.name: getattr(settings, field.name) for field in fields(Settings)}
+    assert values == DEFAULTS | VALUES_OF_REQUIRED
 
 
 @pytest.mark.parametrize("empty", ["", "  ", "\n"])
@@ -186,7 +265,8 @@ def test_an_empty_variable_counts_as_unset(empty: str) -> None:
 @pytest.mark.parametrize(("name", "text", "value"), GOOD)
 def test_a_good_value_is_read(name: str, text: str, value: object) -> None:
     # A deadline that no time-out of the table exceeds.
-    assert asdict(read(**{"NOTIFY_DEADLINE": "1h", name: text}))[name.lower()] == value
+    settings = read(**{"NOTIFY_DEADLINE": "1h", name: text} | BESIDE.get(name, {}))
+    assert getattr(settings, name.lower()) == value
 
 
 @pytest.mark.parametrize(("name", "text", "expected"), WRONG)
@@ -201,7 +281,7 @@ def test_a_wrong_value_is_named_with_its_variable_and_what_is_expected(
 
 def test_every_variable_is_in_the_tables_of_good_and_wrong_values() -> None:
     every = {field.name.upper() for field in fields(Settings)}
-    any_text = {"APP_NAME", "DB_HOST", "DB_NAME", "DB_USERNAME", "DB_PASSWORD"}
+    any_text = {"APP_NAME", "DB_NAME", "DB_USERNAME", "DB_MIGRATION_USERNAME", *SECRETS}
     assert {name for name, *_ in GOOD} == every
     assert {name for name, *_ in WRONG} == every - any_text
 
@@ -212,8 +292,8 @@ def test_a_missing_required_variable_is_named(name: str, empty: str | None) -> N
     environ = {key: value for key, value in REQUIRED.items() if key != name}
     if empty is not None:
         environ[name] = empty
-    expected = PORT if name == "DB_PORT" else "a text"
-    assert problem(environ) == f"{name} is missing: expected {expected}"
+    expected = {"DB_HOST": HOSTS, "DB_PORT": PORTS, "DB_PASSWORD": "a text, or DB_PASSWORD_FILE"}
+    assert problem(environ) == f"{name} is missing: expected {expected.get(name, 'a text')}"
 
 
 def test_several_problems_are_reported_together() -> None:
@@ -221,8 +301,8 @@ def test_several_problems_are_reported_together() -> None:
     message = problem(environ)
     assert message.split("; ") == [
         'WEB_THREADS is "0": expected a whole number from 1 to 512',
-        "DB_HOST is missing: expected a text",
-        f'DB_PORT is "x": expected {PORT}',
+        f"DB_HOST is missing: expected {HOSTS}",
+        f'DB_PORT is "x": expected {PORTS}',
         "DB_USERNAME is missing: expected a text",
     ]
 
@@ -342,11 +422,16 @@ def test_settings_are_frozen() -> None:
             setattr(settings, field.name, None)
 
 
-def test_the_password_is_hidden_from_repr() -> None:
-    shown = repr(read())
-    assert "db.example.com" in shown
-    assert PASSWORD not in shown
-    assert "db_password" not in shown
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_is_hidden_from_repr(name: str) -> None:
+    settings = read(DB_MIGRATION_USERNAME="migrator", DB_MIGRATION_PASSWORD="other")
+    settings = replace(settings, **{name.lower(): Secret(PASSWORD)})
+    secret = getattr(settings, name.lower())
+    assert secret.read() == PASSWORD
+    assert "db.example.com" in repr(settings)
+    assert name.lower() not in repr(settings)
+    for shown in (repr(settings), repr(secret), str(secret), f"{secret}"):
+        assert PASSWORD not in shown
 
 
 def test_the_environment_of_the_process_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,3 +463,160 @@ def test_a_wrong_environment_ends_the_process_with_one_line() -> None:
     assert line.startswith('notifier cannot start: LOG_LEVEL is "lo\\nud": expected one of ')
     assert "; WEB_THREADS is " in line
     assert PASSWORD not in line
+
+
+# --- secrets in files
+
+
+def read_secret_file(name: str, file: Path) -> Settings:
+    """Read the settings where secret `name` is in `file` and the other is in its variable."""
+    environ = {"DB_MIGRATION_USERNAME": "migrator", "DB_MIGRATION_PASSWORD": "other"}
+    return read(**environ | {name: "", f"{name}_FILE": str(file)})
+
+
+@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize(
+    ("content", "secret"),
+    [
+        (PASSWORD, PASSWORD),
+        (PASSWORD + "\n", PASSWORD),
+        (PASSWORD + "\r\n", PASSWORD),
+        ("\n two words \u00fc\t\n\n", "\n two words \u00fc\t"),
+    ],
+)
+def test_a_secret_is_read_from_its_file_without_the_line_end(
+    name: str, content: str, secret: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "secret"
+    file.write_bytes(content.encode())
+    assert getattr(read_secret_file(name, file), name.lower()).read() == secret
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secrets_file_is_read_again_each_time(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("the first")
+    secret = getattr(read_secret_file(name, file), name.lower())
+    for text in ("the second", "the third"):
+        file.write_text(text)
+        assert secret.read() == text
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        secret.read()
+    file.write_text("\n")
+    with pytest.raises(ValueError, match=r"\A\Z"):
+        secret.read()
+
+
+@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "No such file or directory"),
+        (b"", "empty, or no UTF-8"),
+        (b" \r\n", "empty, or no UTF-8"),
+        (PASSWORD.encode() + b"\xff", "empty, or no UTF-8"),
+        (PASSWORD.encode("utf-16"), "empty, or no UTF-8"),
+    ],
+)
+def test_a_secrets_file_that_cannot_be_used_is_a_problem_that_shows_no_secret(
+    name: str, content: bytes | None, why: str, tmp_path: Path
+) -> None:
+    file = tmp_path / PASSWORD  # a secret put into the variable of the file is not shown either
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SettingsError) as raised:
+        read_secret_file(name, file)
+    expected = "expected a readable file with the secret"
+    assert str(raised.value) == f"{name}_FILE cannot be used ({why}): {expected}"
+
+
+@pytest.mark.parametrize("file", ["/", "/" + "x" * 10_000, f"{__file__}/below-a-file"])
+def test_a_secrets_file_that_is_no_file_is_a_problem(file: str) -> None:
+    with pytest.raises(
+        SettingsError, match=r"\ADB_PASSWORD_FILE cannot be used \([A-Z][a-z ]+\): "
+    ):
+        read_secret_file("DB_PASSWORD", Path(file))
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_and_its_file_together_are_refused(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text(PASSWORD)
+    both = {"DB_MIGRATION_USERNAME": "migrator", name: PASSWORD, f"{name}_FILE": str(file)}
+    message = problem(REQUIRED | both)
+    assert message == f"{name} and {name}_FILE are both set: expected one of them"
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_an_empty_variable_of_a_secrets_file_counts_as_unset(name: str) -> None:
+    migrator = {"DB_MIGRATION_USERNAME": "migrator", "DB_MIGRATION_PASSWORD": PASSWORD}
+    settings = read(**migrator | {f"{name}_FILE": " "})
+    assert getattr(settings, name.lower()) == Secret(PASSWORD)
+
+
+# --- what goes together
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ("DB_MIGRATION_USERNAME", "DB_MIGRATION_PASSWORD, or DB_MIGRATION_PASSWORD_FILE,"),
+        ("DB_MIGRATION_PASSWORD", "DB_MIGRATION_USERNAME"),
+        ("DB_MIGRATION_PASSWORD_FILE", "DB_MIGRATION_USERNAME"),
+        ("DB_SSLCERT", "DB_SSLKEY"),
+        ("DB_SSLKEY", "DB_SSLCERT"),
+    ],
+)
+def test_half_a_pair_is_refused(given: str, missing: str) -> None:
+    message = problem(REQUIRED | {given: __file__})
+    assert message == f"{missing} is missing: {given.removesuffix('_FILE')} needs it"
+
+
+@pytest.mark.parametrize("mode", ["disable", "require", "verify-ca"])
+def test_the_systems_authorities_need_verify_full(mode: str) -> None:
+    """libpq would refuse each connection."""
+    message = problem(REQUIRED | {"DB_SSLROOTCERT": "system", "DB_SSLMODE": mode})
+    assert message == f'DB_SSLMODE is "{mode}": expected verify-full, DB_SSLROOTCERT is system'
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ({"DB_PORT": "1,2"}, 'DB_PORT is "1,2"'),
+        ({"DB_HOST": "a,b,c", "DB_PORT": "1,2"}, 'DB_PORT is "1,2"'),
+        ({"DB_LISTEN_PORT": "1,2"}, 'DB_LISTEN_PORT is "1,2"'),
+        ({"DB_READ_HOST": "c", "DB_READ_PORT": "1,2"}, 'DB_READ_PORT is "1,2"'),
+        (
+            {"DB_HOST": "a,b", "DB_PORT": "1,2", "DB_READ_HOST": "c"},
+            'DB_READ_PORT is DB_PORT\'s "1,2"',
+        ),
+    ],
+)
+def test_as_many_ports_as_hosts_are_expected_or_one_for_all(
+    given: dict[str, str], wrong: str
+) -> None:
+    message = problem(REQUIRED | given)
+    assert message.startswith(f"{wrong}: expected one port, or one for each host of ")
+
+
+def test_where_nothing_else_is_said_everything_is_done_at_one_place_as_one_role() -> None:
+    settings = read()
+    place = ("db.example.com", "5432")
+    assert [settings.serve_place, settings.listen_place, settings.read_place] == [place] * 3
+    assert settings.migrating_role == ("notifier", Secret(PASSWORD))
+
+
+def test_each_place_and_the_migrating_role_can_be_set_by_themselves() -> None:
+    settings = read(
+        DB_HOST="a,b",
+        DB_PORT="6432",
+        DB_LISTEN_PORT="5432",
+        DB_READ_HOST="c",
+        DB_MIGRATION_USERNAME="migrator",
+        DB_MIGRATION_PASSWORD="other",
+    )
+    assert settings.serve_place == ("a,b", "6432")
+    assert settings.listen_place == ("a,b", "5432")
+    assert settings.read_place == ("c", "6432")
+    assert settings.migrating_role == ("migrator", Secret("other"))

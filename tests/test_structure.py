@@ -59,8 +59,8 @@ REQUIRED = {
     "DB_PASSWORD": "change-me",
 }
 
-# What depends on the machine, on another variable or on a package is described, not quoted.
-DESCRIBED = {"WEB_CONCURRENCY", "NOTIFY_DEADLINE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}
+# What depends on the machine or on another variable is described, not quoted, as is None.
+DESCRIBED = {"WEB_CONCURRENCY", "NOTIFY_DEADLINE"}
 
 
 def imported_names(path: Path) -> Iterator[str]:
@@ -247,19 +247,25 @@ def test_without_a_place_for_metrics_the_start_stops_with_one_line(
 
 
 def variables() -> dict[str, Any]:
-    """Return every variable that is read, with the default of its field."""
-    return {field.name.upper(): field.default for field in fields(Settings)}
+    """Return every variable that is read, with its default; each secret can be in a file too."""
+    named = {field.name.upper(): field.default for field in fields(Settings)}
+    secrets = [field.name.upper() for field in fields(Settings) if field.metadata["secret"]]
+    return named | {f"{name}_FILE": None for name in secrets}
+
+
+def is_described(name: str) -> bool:
+    return name in DESCRIBED or variables()[name] is None
 
 
 def value_of(name: str, text: str) -> Any:
     """Return what `text` becomes as the value of variable `name`."""
-    return getattr(Settings.from_env(REQUIRED | {name: text}), name.lower())
+    return getattr(Settings.from_env(REQUIRED | {name: text}), name.lower(), None)
 
 
 def shipped_value(name: str) -> Any:
     if name == "WEB_CONCURRENCY":  # by the machine: its CPUs, up to 4
         return 4
-    return getattr(Settings.from_env(REQUIRED), name.lower())
+    return getattr(Settings.from_env(REQUIRED), name.lower(), None)
 
 
 def documented_settings() -> list[tuple[str, str]]:
@@ -283,7 +289,7 @@ def test_the_readme_gives_the_defaults() -> None:
             assert cell == "none", name
         elif variables()[name] is MISSING:
             assert cell == "required", name
-        elif name in DESCRIBED:
+        elif is_described(name):
             assert cell, name
         else:
             assert value_of(name, cell.strip("`")) == shipped_value(name), name
@@ -312,7 +318,7 @@ def test_the_example_sets_what_is_required_and_shows_the_defaults_of_the_rest() 
         else:
             assert not is_set, name
             assert value_of(name, value) == shipped_value(name), name
-            assert value or name in DESCRIBED, name
+            assert value or is_described(name), name
 
 
 def test_the_example_can_be_used_as_it_is() -> None:
