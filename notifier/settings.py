@@ -176,7 +176,7 @@ class Secret:
         """
         if not self.file:
             return self.text
-        return _filled(Path(self.file).read_text(encoding="utf-8").rstrip("\r\n"))
+        return _filled(Path(self.file).read_bytes().decode().rstrip("\r\n"))
 
 
 def _variable(kind: Kind, default: Any = ..., *, secret: bool = False) -> Any:

@@ -481,7 +481,7 @@ def read_secret_file(name: str, file: Path) -> Settings:
         (PASSWORD, PASSWORD),
         (PASSWORD + "\n", PASSWORD),
         (PASSWORD + "\r\n", PASSWORD),
-        ("\n two words \u00fc\t\n\n", "\n two words \u00fc\t"),
+        ("\n two\rwords \u00fc\t\n\n", "\n two\rwords \u00fc\t"),
     ],
 )
 def test_a_secret_is_read_from_its_file_without_the_line_end(
