@@ -20,7 +20,7 @@ from gunicorn.glogging import Logger
 from gunicorn.workers.gthread import ThreadWorker
 
 from notifier import logs
-from notifier.settings import WITHOUT_EFFECT, settings_or_exit
+from notifier.settings import WITHOUT_EFFECT, Settings, SettingsError, settings_or_exit
 
 settings = settings_or_exit()
 
@@ -104,6 +104,7 @@ def when_ready(server):
     server.metrics_folder = _new_folder()
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(server.metrics_folder)
     server.handle_term = functools.partial(_drain, server, server.handle_term)
+    server.handle_hup = functools.partial(_reload, server.handle_hup)
 
 
 def _new_folder():
@@ -128,6 +129,20 @@ def _drain(server, stop):
     logging.getLogger("notifier").info("draining", extra={"seconds": settings.drain_delay})
     signal.signal(signal.SIGALRM, lambda *_: os.kill(server.pid, signal.SIGTERM))
     signal.setitimer(signal.ITIMER_REAL, settings.drain_delay)
+
+
+def _reload(reload):
+    """Replace the workers, unless a file that a setting names has become unusable.
+
+    gunicorn would end the service: the master reads the settings again, and so do the new workers.
+    """
+    try:
+        Settings.from_env(os.environ)
+    except SettingsError as error:
+        fields = {"problem": str(error)}
+        logging.getLogger("notifier").error("not reloaded", extra=fields)  # noqa: TRY400 no traceback
+    else:
+        reload()
 
 
 def pre_fork(server, worker):

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import certifi
 import psutil
 import pytest
 import requests
@@ -277,6 +278,46 @@ def test_a_reload_under_load_fails_no_request_and_loses_no_count(
     assert service.metric("notifications_total", outcome="delivered") == len(outcomes)
     assert service.stop() == 0
     assert "Traceback" not in service.log.read_text()
+
+
+@pytest.mark.parametrize("variable", ["DB_PASSWORD_FILE", "REQUESTS_CA_BUNDLE"])
+@pytest.mark.parametrize(
+    "break_it", [Path.unlink, lambda file: file.write_bytes(b"")], ids=["removed", "emptied"]
+)
+def test_a_reload_with_an_unusable_file_is_refused_and_works_once_that_is_mended(
+    start_service: StartService,
+    database: dict[str, str],
+    tmp_path: Path,
+    variable: str,
+    break_it: Callable[[Path], object],
+) -> None:
+    content = {
+        "DB_PASSWORD_FILE": database["DB_PASSWORD"].encode(),
+        "REQUESTS_CA_BUNDLE": Path(certifi.where()).read_bytes(),
+    }
+    file = tmp_path / "file"
+    file.write_bytes(content[variable])
+    password = {"DB_PASSWORD": ""} if variable == "DB_PASSWORD_FILE" else {}
+    service = start_service(**{variable: str(file)} | password)
+
+    def refused() -> list[dict[str, Any]]:
+        return [line for line in service.lines() if line["message"] == "not reloaded"]
+
+    before = service.booted()
+    for times in (1, 2):
+        break_it(file)
+        service.process.send_signal(signal.SIGHUP)
+        eventually(lambda times=times: len(refused()) == times)
+        file.write_bytes(content[variable])
+    assert {line["level"] for line in refused()} == {"ERROR"}
+    assert all(line["problem"].startswith(f"{variable} ") for line in refused())
+    assert service.booted() == before
+    assert readiness(service)[0] == 200
+
+    reload(service, starts=4)
+    assert set(service.booted()).isdisjoint(before)
+    assert readiness(service)[0] == 200
+    assert service.stop() == 0
 
 
 def test_every_worker_says_what_all_have_counted_and_the_dead_too(
