@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 
 
-def make_certificate(folder: Path, *names: str) -> tuple[Path, ssl.SSLContext]:
+def make_certificate(
+    folder: Path, *names: str, subject: str = "test"
+) -> tuple[Path, ssl.SSLContext]:
     """Return the file of a certificate for `names` (`DNS:localhost`), and a server's context.
 
-    The certificate is its own authority: who is given the file trusts the server. Without the
-    command the test is skipped.
+    The certificate is its own authority: who is given the file trusts the server. Its key is in
+    `key.pem` beside it. Without the command the test is skipped.
     """
     if shutil.which("openssl") is None:
         pytest.skip("the openssl command is not installed")
     certificate, key = folder / "certificate.pem", folder / "key.pem"
-    command = ["openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=test"]
+    command = ["openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", f"/CN={subject}"]
     command += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
     command += ["-addext", f"subjectAltName={','.join(names)}"]
     command += ["-addext", "keyUsage=critical,digitalSignature,keyCertSign"]

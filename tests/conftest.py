@@ -1,8 +1,8 @@
 """What the tests share: PostgreSQL, databases made from a migrated one, settings, providers.
 
 A test marked `needs(what)` is left out where `what` is missing, and the summary says so. `what` is
-an executable, or "containers": those tests run with TEST_CONTAINERS=1. REQUIRE_ALL=1 makes a
-missing executable an error.
+an executable, "postgresql" for the system's own, or "containers": those tests run with
+TEST_CONTAINERS=1. REQUIRE_ALL=1 makes anything else that is missing an error.
 """
 
 import itertools
@@ -24,6 +24,7 @@ from notifier.db import Database
 from notifier.dev import postgres
 from notifier.settings import Secret, Settings
 from notifier.transport import Transport
+from tests import pgbouncer, system_postgres
 from tests.certificates import make_certificate
 from tests.scripted_provider import Script, ScriptedProvider
 from tests.service import Service
@@ -36,6 +37,12 @@ Growth = Callable[[str], dict[tuple[str, ...], float]]
 
 # What a developer's shell sets must not decide a test: only what a test sets does.
 _OURS = [*Settings.__dataclass_fields__, "http_proxy", "https_proxy", "all_proxy", "no_proxy"]
+
+# What is looked for elsewhere than on the path.
+_INSTALLED: dict[str, Callable[[str], object]] = {
+    "postgresql": lambda _: system_postgres.binaries(),
+    "pgbouncer": lambda _: pgbouncer.executable(),
+}
 
 _names = itertools.count(1)
 
@@ -66,7 +73,7 @@ def _missing(item: pytest.Item) -> str | None:
         if what == "containers":
             if os.environ.get("TEST_CONTAINERS") != "1":
                 return "TEST_CONTAINERS is not 1"
-        elif not shutil.which(what):
+        elif not _INSTALLED.get(what, shutil.which)(what):
             if os.environ.get("REQUIRE_ALL") == "1":
                 raise pytest.UsageError(f"REQUIRE_ALL is 1, but {what} is not installed")
             return f"{what} is not installed"

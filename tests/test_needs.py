@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from notifier.dev import cluster
+from tests import system_postgres
 from tests.service import ROOT
 
 TESTS = """
@@ -82,3 +84,14 @@ def test_where_all_is_required_containers_still_need_to_be_asked_for(run):
     code, output = run("-k", "containers or plain", REQUIRE_ALL="1")
     assert code == 0
     assert "deselected 1 test: TEST_CONTAINERS is not 1\n" in output
+
+
+def test_of_the_systems_postgresqls_the_newest_that_can_serve_is_taken(tmp_path, monkeypatch):
+    """Debian has each in a folder off the path, and the clients' programs in such folders too."""
+    monkeypatch.setattr(cluster, "SYSTEM", (f"{str(tmp_path)[1:]}/*/bin",))
+    assert system_postgres.binaries() is None
+    for version, program in (("9", "postgres"), ("15", "postgres"), ("16", "psql")):
+        folder = tmp_path / version / "bin"
+        folder.mkdir(parents=True)
+        (folder / program).touch()
+    assert system_postgres.binaries() == tmp_path / "15" / "bin"

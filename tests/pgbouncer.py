@@ -1,0 +1,88 @@
+"""A real pgbouncer, by default one that pools transactions, in front of a server of the tests."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import psycopg
+
+from notifier.db import Database
+from notifier.dev import cluster
+from notifier.settings import Settings
+from tests.service import free_port
+from tests.timing import eventually
+
+# Debian's servers are where only root's path leads.
+PATH = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin"
+
+
+def executable() -> str | None:
+    """Return where pgbouncer is, if the system has one."""
+    return shutil.which("pgbouncer", path=PATH)
+
+
+class PgBouncer:
+    """Pools connections to the server whose `DB_*` are `server`; `environment` leads through it.
+
+    It runs on 127.0.0.1, with a folder of its own that is removed after it.
+    """
+
+    def __init__(self, server: dict[str, str], pool_mode: str = "transaction") -> None:
+        self.environment = server | {"DB_HOST": cluster.HOST, "DB_PORT": str(free_port())}
+        self._folder = Path(tempfile.mkdtemp(prefix="notifier-pgbouncer-"))
+        cluster._give_to_account(self._folder)
+        self._log = self._folder / "pgbouncer.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        users = f'"{server["DB_USERNAME"]}" "{server["DB_PASSWORD"]}"\n'
+        ini = f"""
+            [databases]
+            * = host={server["DB_HOST"]} port={server["DB_PORT"]}
+            [pgbouncer]
+            listen_addr = {cluster.HOST}
+            listen_port = {self.environment["DB_PORT"]}
+            unix_socket_dir =
+            auth_type = scram-sha-256
+            auth_file = users.txt
+            pool_mode = {pool_mode}
+        """
+        for name, text in (("users.txt", users), ("pgbouncer.ini", ini)):
+            file = self._folder / name
+            file.touch(0o600)
+            file.write_text(text)
+            cluster._give_to_account(file)
+
+    def __enter__(self) -> "PgBouncer":
+        """Return once a query has come through."""
+        binary = executable()
+        assert binary is not None, "the system has no pgbouncer"
+        try:
+            with self._log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    [binary, "pgbouncer.ini"],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    **cluster._as_account(self._folder),
+                )
+            eventually(self._answers)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.kill()  # newer ones wait at SIGTERM until all clients have left
+            self._process.wait(20)
+        shutil.rmtree(self._folder)
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self._log.read_text()
+        try:
+            with Database(Settings.from_env(self.environment)).connect() as connection:
+                connection.execute("SELECT 1")
+        except psycopg.OperationalError:
+            return False
+        return True
