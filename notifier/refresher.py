@@ -33,7 +33,7 @@ LACKING = 1.0
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
-PROBE_WAIT = 2.0
+PROBE_WAIT = 1.0  # less than DATABASE_WAIT, which ends the connection
 DEAF = "nothing is heard through a pooler: DB_LISTEN_HOST, or CACHE_INVALIDATION=off"
 
 log = logging.getLogger(__name__)

@@ -14,13 +14,14 @@ from typing import Any
 import psycopg
 import pytest
 
-from notifier import metrics, refresher
+from notifier import refresher
 from notifier.db import DATABASE_WAIT, Connection, Database
 from notifier.models import Channel
 from notifier.preferences import Preferences
-from notifier.refresher import CHANGES, LONGEST_PAUSE, SHORTEST_PAUSE, Refresher
+from notifier.refresher import CHANGES, LONGEST_PAUSE, SHORTEST_PAUSE
 from notifier.settings import Settings
 from tests.conftest import Environment, Growth, connect
+from tests.refreshed import NAME, Refreshed, listening, wait_until_listening
 from tests.sockets import LOOPBACK, refusing, silent
 from tests.timing import eventually, within
 
@@ -28,28 +29,6 @@ AddProvider = Callable[..., int]
 
 LONG = 600.0
 SOON = 1.0
-NAME = "the-refresher"  # of its connections, in the server's list
-
-
-class Refreshed:
-    """Preferences and their refresher, which runs until the test ends."""
-
-    def __init__(self, environment: Environment, lifetime: float, **places: Any) -> None:
-        settings = Settings.from_env(environment | {"APP_NAME": NAME})
-        database = Database(settings)
-        self.preferences = Preferences(database, lifetime)
-        places = {"listening": Database.listening(settings)} | places
-        self.refresher = Refresher(self.preferences, database, **places)
-
-    def ids(self, channel: Channel = Channel.EMAIL) -> list[int]:
-        if not self.preferences.held():
-            return [-1]
-        return [provider.id for provider in self.preferences.providers(channel, 0)]
-
-    def threads(self) -> int:
-        return sum(thread.name == "refresher" for thread in threading.enumerate())
-
-
 Make = Callable[..., Refreshed]
 
 
@@ -59,10 +38,7 @@ def make(database: Environment) -> Iterator[Make]:
     with ExitStack() as stack:
 
         def start(lifetime: float = LONG, *, variables: Any = (), **places: Any) -> Refreshed:
-            made = Refreshed(database | dict(variables), lifetime, **places)
-            stack.callback(made.refresher.close)
-            made.refresher.start()
-            return made
+            return stack.enter_context(Refreshed(database | dict(variables), lifetime, **places))
 
         yield start
 
@@ -93,20 +69,6 @@ def listeners(database: Environment) -> list[int]:
     with connect(database) as connection:
         rows = connection.execute(query, (NAME, database["DB_NAME"])).fetchall()
     return [process for (process,) in rows]
-
-
-def listening() -> bool:
-    (family,) = metrics.LISTENER_CONNECTED.collect()
-    return family.samples[0].value == 1
-
-
-def wait_until_listening() -> None:
-    eventually(listening)
-
-
-@pytest.fixture(autouse=True)
-def _nobody_listens_yet() -> None:
-    metrics.LISTENER_CONNECTED.set(0)
 
 
 @pytest.fixture

@@ -1,0 +1,52 @@
+"""Preferences with the refresher that keeps them up to date, in the test's own process."""
+
+import threading
+from typing import Any
+
+from notifier import metrics
+from notifier.db import Database
+from notifier.models import Channel
+from notifier.preferences import Preferences
+from notifier.refresher import Refresher
+from notifier.settings import Settings
+from tests.timing import eventually
+
+NAME = "the-refresher"  # of its connections, in the server's list
+
+
+class Refreshed:
+    """Preferences and their refresher; the variables of its service, and places as they are."""
+
+    def __init__(self, variables: dict[str, str], lifetime: float, **places: Any) -> None:
+        settings = Settings.from_env(variables | {"APP_NAME": NAME})
+        database = Database(settings)
+        self.preferences = Preferences(database, lifetime)
+        places = {"listening": Database.listening(settings)} | places
+        self.refresher = Refresher(self.preferences, database, **places)
+
+    def __enter__(self) -> "Refreshed":
+        metrics.LISTENER_CONNECTED.set(0)
+        self.refresher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.refresher.close()
+
+    def ids(self, channel: Channel = Channel.EMAIL) -> list[int]:
+        """Return the rows that are held for the channel; -1 while nothing is."""
+        if not self.preferences.held():
+            return [-1]
+        return [provider.id for provider in self.preferences.providers(channel, 0)]
+
+    def threads(self) -> int:
+        return sum(thread.name == "refresher" for thread in threading.enumerate())
+
+
+def listening() -> bool:
+    """Say what the metric says."""
+    (family,) = metrics.LISTENER_CONNECTED.collect()
+    return family.samples[0].value == 1
+
+
+def wait_until_listening() -> None:
+    eventually(listening)

@@ -1,0 +1,194 @@
+"""The refresher before servers that only some machines have: a standby, and a pooler."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from notifier import schema
+from notifier.db import Database
+from notifier.preferences import Preferences, _Load
+from notifier.settings import Settings
+from tests.conftest import Environment, MakeProvider, connect
+from tests.pgbouncer import PgBouncer
+from tests.refreshed import Refreshed, listening, wait_until_listening
+from tests.service import Service
+from tests.system_postgres import SystemPostgres
+from tests.timing import eventually
+
+LONG, SOON = 600.0, 1.0
+
+Reasons = Callable[[], set[str]]
+
+
+@pytest.fixture
+def reasons(caplog: pytest.LogCaptureFixture) -> Reasons:
+    """Say why PostgreSQL could not be asked, of all lines so far."""
+
+    def of() -> set[str]:
+        errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+        return {record.__dict__["reason"] for record in errors}
+
+    return of
+
+
+def add(environment: Environment) -> int:
+    """Insert a row and return its id."""
+    insert = (
+        "INSERT INTO notification_preferences (provider_type, provider_name, host)"
+        " VALUES ('Email', 'a provider', 'http://a/') RETURNING id"
+    )
+    with connect(environment) as connection:
+        ((added,),) = connection.execute(insert).fetchall()
+    return int(added)
+
+
+# --- a standby
+
+
+@pytest.fixture(scope="module")
+def primary() -> Iterator[SystemPostgres]:
+    with SystemPostgres() as primary:
+        schema.migrate(Database.migrating(Settings.from_env(primary.environment)))
+        yield primary
+
+
+@pytest.fixture(scope="module")
+def standby(primary: SystemPostgres) -> Iterator[SystemPostgres]:
+    with primary.standby() as standby:
+        yield standby
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
+    """Of each load whether it came from a standby, and whether it was kept."""
+    loads: list[tuple[bool, bool]] = []
+    keep = Preferences._keep
+
+    def note(preferences: Preferences, load: _Load, generation: int) -> bool:
+        loads.append((load.from_standby, keep(preferences, load, generation)))
+        return loads[-1][1]
+
+    monkeypatch.setattr(Preferences, "_keep", note)
+    return loads
+
+
+@pytest.mark.needs("postgresql")
+def test_a_replica_that_lags_never_brings_an_old_row_back_and_is_used_again_once_it_has_caught_up(
+    primary: SystemPostgres, standby: SystemPostgres, kept: list[tuple[bool, bool]]
+) -> None:
+    variables = primary.environment | {"DB_READ_PORT": standby.environment["DB_PORT"]}
+    replica = Database.reading(Settings.from_env(variables))
+    with Refreshed(variables, SOON, replica=replica) as made:
+        wait_until_listening()
+        rows = [*made.ids(), add(primary.environment)]
+        eventually(lambda: made.ids() == rows)
+        eventually(lambda: (True, True) in kept)
+
+        standby.execute("SELECT pg_wal_replay_pause()")
+        eventually(
+            lambda: standby.execute("SELECT pg_get_wal_replay_pause_state()") == [("paused",)]
+        )
+        rows.append(add(primary.environment))
+        eventually(lambda: made.ids() == rows)
+        kept.clear()
+        while kept.count((True, False)) < 3:
+            assert made.ids() == rows
+        assert kept.count((False, True)) >= 2  # the primary was read in its place
+
+        standby.execute("SELECT pg_wal_replay_resume()")
+        eventually(lambda: (True, True) in kept)
+        assert made.ids() == rows
+
+
+@pytest.mark.needs("postgresql")
+def test_a_standby_is_nothing_to_listen_to(
+    primary: SystemPostgres, standby: SystemPostgres, reasons: Reasons
+) -> None:
+    variables = primary.environment | {"DB_LISTEN_PORT": standby.environment["DB_PORT"]}
+    with Refreshed(variables, SOON) as made:
+        eventually(lambda: "the server is a standby" in reasons())
+        assert not listening()
+        eventually(made.preferences.held)
+        rows = [*made.ids(), add(primary.environment)]
+        eventually(lambda: made.ids() == rows)
+
+
+@pytest.mark.needs("postgresql")
+def test_of_several_hosts_the_primary_is_listened_to(
+    primary: SystemPostgres, standby: SystemPostgres
+) -> None:
+    ports = f"{standby.environment['DB_PORT']},{primary.environment['DB_PORT']}"
+    variables = primary.environment | {"DB_HOST": "127.0.0.1,127.0.0.1", "DB_PORT": ports}
+    with Refreshed(variables, LONG) as made:
+        wait_until_listening()
+        rows = [*made.ids(), add(primary.environment)]
+        eventually(lambda: made.ids() == rows)
+
+
+# --- a pooler
+
+
+@pytest.fixture
+def pooler(database: Environment, request: pytest.FixtureRequest) -> Iterator[Environment]:
+    """The `DB_*` that lead through a pgbouncer."""
+    with PgBouncer(database, request.param) as pooler:
+        yield pooler.environment
+
+
+@pytest.mark.needs("pgbouncer")
+@pytest.mark.parametrize("pooler", ["transaction"], indirect=True)
+def test_a_pooler_of_transactions_is_no_way_to_listen_and_the_log_says_what_is(
+    pooler: Environment, reasons: Reasons
+) -> None:
+    """It takes LISTEN without a word."""
+    with Refreshed(pooler, SOON) as made:
+        eventually(lambda: made.ids() == [])
+        added = add(pooler)
+        eventually(lambda: made.ids() == [added])
+        eventually(lambda: any("set DB_LISTEN_HOST" in reason for reason in reasons()))
+        assert not listening()
+
+
+@pytest.mark.needs("pgbouncer")
+@pytest.mark.parametrize("pooler", ["session"], indirect=True)
+def test_a_pooler_of_sessions_is_a_way_to_listen(pooler: Environment) -> None:
+    with Refreshed(pooler, LONG) as made:
+        wait_until_listening()
+        added = add(pooler)
+        eventually(lambda: made.ids() == [added])
+
+
+@pytest.mark.needs("pgbouncer")
+@pytest.mark.parametrize("pooler", ["transaction"], indirect=True)
+def test_without_a_listener_a_pooler_of_transactions_does(
+    pooler: Environment, reasons: Reasons
+) -> None:
+    with Refreshed(pooler, SOON, listening=None) as made:
+        eventually(made.preferences.held)
+        for _ in range(2):
+            rows = [*made.ids(), add(pooler)]
+            eventually(lambda rows=rows: made.ids() == rows)
+    assert reasons() == set()
+
+
+@pytest.mark.needs("pgbouncer")
+@pytest.mark.parametrize("pooler", ["transaction"], indirect=True)
+def test_the_service_reads_through_a_pooler_and_listens_past_it(
+    pooler: Environment, database: Environment, tmp_path: Path, make_provider: MakeProvider
+) -> None:
+    provider = make_provider()
+    service = Service(tmp_path, pooler | {"DB_LISTEN_PORT": database["DB_PORT"]})
+    try:
+        service.wait_until_ready().wait_until_listening()
+        assert service.notify().status_code == 500
+        added = add(database)
+        with connect(database) as connection:
+            connection.execute(
+                "UPDATE notification_preferences SET host = %s WHERE id = %s", (provider.url, added)
+            )
+        eventually(lambda: service.notify().status_code == 200)
+        assert not [line for line in service.lines() if line["message"] == "database error"]
+    finally:
+        assert service.stop() == 0
