@@ -18,13 +18,20 @@ DATABASE_WAIT = 2.0
 
 # What libpq and the server say, and what may be told of it: their words name hosts and users.
 REASONS = {
-    "DB_PASSWORD_FILE": "password: the file cannot be read",
     "through a pooler": "a pooler swallows notifications: set DB_LISTEN_HOST or DB_LISTEN_PORT "
     "past it, or CACHE_INVALIDATION=off",
-    "password authentication failed": "password: it is wrong, or the user is unknown",
+    "cannot read the password": "password: the file cannot be read",
+    # PostgreSQL says no more of a client's certificate that is another user's.
+    "password authentication failed": "password, user or DB_SSLCERT: one is wrong",
+    "SASL authentication failed": "password or user: one is wrong",  # pgbouncer
+    "not permitted to log in": "the user may not log in",
+    "SSL encryption": "PostgreSQL admits no such user from here",
+    "no encryption": "PostgreSQL admits no such user from here without tls",
     "no pg_hba.conf entry": "PostgreSQL admits no such user from here",
+    "requires a valid client certificate": "tls: the server wants a certificate, see DB_SSLCERT",
+    "alert unknown ca": "tls: the server does not know the authority of DB_SSLCERT",
     "does not match host name": "tls: the server's certificate is for another host",
-    "certificate verify failed": "tls: the server's certificate is by an unknown authority",
+    "certificate verify failed": "tls: the server's certificate is expired or of unknown authority",
     "root certificate file": "tls: DB_SSLROOTCERT names no file of authorities",
     "certificate file": "tls: DB_SSLCERT cannot be used",
     "private key file": "tls: DB_SSLKEY cannot be used",
@@ -34,17 +41,24 @@ REASONS = {
     "SYSCALL": "the connection broke",
     "SSL": "tls: no secure connection",
     "not currently accepting connections": "PostgreSQL does not accept connections",
+    "not accepting connections": "PostgreSQL does not accept connections",
+    "not yet accepting connections": "PostgreSQL is starting",
     "is starting up": "PostgreSQL is starting",
+    "in recovery mode": "PostgreSQL is starting",
     "is shutting down": "PostgreSQL is stopping",
     "terminating connection": "PostgreSQL ended the connection",
     "too many": "PostgreSQL has no connection left",
     "remaining connection slots": "PostgreSQL has no connection left",
+    "no more connections allowed": "the pooler has no connection left",
+    "server login has been failing": "the pooler cannot reach PostgreSQL",
     "in hot standby mode": "the server is a standby",
+    "read-only transaction": "the server is a standby",
     "does not exist": "the database, the user or the table does not exist",
     "permission denied": "the user lacks a privilege: migrate grants it",
     "Connection refused": "refused",
     "could not translate host name": "no such host",
     "failed to resolve host": "no such host",
+    "No such file or directory": "no socket there",
     "timeout": "no answer in time",
 }
 
@@ -112,7 +126,8 @@ class Database:
         try:
             password = self._password.read()
         except (OSError, ValueError):
-            raise psycopg.OperationalError("DB_PASSWORD_FILE cannot be read") from None
+            file = self._password.file
+            raise psycopg.OperationalError(f"cannot read the password in {file}") from None
         # Prepared statements gain nothing on few queries and break transaction poolers.
         return psycopg.connect(
             **self._parameters, password=password, autocommit=True, prepare_threshold=None

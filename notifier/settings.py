@@ -154,10 +154,7 @@ _LISTEN_PORT = Kind(
     "a port such as 8080 or :8080", lambda text: _PORT.parse(text.removeprefix(":"))
 )
 _CA_BUNDLE = Kind("a readable PEM file, or folder, of certificates", _ca_bundle)
-_ROOT_CERT = Kind(
-    "a readable PEM file of certificates, or system",
-    lambda text: text if text == "system" else _ca_bundle(_readable(text)),
-)
+_ROOT_CERT = Kind("a readable PEM file of certificates", lambda text: _ca_bundle(_readable(text)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,16 +245,8 @@ class Settings:
                 f"NOTIFY_DEADLINE is {self.notify_deadline:g}s: expected at least one attempt "
                 f"(HTTP_CLIENT_TIMEOUT, {self.http_client_timeout:g}s) and at least {MIN_DEADLINE}s"
             )
-        self._check_authorities()
         self._check_pairs()
         self._check_ports()
-
-    def _check_authorities(self) -> None:
-        if self.db_sslrootcert == "system" and self.db_sslmode != "verify-full":  # libpq's rule
-            raise SettingsError(
-                f"DB_SSLMODE is {json.dumps(self.db_sslmode)}: "
-                "expected verify-full, DB_SSLROOTCERT is system"
-            )
 
     def _check_pairs(self) -> None:
         for first, second in (

@@ -82,7 +82,7 @@ LISTEN_PORT = "a port such as 8080 or :8080"
 PORTS = f"{PORT}, or several with commas between them"
 HOSTS = "a host, or several with commas between them"
 PATH = "a readable PEM file, or folder, of certificates"
-ROOT_CERT = "a readable PEM file of certificates, or system"
+ROOT_CERT = "a readable PEM file of certificates"
 FILE = "a readable file"
 
 SECRETS = ["DB_PASSWORD", "DB_MIGRATION_PASSWORD"]
@@ -94,7 +94,6 @@ PLACES = [
 
 # What some variables need beside them to be good.
 BESIDE = {
-    "DB_SSLROOTCERT": {"DB_SSLMODE": "verify-full"},
     "DB_SSLCERT": {"DB_SSLKEY": __file__},
     "DB_SSLKEY": {"DB_SSLCERT": __file__},
     "DB_LISTEN_PORT": {"DB_LISTEN_HOST": "a,b"},
@@ -179,7 +178,6 @@ GOOD = [
     ("DB_MIGRATION_USERNAME", "other", "other"),
     *[(name, " kept as it is ", Secret(" kept as it is ")) for name in SECRETS],
     ("DB_SSLROOTCERT", certifi.where(), certifi.where()),
-    ("DB_SSLROOTCERT", "system", "system"),
     ("DB_SSLCERT", certifi.where(), certifi.where()),
     ("DB_SSLKEY", certifi.where(), certifi.where()),
     *[
@@ -214,7 +212,7 @@ WRONG = [
     *[("CACHE_INVALIDATION", text, "one of on, off") for text in ("true", "0", "on,off")],
     *[
         ("DB_SSLROOTCERT", text, ROOT_CERT)
-        for text in ("/no/such/file.pem", HERE, __file__, "System")
+        for text in ("/no/such/file.pem", HERE, __file__, "system")
     ],
     *[(name, text, FILE) for name in ("DB_SSLCERT", "DB_SSLKEY") for text in ("/no/file", HERE)],
     *[
@@ -571,13 +569,6 @@ def test_an_empty_variable_of_a_secrets_file_counts_as_unset(name: str) -> None:
 def test_half_a_pair_is_refused(given: str, missing: str) -> None:
     message = problem(REQUIRED | {given: __file__})
     assert message == f"{missing} is missing: {given.removesuffix('_FILE')} needs it"
-
-
-@pytest.mark.parametrize("mode", ["disable", "require", "verify-ca"])
-def test_the_systems_authorities_need_verify_full(mode: str) -> None:
-    """libpq would refuse each connection."""
-    message = problem(REQUIRED | {"DB_SSLROOTCERT": "system", "DB_SSLMODE": mode})
-    assert message == f'DB_SSLMODE is "{mode}": expected verify-full, DB_SSLROOTCERT is system'
 
 
 @pytest.mark.parametrize(
