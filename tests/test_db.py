@@ -439,7 +439,7 @@ def test_the_server_gives_up_on_what_we_no_longer_wait_for(database: Environment
         ):
             connection.execute("SELECT pg_sleep(600)")
         assert reason(raised.value) in {"no answer in time", "the connection broke"}
-        query = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s"
+        query = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
         eventually(lambda: value(watching, query, backend) == 0)
 
 
@@ -530,8 +530,8 @@ def test_a_pooler_that_refuses_says_why(
         except psycopg.OperationalError as error:
             return reason(error)
 
+    allow_connections("false")
     with pooler.connect() as connection, pytest.raises(psycopg.errors.AdminShutdown):
-        allow_connections("false")
         connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
     with within(4):
         assert ask() == "the connection broke"
