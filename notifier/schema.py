@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import psycopg
@@ -12,7 +12,9 @@ from yoyo import default_migration_table, read_migrations
 from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.connections import DatabaseURI
 
-from notifier.db import Database
+from notifier import roles
+from notifier.db import Connection, Database
+from notifier.settings import Settings
 
 MIGRATIONS = Path(__file__).parent.parent / "migrations"
 
@@ -55,26 +57,34 @@ class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]
         }
 
 
-def migrate(database: Database) -> list[str]:
-    """Apply what is pending and return the names of those migrations, possibly none.
+class Migrated(NamedTuple):
+    """The names of the migrations that were applied, and what to tell of the role that serves."""
+
+    applied: list[str]
+    notices: list[str]
+
+
+def migrate(settings: Settings) -> Migrated:
+    """Apply what is pending, possibly nothing, and let the role that serves read the result.
 
     Raises:
+        NotGranted: the schema is up to date, but the role that serves lacks something.
         psycopg.Error: PostgreSQL cannot be reached or refused; what was applied before stays.
     """
-    with _alone(database) as backend:
+    with _alone(settings) as (connection, backend):
         pending = backend.to_apply(read_migrations(str(MIGRATIONS)))
         names = [migration.id for migration in pending]
         backend.apply_migrations(pending)
-        return names
+        return Migrated(names, roles.grant(connection, settings.db_username, settings.db_password))
 
 
-def rollback(database: Database) -> str | None:
+def rollback(settings: Settings) -> str | None:
     """Undo the last migration that is applied and return its name, None if there is none.
 
     Raises:
         psycopg.Error: PostgreSQL cannot be reached or refused.
     """
-    with _alone(database) as backend:
+    with _alone(settings) as (_, backend):
         last = backend.to_rollback(read_migrations(str(MIGRATIONS)))[:1]
         names = [migration.id for migration in last]
         backend.rollback_migrations(last)
@@ -82,17 +92,18 @@ def rollback(database: Database) -> str | None:
 
 
 @contextmanager
-def _alone(database: Database) -> Iterator[_Backend]:
-    """Yield yoyo's backend while no other process migrates this database.
+def _alone(settings: Settings) -> Iterator[tuple[Connection, _Backend]]:
+    """Yield a connection and yoyo's backend while no other process migrates this database.
 
     yoyo's own lock is a row that outlives a killed process, and it looks for pending migrations
     before it takes it. PostgreSQL's advisory lock ends with the connection, however that ends; once
     it is ours, a row that is left is a dead process's.
     """
+    database = Database.migrating(settings)
     with database.connect() as connection:
         connection.execute(f"SET lock_timeout = '{LOCK_WAIT}'")
         connection.execute("SELECT pg_advisory_lock(%s)", (LOCK_KEY,))
         with _Backend(database) as backend:
             backend.create_lock_table()
             backend.break_lock()
-            yield backend
+            yield connection, backend

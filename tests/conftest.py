@@ -110,7 +110,7 @@ def create_database(server: Environment, template: str = "template1") -> Environ
 @pytest.fixture(scope="session")
 def _migrated(server: Environment) -> Environment:
     environment = create_database(server)
-    schema.migrate(Database.migrating(Settings.from_env(environment)))
+    schema.migrate(Settings.from_env(environment))
     return environment
 
 

@@ -198,6 +198,30 @@ def test_the_services_environment_is_one_that_it_takes() -> None:
     assert {name.lower() for name in environment} <= Settings.__dataclass_fields__.keys()
 
 
+def test_only_what_migrates_and_seeds_knows_the_role_that_owns() -> None:
+    knowing = {name for name, each in SERVICES.items() if "DB_MIGRATION" in json.dumps(each)}
+    assert knowing == ONE_SHOTS | {"postgres"}
+    postgres = SERVICES["postgres"]["environment"]
+    for name in ONE_SHOTS:
+        environment = SERVICES[name]["environment"]
+        settings = Settings.from_env(environment)
+        username, password = settings.migrating_role
+        assert (username, password.text) == (
+            postgres["POSTGRES_USER"],
+            postgres["POSTGRES_PASSWORD"],
+        )
+        assert username != settings.db_username
+        assert password != settings.db_password
+        assert (
+            environment.items()
+            >= {
+                variable: value
+                for variable, value in SERVICES["notifier"]["environment"].items()
+                if variable.startswith("DB_")
+            }.items()
+        )
+
+
 def test_a_stopping_container_has_time_for_the_drain_and_for_requests_under_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -115,13 +115,13 @@ def told_port(user: "subprocess.Popen[str]") -> str:
 
 
 def query(env: dict[str, str], statement: str, user: str = "notifier") -> list[Any]:
-    """Run one statement on the server of `env`; return the first row of what it yields."""
+    """Run one statement on the server of `env`, as its owner or its superuser; return a row."""
     with psycopg.connect(
         host=env["DB_HOST"],
         port=env["DB_PORT"],
         dbname=env["DB_NAME"],
         user=user,
-        password=env["DB_PASSWORD"],
+        password=env["DB_MIGRATION_PASSWORD"],
         autocommit=True,
     ) as connection:
         cursor = connection.execute(statement.encode())
@@ -192,6 +192,8 @@ def test_the_context_manager_leaves_the_environment_alone() -> None:
         assert os.environ == before
         assert sorted(env) == [
             "DB_HOST",
+            "DB_MIGRATION_PASSWORD",
+            "DB_MIGRATION_USERNAME",
             "DB_NAME",
             "DB_PASSWORD",
             "DB_PORT",
@@ -217,7 +219,7 @@ def test_an_ephemeral_server_is_fast_and_listens_to_this_machine_only(
 
 def test_a_wrong_password_is_refused(ephemeral: postgres.Server) -> None:
     with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
-        query(ephemeral.env | {"DB_PASSWORD": "wrong"}, "SELECT 1")
+        query(ephemeral.env | {"DB_MIGRATION_PASSWORD": "wrong"}, "SELECT 1")
 
 
 def test_the_role_may_make_databases_and_roles_but_is_no_superuser(
@@ -227,8 +229,15 @@ def test_the_role_may_make_databases_and_roles_but_is_no_superuser(
     assert query(ephemeral.env, rights) == [True, True, False]
 
 
-def test_a_server_handle_hides_the_password(ephemeral: postgres.Server) -> None:
+def test_a_server_handle_hides_the_passwords(ephemeral: postgres.Server) -> None:
     assert ephemeral.env["DB_PASSWORD"] not in repr(ephemeral)
+    assert ephemeral.env["DB_MIGRATION_PASSWORD"] not in repr(ephemeral)
+
+
+def test_the_service_has_a_role_and_a_password_of_its_own(ephemeral: postgres.Server) -> None:
+    env = ephemeral.env
+    assert (env["DB_USERNAME"], env["DB_MIGRATION_USERNAME"]) == ("notifier_service", "notifier")
+    assert env["DB_PASSWORD"] != env["DB_MIGRATION_PASSWORD"]
 
 
 def test_an_ephemeral_server_takes_no_directory(base: Path) -> None:
@@ -315,7 +324,13 @@ def test_data_password_and_port_are_found_again(used: Path) -> None:
 
 @pytest.mark.parametrize(
     "reached",
-    ["password", "partial-*/PG_VERSION", "partial-*/global/pg_control", "data/postmaster.pid"],
+    [
+        "service-password",
+        "password",
+        "partial-*/PG_VERSION",
+        "partial-*/global/pg_control",
+        "data/postmaster.pid",
+    ],
 )
 def test_a_start_that_was_cut_off_is_repaired(
     base: Path, start_user: StartUser, reached: str
@@ -398,7 +413,7 @@ def test_the_directory_and_the_password_are_closed_to_others(used: Path) -> None
     used.chmod(0o755)
     with postgres.server(used):
         assert used.stat().st_mode & 0o777 == (0o711 if os.geteuid() == 0 else 0o700)
-        for name in ("password", "port", "server.log", "users.lock"):
+        for name in ("password", "service-password", "port", "server.log", "users.lock"):
             assert (used / name).stat().st_mode & 0o077 == 0, name
         assert (used / "data").stat().st_mode & 0o077 == 0
 
@@ -433,7 +448,8 @@ def test_the_command_gets_a_server_and_its_exit_status_is_passed_on(used: Path) 
     code = (
         "import os, psycopg, sys; e = os.environ;"
         "psycopg.connect(host=e['DB_HOST'], port=e['DB_PORT'], dbname=e['DB_NAME'],"
-        " user=e['DB_USERNAME'], password=e['DB_PASSWORD'], sslmode=e['DB_SSLMODE']).close();"
+        " user=e['DB_MIGRATION_USERNAME'], password=e['DB_MIGRATION_PASSWORD'],"
+        " sslmode=e['DB_SSLMODE']).close();"
         "sys.exit(7)"
     )
     done = run(sys.executable, "-c", code, EMBEDDED_PG_DIR=str(used), DB_HOST="")
@@ -499,6 +515,7 @@ def test_a_server_that_does_not_start_is_reported_with_the_end_of_its_log(used: 
     assert "PostgreSQL did not start" in line
     assert "no_such_setting" in line
     assert env["DB_PASSWORD"] not in line
+    assert env["DB_MIGRATION_PASSWORD"] not in line
 
 
 def test_a_lost_password_is_reported(used: Path) -> None:

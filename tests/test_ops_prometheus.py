@@ -16,7 +16,6 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from notifier import schema
-from notifier.db import Database
 from notifier.settings import Settings
 from tests.conftest import Environment, MakeProvider, connect
 from tests.prometheus import SHIPPED, Prometheus
@@ -218,7 +217,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, server: Environment) -> It
 def _make_database(environment: Environment, urls: list[str]) -> None:
     with connect(environment | {"DB_NAME": "postgres"}) as connection:
         connection.execute("CREATE DATABASE watched")
-    schema.migrate(Database(Settings.from_env(environment)))
+    schema.migrate(Settings.from_env(environment))
     with connect(environment) as connection:
         for priority, url in enumerate(urls):
             connection.execute(

@@ -15,6 +15,7 @@ from click.testing import Result
 from notifier import schema
 from notifier.app import create_app
 from notifier.db import Database
+from notifier.dev.cluster import SERVING
 from notifier.models import Channel
 from notifier.preferences import Preferences
 from notifier.settings import Settings
@@ -29,6 +30,7 @@ NAMES = [
     "0003_index_active_preferences",
 ]
 TABLE = "notification_preferences"
+GRANTED = f"role {SERVING} may read {TABLE}\n"
 INDEX = "idx_notification_prefs_provider_deleted_active"
 
 INDEXED = "(provider_type, priority) WHERE (deleted_at IS NULL)"
@@ -62,8 +64,8 @@ def execute(environment: Environment, statements: str) -> None:
         connection.execute(statements)
 
 
-def database_of(environment: Environment) -> Database:
-    return Database(Settings.from_env(environment))
+def settings_of(environment: Environment) -> Settings:
+    return Settings.from_env(environment)
 
 
 def columns(environment: Environment) -> Rows:
@@ -161,8 +163,10 @@ def test_an_empty_database_gets_the_schema_of_the_design_and_a_second_run_does_n
     empty_database: Environment,
 ) -> None:
     first, second = run(empty_database, "migrate"), run(empty_database, "migrate")
-    assert (first.exit_code, first.output) == (0, "".join(f"applied {n}\n" for n in NAMES))
-    assert (second.exit_code, second.output) == (0, "nothing to apply, the schema is up to date\n")
+    applied = "".join(f"applied {name}\n" for name in NAMES)
+    nothing = "nothing to apply, the schema is up to date\n"
+    assert (first.exit_code, first.output) == (0, applied + GRANTED)
+    assert (second.exit_code, second.output) == (0, nothing + GRANTED)
     assert_complete(empty_database)
 
 
@@ -178,7 +182,7 @@ def test_the_type_takes_the_two_channels_and_nothing_else(
 def test_a_rollback_undoes_the_last_migration_only_and_at_last_there_is_nothing_left(
     empty_database: Environment,
 ) -> None:
-    schema.migrate(database_of(empty_database))
+    schema.migrate(settings_of(empty_database))
     left = [
         ["notification_preferences", f"{TABLE}_id_seq", f"{TABLE}_pkey"],
         [],
@@ -191,7 +195,7 @@ def test_a_rollback_undoes_the_last_migration_only_and_at_last_there_is_nothing_
         assert ours(empty_database) == expected + enum
     result = run(empty_database, "rollback")
     assert (result.exit_code, result.output) == (0, "nothing to undo\n")
-    assert schema.migrate(database_of(empty_database)) == NAMES
+    assert schema.migrate(settings_of(empty_database)).applied == NAMES
     assert_complete(empty_database)
 
 
@@ -227,10 +231,10 @@ def test_a_run_that_is_killed_within_a_step_leaves_nothing_that_blocks_the_next(
     empty_database: Environment, step: str
 ) -> None:
     conflict, done = CONFLICTS[step]
-    database = database_of(empty_database)
-    schema.migrate(database)
+    settings = settings_of(empty_database)
+    schema.migrate(settings)
     for _ in NAMES[done:]:
-        schema.rollback(database)
+        schema.rollback(settings)
     with connect(empty_database) as other, migrating(empty_database) as killed:
         other.execute("BEGIN")
         other.execute(conflict)
@@ -243,7 +247,7 @@ def test_a_run_that_is_killed_within_a_step_leaves_nothing_that_blocks_the_next(
             other.execute("ROLLBACK")
             output, errors = following.communicate(timeout=60)
     assert (following.returncode, errors) == (0, "")
-    assert output == "".join(f"applied {name}\n" for name in NAMES[done:])
+    assert output == "".join(f"applied {name}\n" for name in NAMES[done:]) + GRANTED
     assert_complete(empty_database)
 
 
@@ -252,15 +256,15 @@ def test_a_lock_row_that_a_killed_process_left_blocks_nobody(
     empty_database: Environment, applied: bool
 ) -> None:
     if applied:
-        schema.migrate(database_of(empty_database))
-        schema.rollback(database_of(empty_database))
+        schema.migrate(settings_of(empty_database))
+        schema.rollback(settings_of(empty_database))
     execute(
         empty_database,
         "CREATE TABLE IF NOT EXISTS yoyo_lock"
         " (locked INT DEFAULT 1 PRIMARY KEY, ctime TIMESTAMP, pid INT NOT NULL);"
         "INSERT INTO yoyo_lock VALUES (1, now(), 99999)",
     )
-    assert schema.migrate(database_of(empty_database)) == (NAMES[2:] if applied else NAMES)
+    assert schema.migrate(settings_of(empty_database)).applied == (NAMES[2:] if applied else NAMES)
     assert_complete(empty_database)
     assert rows(empty_database, "SELECT FROM yoyo_lock") == []
 
@@ -269,11 +273,11 @@ def test_a_lock_row_that_a_killed_process_left_blocks_nobody(
 def test_a_step_that_was_applied_and_not_marked_can_be_run_again(
     empty_database: Environment, names: list[str]
 ) -> None:
-    database = database_of(empty_database)
-    schema.migrate(database)
+    settings = settings_of(empty_database)
+    schema.migrate(settings)
     for name in names:
         execute(empty_database, f"DELETE FROM _yoyo_migration WHERE migration_id = '{name}'")
-    assert schema.migrate(database) == names
+    assert schema.migrate(settings).applied == names
     assert_complete(empty_database)
 
 
@@ -282,9 +286,9 @@ def test_a_step_that_was_undone_and_is_still_marked_can_be_undone_again(
     empty_database: Environment, name: str
 ) -> None:
     """The same kill, in a rollback."""
-    database = database_of(empty_database)
-    schema.migrate(database)
-    while (undone := schema.rollback(database)) != name:
+    settings = settings_of(empty_database)
+    schema.migrate(settings)
+    while (undone := schema.rollback(settings)) != name:
         assert undone
     execute(
         empty_database,
@@ -292,8 +296,8 @@ def test_a_step_that_was_undone_and_is_still_marked_can_be_undone_again(
         f" SELECT DISTINCT migration_hash, migration_id, now() FROM _yoyo_log"
         f" WHERE migration_id = '{name}'",
     )
-    assert schema.rollback(database) == name
-    assert schema.migrate(database)
+    assert schema.rollback(settings) == name
+    assert schema.migrate(settings).applied
     assert_complete(empty_database)
 
 
@@ -306,7 +310,7 @@ def test_a_database_of_the_go_service_is_adopted_with_its_rows(
         " ('Email', 'one', 'http://a/', NULL), ('PushNotification', 'two', 'http://b/', now())",
     )
     before = rows(empty_database, f"SELECT * FROM {TABLE} ORDER BY id")
-    assert schema.migrate(database_of(empty_database)) == NAMES
+    assert schema.migrate(settings_of(empty_database)).applied == NAMES
     assert_complete(empty_database)
     assert rows(empty_database, f"SELECT * FROM {TABLE} ORDER BY id") == before
     assert len(before) == 2
@@ -318,10 +322,10 @@ def test_a_database_without_an_encoding_works_too(empty_database: Environment) -
     create = f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' TEMPLATE template0 LOCALE 'C'"
     execute(empty_database, f"{create} LOCALE_PROVIDER libc")
     ascii_database = empty_database | {"DB_NAME": name}
-    assert schema.migrate(database_of(ascii_database)) == NAMES
+    assert schema.migrate(settings_of(ascii_database)).applied == NAMES
     row = " (provider_type, provider_name, host) VALUES ('Email', 'Grüße', 'http://a/')"
     execute(ascii_database, f"INSERT INTO {TABLE}{row}")
-    preferences = Preferences(database_of(ascii_database), 60)
+    preferences = Preferences(Database(settings_of(ascii_database)), 60)
     (provider,) = preferences.providers(Channel.EMAIL, time.monotonic() + 10)
     assert (provider.name, provider.url) == ("Grüße", "http://a/")
 
@@ -342,7 +346,7 @@ def test_who_waits_too_long_for_another_migration_says_so_in_one_line(
 
 
 def assert_one_line(environment: Environment, expected: str) -> None:
-    """Hold that `migrate` fails with one line that says why, and keeps the password to itself."""
+    """Hold that `migrate` fails with one line that says why, and keeps passwords to itself."""
     result = run(environment, "migrate")
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1
@@ -354,10 +358,11 @@ def assert_line(output: str, environment: Environment, expected: str) -> None:
     assert output.startswith("Error: PostgreSQL: ")
     assert expected in output
     assert environment["DB_PASSWORD"] not in output
+    assert environment["DB_MIGRATION_PASSWORD"] not in output
 
 
 def test_a_wrong_password_ends_a_process_with_one_line(empty_database: Environment) -> None:
-    wrong = empty_database | {"DB_PASSWORD": "not-the-p4ssword"}
+    wrong = empty_database | {"DB_MIGRATION_PASSWORD": "not-the-p4ssword"}
     with migrating(wrong) as process:
         output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (1, "")
@@ -374,7 +379,7 @@ def test_a_user_who_may_create_nothing_is_told_so_in_one_line(
     """PostgreSQL 15 and later let only a database's owner create tables in it."""
     name = f"guest_{empty_database['DB_NAME']}"
     execute(server, f"CREATE ROLE {name} LOGIN PASSWORD 'guests-p4ssword'")
-    guest = {"DB_USERNAME": name, "DB_PASSWORD": "guests-p4ssword"}
+    guest = {"DB_MIGRATION_USERNAME": name, "DB_MIGRATION_PASSWORD": "guests-p4ssword"}
     assert_one_line(empty_database | guest, "permission denied")
 
 

@@ -25,6 +25,7 @@ from psycopg import sql
 
 HOST = "127.0.0.1"
 NAME = "notifier"  # of the database and of the role that owns it
+SERVING = "notifier_service"  # the role that the service has; a migration makes it
 ELSEWHERE = (
     "or name another directory in EMBEDDED_PG_DIR (for tests TMPDIR), "
     "or a server of your own in DB_HOST"
@@ -71,8 +72,12 @@ def account() -> pwd.struct_passwd | None:
 def environment(base: Path) -> dict[str, str]:
     """The DB_* variables of the server in `base`."""
     where = {"DB_HOST": HOST, "DB_PORT": (base / "port").read_text(), "DB_NAME": NAME}
-    who = {"DB_USERNAME": NAME, "DB_PASSWORD": (base / "password").read_text()}
-    return {**where, **who, "DB_SSLMODE": "disable"}
+    serving = {"DB_USERNAME": SERVING, "DB_PASSWORD": (base / "service-password").read_text()}
+    owner = {
+        "DB_MIGRATION_USERNAME": NAME,
+        "DB_MIGRATION_PASSWORD": (base / "password").read_text(),
+    }
+    return {**where, **serving, **owner, "DB_SSLMODE": "disable"}
 
 
 def start(base: Path, *, unsafe: bool) -> None:
@@ -211,11 +216,21 @@ def _free_port(saved: Path) -> int:
 
 
 def _password(base: Path) -> str:
-    """The one password of the superuser and of the project's role, made before anything else."""
-    file, new = base / "password", base / "password.new"
+    """The one password of the superuser and of the project's role, made before anything else.
+
+    The password of the role that serves can be made at any time: each migration sets it.
+    """
+    file = base / "password"
+    if not file.exists() and (base / "data").exists():
+        raise PostgresError(f"{file} is gone: restore it, or remove {base} with its data")
+    _kept_secret(base / "service-password")
+    return _kept_secret(file)
+
+
+def _kept_secret(file: Path) -> str:
+    """What the file holds; one that is not there is made, and has its name once it is complete."""
     if not file.exists():
-        if (base / "data").exists():
-            raise PostgresError(f"{file} is gone: restore it, or remove {base} with its data")
+        new = file.with_name(f"{file.name}.new")
         new.touch(0o600)
         new.write_text(secrets.token_urlsafe(24))
         _give_to_account(new)

@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -31,7 +31,7 @@ from typing import IO
 from notifier.dev import cluster
 from notifier.dev.cluster import PostgresError
 
-__all__ = ["PostgresError", "Server", "acquire", "main", "server"]
+__all__ = ["PostgresError", "Server", "acquire", "main", "server", "without_database"]
 
 READY = "ready"
 
@@ -40,7 +40,7 @@ READY = "ready"
 class Server:
     """A share in a running server; `close()`, dropping it and the end of the process give it up."""
 
-    env: dict[str, str] = field(repr=False)  # DB_HOST, DB_PORT and so on, with the password
+    env: dict[str, str] = field(repr=False)  # DB_HOST, DB_PORT and so on, with the passwords
     base: Path
     ephemeral: bool
     lock: IO[bytes]  # users.lock; a process that inherits the open file has a share as well
@@ -88,19 +88,25 @@ def main(arguments: list[str]) -> int:
     if shutil.which(arguments[0]) is None:
         return _complain(f"{arguments[0]}: command not found", 127)
     try:
-        if not os.environ.get("DB_HOST", "").strip():
+        environment = dict(os.environ)
+        if not environment.get("DB_HOST", "").strip():
             share = acquire()
-            os.environ.update(share.env)
+            environment = without_database(environment) | share.env
             os.set_inheritable(share.lock.fileno(), True)  # the command and its children share it
         for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python; exec would pass that on
             signal.signal(ignored, signal.SIG_DFL)
-        os.execvp(arguments[0], arguments)  # noqa: S606 - the user's own command
+        os.execvpe(arguments[0], arguments, environment)  # noqa: S606 - the user's own command
     except PostgresError as error:
         return _complain(str(error), 1)
     except OSError as error:
         return _complain(f"{arguments[0]}: {error.strerror}", 126)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def without_database(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return a copy of `environment` that says nothing of any database."""
+    return {name: value for name, value in environment.items() if not name.startswith("DB_")}
 
 
 def _complain(message: str, status: int) -> int:

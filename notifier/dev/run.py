@@ -20,6 +20,7 @@ from notifier.db import Database
 from notifier.dev import postgres, seed
 from notifier.dev.mock_provider import MockProvider
 from notifier.dev.seed import PROVIDERS, Mock
+from notifier.roles import NotGranted
 from notifier.settings import Settings, SettingsError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -43,7 +44,7 @@ def main() -> int:
     try:
         with ExitStack() as stack:
             return run(stack, stopping, began)
-    except (CannotRun, SettingsError, postgres.PostgresError) as error:
+    except (CannotRun, NotGranted, SettingsError, postgres.PostgresError) as error:
         print(f"make run: {error}", file=sys.stderr)
     except psycopg.Error as error:
         first_line = str(error).strip().partition("\n")[0]
@@ -65,7 +66,9 @@ def run(stack: ExitStack, stopping: threading.Event, began: tuple[int, bool]) ->
     others = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
     environment["no_proxy"] = f"{others},{HOST}"  # where all of ours is
     own_database = "DB_HOST" not in environment
-    settings = Settings.from_env(environment | (_ANY_DATABASE if own_database else {}))
+    if own_database:
+        environment = postgres.without_database(environment) | _ANY_DATABASE
+    settings = Settings.from_env(environment)
     _check_ports(settings)
     where = ""
     if own_database:
@@ -74,9 +77,9 @@ def run(stack: ExitStack, stopping: threading.Event, began: tuple[int, bool]) ->
         environment |= server.env
         settings = Settings.from_env(environment)
         where = f" (password in {server.base / 'password'})"
-    database = Database(settings)
-    schema.migrate(database)
-    seed.add_rows(database, PROVIDERS, HOST)
+    for notice in schema.migrate(settings).notices:
+        print(notice, flush=True)
+    seed.add_rows(Database.migrating(settings), PROVIDERS, HOST)
     for mock in PROVIDERS:
         stack.enter_context(_mock_provider(mock))
     service = _start_service(stack, environment, settings)
@@ -137,10 +140,11 @@ def _start_service(
     # stop once. The guard stops it too should we be killed.
     python = [sys.executable, "-m"]
     bind = f"{HOST}:{settings.http_server_port}"
+    serving = {n: value for n, value in environment.items() if not n.startswith("DB_MIGRATION_")}
     service = subprocess.Popen(
         [*python, "notifier.dev.guard", *python, "gunicorn", "--bind", bind],
         cwd=ROOT,
-        env=environment,
+        env=serving,
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
@@ -176,13 +180,14 @@ def _until_ready(
 def _welcome(settings: Settings, where: str) -> str:
     service = f"http://{HOST}:{settings.http_server_port}"
     providers = "\n".join(f"    {mock.name:<10} {mock.url(HOST)}" for mock in PROVIDERS)
+    username, _ = settings.migrating_role  # who may change the rows
     database = f"{settings.db_host}:{settings.db_port}/{settings.db_name}"
     return f"""
 The notifier is running.
 
     service    {service}/
 {providers}
-    PostgreSQL {settings.db_username}@{database}{where}
+    PostgreSQL {username}@{database}{where}
 
 Open the providers' pages in a browser, then send a notification to a seller:
 

@@ -67,7 +67,8 @@ def main() -> int:
     parser.add_argument("host", metavar="HOST", help="where the mock providers listen")
     host = parser.parse_args().host
     try:
-        added = add_rows(Database(Settings.from_env(os.environ)), PROVIDERS, host)
+        database = Database.migrating(Settings.from_env(os.environ))
+        added = add_rows(database, PROVIDERS, host)
     except SettingsError as error:
         print(f"seed: {error}", file=sys.stderr)
     except psycopg.Error as error:
