@@ -25,7 +25,7 @@ UNWANTED = {
     "SEQUENCE": ["USAGE", "UPDATE"],
     "TABLE": ["INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER"],
 }
-# Where PostgreSQL gives some of it to everybody: in schemas up to version 14.
+# Where PostgreSQL itself gives some of it to everybody, in schemas up to version 14.
 OF_PUBLIC = ("DATABASE", "SCHEMA")
 
 # Roles are the whole server's and our lock is one database's: another one's migration that makes or
@@ -187,7 +187,7 @@ def _missing(connection: Connection, role: _Role, things: list[_Thing]) -> list[
     return log_in + [
         f"GRANT {NEEDED[thing.kind]} ON {thing} TO {role}"
         for thing in things
-        if thing.kind in NEEDED and not _held(connection, role.name, thing, [NEEDED[thing.kind]])
+        if thing.kind in NEEDED and not _has(connection, role.name, thing, NEEDED[thing.kind])
     ]
 
 
@@ -225,17 +225,14 @@ def _memberships(connection: Connection, role: _Role, things: list[_Thing]) -> l
 
 
 def _privileges(connection: Connection, role: _Role, things: list[_Thing]) -> list[str]:
-    """Return what it has by others' grants, by its other roles, or on the table as everybody."""
+    """Return what the role has by others' grants or by its other roles."""
     notices = []
     for thing in things:
-        held = _held(connection, role.name, thing, UNWANTED[thing.kind])
-        if thing.kind in OF_PUBLIC:
-            held -= _held(connection, "public", thing, UNWANTED[thing.kind])
-        if held:
-            names = ", ".join(sorted(held))
+        everybodys = _held(connection, "public", thing)
+        if held := [name for name in _held(connection, role.name, thing) if name not in everybodys]:
             notices.append(
-                f"role {role.name} has {names} on {thing}, granted by another role,"
-                f" or to PUBLIC or a role it is a member of: revoke that"
+                f"role {role.name} has {', '.join(held)} on {thing}, granted by another role"
+                " or to a role it is a member of: revoke that"
             )
     return notices
 
@@ -244,23 +241,20 @@ def _of_public(connection: Connection, things: list[_Thing]) -> list[str]:
     """Return what everybody still has, and how to end that."""
     notices = []
     for thing in things:
-        if thing.kind in OF_PUBLIC:
-            held = _held(connection, "public", thing, UNWANTED[thing.kind])
-            if held:
-                names = ", ".join(sorted(held))
-                revoke = _administrator(f"REVOKE {names} ON {thing} FROM PUBLIC")
-                notices.append(f"every role has {names} on {thing}: {revoke}")
+        if held := ", ".join(_held(connection, "public", thing)):
+            revoke = _administrator(f"REVOKE {held} ON {thing} FROM PUBLIC")
+            notices.append(f"every role has {held} on {thing}: {revoke}")
     return notices
 
 
-def _held(connection: Connection, role: str, thing: _Thing, privileges: list[str]) -> set[str]:
-    """Return which of `privileges` a role has, be it by another role; `public` is everybody."""
-    query = (
-        f"SELECT privilege FROM unnest(%s::text[]) AS privilege"  # noqa: S608 a word of ours
-        f" WHERE has_{thing.kind.lower()}_privilege(%s::name, %s::oid, privilege)"
-    )
-    rows = connection.execute(query.encode(), (privileges, role, thing.oid))
-    return {privilege for (privilege,) in rows}
+def _held(connection: Connection, username: str, thing: _Thing) -> list[str]:
+    """Return what is unwanted and a role has, be it by another one; `public` is everybody."""
+    return [name for name in UNWANTED[thing.kind] if _has(connection, username, thing, name)]
+
+
+def _has(connection: Connection, username: str, thing: _Thing, privilege: str) -> bool:
+    query = f"SELECT has_{thing.kind.lower()}_privilege(%s::name, %s::oid, %s)"
+    return bool(_value(connection, query, username, thing.oid, privilege))
 
 
 def _roles(connection: Connection, username: str) -> list[_Role]:
@@ -268,7 +262,7 @@ def _roles(connection: Connection, username: str) -> list[_Role]:
     return [_Role(*row) for row in connection.execute(_ROLES, (username,))]
 
 
-def _value(connection: Connection, query: str, *parameters: str) -> Any:
+def _value(connection: Connection, query: str, *parameters: str | int) -> Any:
     ((value,),) = connection.execute(query.encode(), parameters)
     return value
 

@@ -185,6 +185,23 @@ def test_the_seed_adds_four_rows_once(say: Say) -> None:
     say(f"rows: {' '.join(four)}; a second seed added none")
 
 
+def test_the_service_may_read_the_providers_and_nothing_else(say: Say) -> None:
+    code = """
+import os, sys
+from notifier.db import Database
+from notifier.settings import Settings
+with Database(Settings.from_env(os.environ)).connect() as connection:
+    connection.execute(sys.argv[1])
+"""
+    run = ("exec", "-T", "notifier", "python", "-c", code)
+    compose(*run, "SELECT * FROM notification_preferences")
+    for statement in ("DELETE FROM notification_preferences", "CREATE TEMPORARY TABLE mine ()"):
+        with pytest.raises(AssertionError, match="permission denied"):
+            compose(*run, statement)
+    assert "DB_MIGRATION" not in compose("exec", "-T", "notifier", "env")
+    say("the service's role reads the providers and cannot change them")
+
+
 def notify(recipient: str, **fields: str) -> requests.Response:
     url = f"{SERVICE}/api/v1.0/recipient/{recipient}/notify"
     return requests.post(url, json=MESSAGE | fields, timeout=40)

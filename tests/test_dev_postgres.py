@@ -396,6 +396,15 @@ def test_a_server_without_a_watcher_is_joined(used: Path) -> None:
     assert not servers(used)
 
 
+def test_a_directory_of_a_version_with_one_role_gets_the_services_password(used: Path) -> None:
+    with postgres.server(used) as before:
+        (used / "service-password").unlink()
+        with postgres.server(used) as after:  # while the server runs
+            assert after["DB_PASSWORD"] == (used / "service-password").read_text()
+    different = [name for name in after if after[name] != before[name]]
+    assert different == ["DB_PASSWORD"]
+
+
 def test_a_saved_port_that_another_program_took_is_replaced(used: Path) -> None:
     with postgres.server(used) as before:
         pass
@@ -461,6 +470,13 @@ def test_variables_of_another_postgresql_do_not_disturb(used: Path) -> None:
     other = {"PGSERVICE": "none", "PGOPTIONS": "-c nonsense=1", "PGHOST": "/nowhere"}
     done = run("true", EMBEDDED_PG_DIR=str(used), **other)
     assert (done.returncode, lines_of(done)) == (0, [])
+
+
+def test_variables_of_another_database_are_not_passed_on(used: Path) -> None:
+    other = {"DB_HOST": "", "DB_READ_HOST": "other", "DB_MIGRATION_PASSWORD_FILE": "/nowhere"}
+    names = "import os; print(sorted(name for name in os.environ if name.startswith('DB_')))"
+    done = run(sys.executable, "-c", names, EMBEDDED_PG_DIR=str(used), **other)
+    assert lines_of(done) == [str(sorted(cluster.environment(used)))]
 
 
 def test_with_db_host_set_nothing_is_started(base: Path) -> None:

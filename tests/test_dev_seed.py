@@ -42,6 +42,14 @@ def test_an_empty_table_gets_the_four_mock_providers_once(database):
     ]
 
 
+def test_an_owner_that_serves_too_adds_them_as_well(database):
+    both = {
+        "DB_USERNAME": database.pop("DB_MIGRATION_USERNAME"),
+        "DB_PASSWORD": database.pop("DB_MIGRATION_PASSWORD"),
+    }
+    assert seed(database | both).stdout == "added the mock providers\n"
+
+
 def test_each_mock_provider_gets_a_secret_of_its_own(database):
     seed(database)
     with connect(database) as connection:

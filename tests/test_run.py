@@ -126,10 +126,46 @@ def test_everything_runs_after_one_command_and_is_found_again_by_the_next(launch
     assert [len(messages(launcher, n)) for n in range(4)] == [2, 1, 2, 0]
     launcher.end(signal.SIGINT)
 
+    (launcher.folder / "service-password").unlink()  # a version with one role had none
     again = launch()
     again.welcome()
+    # It can read its providers; they have other ports now.
+    assert requests.get(f"http://127.0.0.1:{again.port}/readyz", timeout=30).status_code == 200
     assert _rows(again) == ["email 1", "email 2", "push 1", "push 2"]
     again.end(signal.SIGTERM)
+
+
+def test_the_service_has_the_role_that_reads_and_the_welcome_names_the_one_that_writes(launch):
+    launcher = launch()
+    welcome = launcher.welcome()
+    folder, port = launcher.folder, (launcher.folder / "port").read_text()
+    shown = f"PostgreSQL notifier@127.0.0.1:{port}/notifier (password in {folder / 'password'})"
+    assert shown in welcome
+    service = psutil.Process(launcher.process.pid).children(recursive=True)
+    assert len(service) > 3  # guard, gunicorn, two workers
+    for process in service:
+        known = process.environ()
+        assert known["DB_USERNAME"] == "notifier_service"
+        assert known["DB_PASSWORD"] == (folder / "service-password").read_text()
+        assert [name for name in known if name.startswith("DB_MIGRATION")] == []
+        assert (folder / "password").read_text() not in known.values()
+    launcher.end(signal.SIGTERM)
+
+
+def test_an_own_database_with_one_user_is_used_by_that_user(launch, empty_database):
+    both = {
+        "DB_USERNAME": empty_database["DB_MIGRATION_USERNAME"],
+        "DB_PASSWORD": empty_database["DB_MIGRATION_PASSWORD"],
+    }
+    owners = {"DB_MIGRATION_USERNAME": "", "DB_MIGRATION_PASSWORD": ""}
+    launcher = launch(**empty_database | both | owners)
+    where = "{DB_USERNAME}@{DB_HOST}:{DB_PORT}/{DB_NAME}\n".format(**empty_database | both)
+    assert f"PostgreSQL {where}" in launcher.welcome()
+    assert send(launcher) == 200
+    launcher.process.send_signal(signal.SIGTERM)
+    launcher.process.communicate(timeout=60)
+    assert launcher.process.returncode == 0
+    assert not launcher.folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,645 @@
+"""The role that serves: made by the migration, reading the providers, refused everything else."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.errors import InsufficientPrivilege
+
+from notifier import roles, schema
+from notifier.app import create_app
+from notifier.db import Database
+from notifier.models import Channel
+from notifier.preferences import Preferences
+from notifier.roles import NotGranted
+from notifier.settings import Settings
+from tests.conftest import Environment, _create_database, connect
+from tests.test_schema import NAMES, execute, migrating, rows, run, waiting
+from tests.timing import eventually
+
+TABLE = "notification_preferences"
+ROW = f"INSERT INTO {TABLE} (provider_type, provider_name, host) VALUES ('Email', 'a', 'http://a/')"
+SUPERUSERS_PASSWORD = "the superuser's password"  # in environments: nothing else reads it
+ADVICE = "let an administrator run: "
+
+MakeMigrator = Callable[..., Environment]
+
+
+def with_role(environment: Environment, name: str = "", password: str = "") -> Environment:
+    """Return the environment with a role that serves this database only: roles are the server's."""
+    name = name or f"serving_{environment['DB_NAME']}"
+    ours = {"DB_USERNAME": name, "DB_PASSWORD": password or f"password of {name}"}
+    owners = environment["DB_MIGRATION_PASSWORD"]  # the superuser has the same
+    return {SUPERUSERS_PASSWORD: owners} | environment | ours
+
+
+def superuser(environment: Environment) -> Environment:
+    """Return the environment with the server's superuser migrating."""
+    return environment | {
+        "DB_MIGRATION_USERNAME": "postgres",
+        "DB_MIGRATION_PASSWORD": environment[SUPERUSERS_PASSWORD],
+    }
+
+
+def execute_as_superuser(environment: Environment, statements: str) -> None:
+    execute(superuser(environment), statements)
+
+
+def serving(environment: Environment) -> psycopg.Connection[Any]:
+    return Database(Settings.from_env(environment)).connect()
+
+
+def can_read(environment: Environment) -> bool:
+    """Log in as the role that serves, and do its work."""
+    database = Database(Settings.from_env(environment))
+    found = Preferences(database, 60).providers(Channel.EMAIL, time.monotonic() + 10)
+    return found == ()
+
+
+def may(environment: Environment, statement: str) -> bool:
+    """Try a statement as the role that serves, and undo it."""
+    with serving(environment) as connection, connection.transaction(force_rollback=True):
+        try:
+            connection.execute(statement.encode())
+        except InsufficientPrivilege:
+            return False
+    return True
+
+
+def migrate(environment: Environment) -> list[str]:
+    """Migrate; return what was told besides the line that says what is granted."""
+    granted, *notices = schema.migrate(Settings.from_env(environment)).notices
+    assert granted == f"role {environment['DB_USERNAME']} may read {TABLE}"
+    return notices
+
+
+def refusal(environment: Environment) -> str:
+    """Migrate as operators do; it has to fail, and with one line, which is returned."""
+    result = run(environment, "migrate")
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    assert result.output.count("\n") == 1
+    assert result.output.startswith("Error: the schema is up to date, but ")
+    return result.output.removeprefix("Error: the schema is up to date, but ").rstrip()
+
+
+def obey(environment: Environment, line: str) -> None:
+    """Do what a line tells an administrator to do, word for word."""
+    _, found, statements = line.partition(ADVICE)
+    assert found, line
+    execute_as_superuser(environment, statements)
+
+
+@pytest.fixture(scope="module")
+def migrated(server: Environment) -> Environment:
+    """A migrated database with a row, whose tests change nothing."""
+    environment = with_role(_create_database(server))
+    assert migrate(environment) == []
+    execute(environment, ROW)
+    return environment
+
+
+@pytest.fixture
+def fresh(empty_database: Environment) -> Environment:
+    """A database that is not migrated, with a role for it that is not there yet."""
+    return with_role(empty_database)
+
+
+@pytest.fixture
+def make_migrator(fresh: Environment) -> MakeMigrator:
+    """Make a role that migrates, with the attributes given, and a database for it."""
+
+    def make(attributes: str = "", *, owner: bool = True) -> Environment:
+        name = f"migrator_{fresh['DB_NAME']}"
+        execute_as_superuser(fresh, f"CREATE ROLE {name} LOGIN {attributes} PASSWORD 'migrates'")
+        if owner:
+            execute_as_superuser(fresh, f"ALTER DATABASE {fresh['DB_NAME']} OWNER TO {name}")
+        else:
+            execute_as_superuser(
+                fresh,
+                f"ALTER DATABASE {fresh['DB_NAME']} OWNER TO postgres;"
+                f" GRANT CREATE, USAGE ON SCHEMA public TO {name}",
+            )
+        return fresh | {"DB_MIGRATION_USERNAME": name, "DB_MIGRATION_PASSWORD": "migrates"}
+
+    return make
+
+
+# --- what it may do
+
+
+def test_it_reads_the_providers(migrated: Environment) -> None:
+    with serving(migrated) as connection:
+        query = f"SELECT provider_name FROM {TABLE}"
+        assert connection.execute(query.encode()).fetchall() == [("a",)]
+
+
+def test_it_listens(migrated: Environment) -> None:
+    with serving(migrated) as connection, connect(migrated) as owner:
+        connection.execute("LISTEN anything")
+        owner.execute("NOTIFY anything")
+        (notification,) = connection.notifies(timeout=10, stop_after=1)
+        assert notification.channel == "anything"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        f"DROP TABLE {TABLE}",
+        f"ALTER TABLE {TABLE} ADD COLUMN mine INT",
+        f"ALTER TABLE {TABLE} DISABLE TRIGGER ALL",
+        f"TRUNCATE {TABLE}",
+        ROW,
+        f"UPDATE {TABLE} SET host = 'http://b/'",
+        f"DELETE FROM {TABLE}",
+        f"SELECT FROM {TABLE} FOR UPDATE",
+        f"BEGIN; LOCK TABLE {TABLE} IN ROW SHARE MODE",
+        f"CREATE INDEX ON {TABLE} (host)",
+        f"SELECT nextval('{TABLE}_id_seq')",
+        f"SELECT setval('{TABLE}_id_seq', 1)",
+        "ALTER TYPE notification_provider_type ADD VALUE 'Mine'",
+        "CREATE TABLE mine ()",
+        "CREATE TEMPORARY TABLE mine ()",
+        "CREATE FUNCTION mine() RETURNS INT LANGUAGE sql AS 'SELECT 1'",
+        "CREATE SCHEMA mine",
+        "DROP SCHEMA public CASCADE",
+        "CREATE DATABASE mine",
+        "CREATE ROLE mine",
+        "ALTER ROLE CURRENT_USER CREATEROLE",
+        "SET ROLE notifier",
+        "SELECT FROM _yoyo_migration",
+        "DELETE FROM _yoyo_migration",
+        "INSERT INTO yoyo_lock (pid) VALUES (1)",
+        "DROP TABLE yoyo_lock",
+        f"COPY {TABLE} TO PROGRAM 'cat'",
+        f"COPY {TABLE} FROM PROGRAM 'true'",
+        f"COPY {TABLE} TO '/tmp/mine'",
+        "SELECT pg_read_file('PG_VERSION')",
+        "SELECT rolpassword FROM pg_authid",
+    ],
+)
+def test_it_is_refused_everything_else(migrated: Environment, statement: str) -> None:
+    with serving(migrated) as connection, pytest.raises(InsufficientPrivilege):
+        connection.execute(statement.encode())
+
+
+def test_everybody_else_may_no_longer_create_anything_here(migrated: Environment) -> None:
+    other = f"other_{migrated['DB_NAME']}"
+    execute(migrated, f"CREATE ROLE {other} LOGIN PASSWORD 'other'")
+    stranger = with_role(migrated, other, "other")
+    assert not may(stranger, "CREATE TEMPORARY TABLE mine ()")
+    assert not may(stranger, "CREATE SCHEMA mine")
+    assert not may(stranger, "CREATE TABLE mine ()")
+
+
+def test_what_it_was_given_besides_is_taken_away_by_the_next_migration(fresh: Environment) -> None:
+    migrate(fresh)
+    name = f'"{fresh["DB_USERNAME"]}"'
+    execute(
+        fresh,
+        f"GRANT ALL ON {TABLE} TO {name} WITH GRANT OPTION;"
+        f" GRANT UPDATE (host) ON {TABLE} TO {name};"
+        f" GRANT ALL ON SEQUENCE {TABLE}_id_seq TO {name}; GRANT ALL ON SCHEMA public TO {name};"
+        f" GRANT ALL ON DATABASE {fresh['DB_NAME']} TO {name}",
+    )
+    statements = [
+        ROW,
+        f"UPDATE {TABLE} SET host = ''",
+        f"SELECT nextval('{TABLE}_id_seq')",
+        "CREATE TABLE mine ()",
+        "CREATE SCHEMA mine",
+        "CREATE TEMPORARY TABLE mine ()",
+    ]
+    assert [may(fresh, statement) for statement in statements] == [True] * 6
+    assert migrate(fresh) == []
+    assert [may(fresh, statement) for statement in statements] == [False] * 6
+    assert can_read(fresh)
+
+
+def test_a_schema_made_anew_can_be_read_as_well(fresh: Environment) -> None:
+    migrate(fresh)
+    for _ in NAMES:
+        assert run(fresh, "rollback").exit_code == 0
+    assert migrate(fresh) == []
+    assert can_read(fresh)
+
+
+def test_a_table_in_another_schema_can_be_read(fresh: Environment) -> None:
+    execute(
+        fresh,
+        'CREATE SCHEMA "Our tables";'
+        f'ALTER DATABASE {fresh["DB_NAME"]} SET search_path = "Our tables"',
+    )
+    assert migrate(fresh) == []
+    assert can_read(fresh)
+    assert not may(fresh, "CREATE TABLE mine ()")
+
+
+def test_whoever_serves_while_it_is_granted_anew_never_lacks_it(
+    fresh: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is in one transaction: one that is cut off before its end has done nothing."""
+    migrate(fresh)
+    run_if_allowed, statements = roles._run_if_allowed, []
+
+    def cut_off(connection: psycopg.Connection[Any], statement: str) -> None:
+        statements.append(statement)
+        if statement.startswith("GRANT SELECT"):
+            assert can_read(fresh)
+            raise psycopg.OperationalError("the connection broke")
+        run_if_allowed(connection, statement)
+
+    monkeypatch.setattr(roles, "_run_if_allowed", cut_off)
+    with pytest.raises(psycopg.OperationalError):
+        migrate(fresh)
+    assert [statement for statement in statements if "ALL ON TABLE" in statement]
+    assert can_read(fresh)
+
+
+# --- its name and its password
+
+
+@pytest.mark.parametrize(
+    "name", ["Notifier", "o'brien", "two words", "dash-ed", 'gr"üße', "%s {} $1 \\", "n" * 70]
+)
+def test_its_name_may_have_any_characters(empty_database: Environment, name: str) -> None:
+    environment = with_role(empty_database, name)
+    schema.migrate(Settings.from_env(environment))
+    schema.migrate(Settings.from_env(environment))
+    assert can_read(environment)
+    assert not may(environment, ROW)
+
+
+@pytest.mark.parametrize(
+    "password",
+    ["it's", 'a "quoted" one', "back\\slash", "%s {} $1", " blank ", "Grüße € 😀", "x" * 200],
+    ids=lambda password: password[:16],
+)
+def test_its_password_may_have_any_characters(fresh: Environment, password: str) -> None:
+    environment = fresh | {"DB_PASSWORD": password}
+    migrate(environment)
+    assert can_read(environment)
+    with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+        serving(environment | {"DB_PASSWORD": f"{password}!"})
+
+
+def test_a_new_password_is_set_by_the_next_migration(fresh: Environment) -> None:
+    migrate(fresh)
+    changed = fresh | {"DB_PASSWORD": "another password"}
+    assert migrate(changed) == []
+    assert can_read(changed)
+    with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+        serving(fresh)
+
+
+def test_the_server_never_sees_the_password(fresh: Environment) -> None:
+    """Its log has every statement and every parameter of the migration."""
+    password = "never-to-be-seen"
+    execute_as_superuser(fresh, f"ALTER DATABASE {fresh['DB_NAME']} SET log_statement = 'all'")
+    for _ in range(2):  # it is made, and changed
+        migrate(fresh | {"DB_PASSWORD": password})
+    ((data,),) = rows(superuser(fresh), "SHOW data_directory")
+    log = Path(data).with_name("server.log").read_text()
+    for verb in ("CREATE", "ALTER"):
+        stored = f'{verb} ROLE "{fresh["DB_USERNAME"]}" LOGIN PASSWORD \'SCRAM-SHA-256$'
+        assert stored in log
+    assert password not in log
+    query = f"SELECT rolpassword FROM pg_authid WHERE rolname = '{fresh['DB_USERNAME']}'"
+    ((verifier,),) = rows(superuser(fresh), query)
+    assert verifier.startswith("SCRAM-SHA-256$")
+
+
+def test_a_password_file_that_is_gone_is_named_in_one_line(
+    fresh: Environment, tmp_path: Path
+) -> None:
+    file = tmp_path / "password"
+    file.write_text("from a file\n")
+    from_file = fresh | {"DB_PASSWORD": "", "DB_PASSWORD_FILE": str(file)}
+    migrate(from_file)
+    assert can_read(from_file)
+    app = create_app(Settings.from_env(from_file))
+    file.unlink()
+    result = app.test_cli_runner().invoke(args=["migrate"])
+    assert result.exit_code == 1
+    expected = "Error: the schema is up to date, but DB_PASSWORD_FILE cannot be read\n"
+    assert result.output == expected
+
+
+# --- one role for both
+
+
+def acls(environment: Environment) -> list[tuple[Any, ...]]:
+    """Return what has been granted on the table, its schema and the database, and to whom."""
+    return rows(
+        environment,
+        f"SELECT relacl::text FROM pg_class WHERE oid = '{TABLE}'::regclass"
+        " UNION ALL SELECT nspacl::text FROM pg_namespace WHERE nspname = 'public'"
+        " UNION ALL SELECT datacl::text FROM pg_database WHERE datname = current_database()",
+    )
+
+
+def test_where_one_role_does_both_nothing_is_granted_and_its_password_stays(
+    empty_database: Environment,
+) -> None:
+    owner = empty_database["DB_MIGRATION_USERNAME"]
+    both = with_role(empty_database, owner, "not the password")
+    applied = "".join(f"applied {name}\n" for name in NAMES)
+    assert run(both, "migrate").output == applied
+    table, _, database = acls(both)
+    assert (table, database) == ((None,), (None,))
+    before = acls(both)
+    assert run(both, "migrate").output == "nothing to apply, the schema is up to date\n"
+    assert acls(both) == before
+    connect(both).close()  # with the password it had
+
+
+def test_a_database_whose_one_user_owned_everything_is_adopted(
+    make_migrator: MakeMigrator,
+) -> None:
+    new = make_migrator("CREATEROLE")
+    old = with_role(new, new["DB_MIGRATION_USERNAME"], new["DB_MIGRATION_PASSWORD"])
+    for name in ("DB_MIGRATION_USERNAME", "DB_MIGRATION_PASSWORD"):
+        del old[name]
+    assert schema.migrate(Settings.from_env(old)).notices == []
+    assert can_read(old)
+    assert migrate(new) == []
+    assert can_read(new)
+    assert not may(new, ROW)
+
+
+# --- what the role that migrates may not do
+
+
+def test_without_createrole_the_line_says_what_to_run_to_make_the_role(
+    make_migrator: MakeMigrator,
+) -> None:
+    environment = make_migrator()
+    name, migrator = environment["DB_USERNAME"], environment["DB_MIGRATION_USERNAME"]
+    assert refusal(environment) == (
+        f"role {name} does not exist, and {migrator} cannot make it: {ADVICE}"
+        f"CREATE ROLE \"{name}\" LOGIN PASSWORD '...'"
+        f' (or ALTER ROLE "{migrator}" CREATEROLE, and migrate again)'
+    )
+    execute_as_superuser(environment, f'ALTER ROLE "{migrator}" CREATEROLE')
+    assert migrate(environment) == []
+    assert can_read(environment)
+
+
+@pytest.mark.parametrize("attributes", ["", "CREATEROLE"])
+def test_a_role_that_may_not_be_altered_gets_the_grants_and_keeps_its_password(
+    make_migrator: MakeMigrator, attributes: str
+) -> None:
+    """Since PostgreSQL 16 CREATEROLE is about roles that one has made oneself."""
+    environment = make_migrator(attributes)
+    name, migrator = environment["DB_USERNAME"], environment["DB_MIGRATION_USERNAME"]
+    execute_as_superuser(environment, f"CREATE ROLE \"{name}\" LOGIN PASSWORD 'as it was'")
+    (notice,) = migrate(environment)
+    assert notice == (
+        f"role {name} keeps its password, {migrator} cannot set it: {ADVICE}"
+        f"ALTER ROLE \"{name}\" LOGIN PASSWORD '...'"
+    )
+    assert can_read(environment | {"DB_PASSWORD": "as it was"})
+
+
+def test_a_role_that_may_not_log_in_cannot_serve(make_migrator: MakeMigrator) -> None:
+    environment = make_migrator()
+    name = environment["DB_USERNAME"]
+    execute_as_superuser(environment, f"CREATE ROLE \"{name}\" PASSWORD 'as it was'")
+    line = refusal(environment)
+    assert line == f'role {name} cannot serve yet: {ADVICE}ALTER ROLE "{name}" LOGIN'
+    obey(environment, line)
+    migrate(environment)
+    assert can_read(environment | {"DB_PASSWORD": "as it was"})
+
+
+def test_another_owners_database_stays_open_and_that_is_said(make_migrator: MakeMigrator) -> None:
+    environment = make_migrator("CREATEROLE", owner=False)
+    name = environment["DB_NAME"]
+    (notice,) = migrate(environment)
+    assert notice == (
+        f'every role has TEMPORARY on DATABASE "{name}": {ADVICE}'
+        f'REVOKE TEMPORARY ON DATABASE "{name}" FROM PUBLIC'
+    )
+    assert can_read(environment)
+    assert may(environment, "CREATE TEMPORARY TABLE mine ()")
+    obey(environment, notice)
+    assert migrate(environment) == []
+    assert not may(environment, "CREATE TEMPORARY TABLE mine ()")
+
+
+def test_another_owners_schema_that_is_open_is_said(make_migrator: MakeMigrator) -> None:
+    """As it is with every database made by a PostgreSQL before 15."""
+    environment = make_migrator("CREATEROLE", owner=False)
+    execute_as_superuser(
+        environment,
+        f"REVOKE TEMPORARY ON DATABASE {environment['DB_NAME']} FROM PUBLIC;"
+        " GRANT CREATE ON SCHEMA public TO PUBLIC",
+    )
+    (notice,) = migrate(environment)
+    assert notice == (
+        f'every role has CREATE on SCHEMA "public": {ADVICE}'
+        'REVOKE CREATE ON SCHEMA "public" FROM PUBLIC'
+    )
+    obey(environment, notice)
+    assert migrate(environment) == []
+
+
+def test_what_cannot_be_granted_is_said_and_what_can_be_is(make_migrator: MakeMigrator) -> None:
+    environment = make_migrator("CREATEROLE", owner=False)
+    name, migrator = environment["DB_USERNAME"], environment["DB_MIGRATION_USERNAME"]
+    database = environment["DB_NAME"]
+    execute_as_superuser(
+        environment,
+        f"REVOKE ALL ON DATABASE {database} FROM PUBLIC; REVOKE ALL ON SCHEMA public FROM PUBLIC;"
+        f" GRANT CONNECT ON DATABASE {database} TO {migrator}",
+    )
+    line = refusal(environment)
+    assert line == (
+        f'role {name} cannot serve yet: {ADVICE}GRANT CONNECT ON DATABASE "{database}" TO "{name}";'
+        f' GRANT USAGE ON SCHEMA "public" TO "{name}"'
+    )
+    obey(environment, line)
+    assert can_read(environment)
+    assert migrate(environment) == []
+    assert can_read(environment)
+
+
+def test_another_owners_table_that_cannot_be_read_is_said(make_migrator: MakeMigrator) -> None:
+    environment = make_migrator("CREATEROLE")
+    name = environment["DB_USERNAME"]
+    migrate(environment)
+    execute_as_superuser(
+        environment, f'ALTER TABLE {TABLE} OWNER TO postgres; REVOKE ALL ON {TABLE} FROM "{name}"'
+    )
+    line = refusal(environment)
+    table = f'"public"."{TABLE}"'
+    assert (
+        line == f'role {name} cannot serve yet: {ADVICE}GRANT SELECT ON TABLE {table} TO "{name}"'
+    )
+    obey(environment, line)
+    assert migrate(environment) == []
+    assert can_read(environment)
+
+
+# --- a role that may do more than the grants say
+
+
+def test_a_superuser_is_never_altered(fresh: Environment) -> None:
+    name = fresh["DB_USERNAME"]
+    execute_as_superuser(fresh, f"CREATE ROLE \"{name}\" SUPERUSER LOGIN PASSWORD 'as it was'")
+    before = f"SELECT * FROM pg_authid WHERE rolname = '{name}'"
+    authid = rows(superuser(fresh), before)
+    assert migrate(superuser(fresh)) == [
+        f"role {name} is a superuser and may do anything: choose another DB_USERNAME"
+    ]
+    assert rows(superuser(fresh), before) == authid
+    assert can_read(fresh | {"DB_PASSWORD": "as it was"})
+
+
+def test_a_role_that_owns_everything_is_told_of_and_loses_nothing(
+    make_migrator: MakeMigrator,
+) -> None:
+    """Who took the new variables for the new role and left DB_USERNAME as it was."""
+    old = make_migrator()
+    migrator, database = old["DB_MIGRATION_USERNAME"], old["DB_NAME"]
+    owner = with_role(old, migrator, "migrates")
+    schema.migrate(Settings.from_env(owner))
+    swapped = superuser(owner)
+    (notice,) = migrate(swapped)
+    assert notice == (
+        f'role {migrator} owns DATABASE "{database}", TABLE "public"."{TABLE}", so it may do more'
+        f" than read: choose another DB_USERNAME, or {ADVICE}"
+        f'REASSIGN OWNED BY "{migrator}" TO "postgres"'
+    )
+    assert may(owner, ROW)
+    obey(swapped, notice)
+    assert migrate(swapped) == []
+    assert can_read(swapped)
+    assert not may(swapped, ROW)
+
+
+def test_a_member_of_the_role_that_owns_is_told_of(fresh: Environment) -> None:
+    name, owner = fresh["DB_USERNAME"], fresh["DB_MIGRATION_USERNAME"]
+    # By the superuser: one that the owner made could not be its member.
+    made = f'CREATE ROLE "{name}" LOGIN PASSWORD \'{fresh["DB_PASSWORD"]}\' IN ROLE "{owner}"'
+    execute_as_superuser(fresh, made)
+    keeps_password, notice = migrate(fresh)
+    assert notice == (
+        f"role {name} is a member of {owner}, so it may do more than read: {ADVICE}"
+        f'REVOKE "{owner}" FROM "{name}"'
+    )
+    assert may(fresh, ROW)
+    obey(fresh, notice)
+    assert migrate(fresh) == [keeps_password]
+    assert not may(fresh, ROW)
+
+
+@pytest.mark.parametrize("mighty", ["postgres", "pg_execute_server_program"])
+def test_a_member_of_a_mighty_role_is_told_of(fresh: Environment, mighty: str) -> None:
+    migrate(fresh)
+    execute_as_superuser(fresh, f'GRANT {mighty} TO "{fresh["DB_USERNAME"]}"')
+    (notice,) = migrate(superuser(fresh) if mighty == "postgres" else fresh)
+    assert f"is a member of {mighty}, so it may do more than read" in notice
+    obey(fresh, notice)
+    assert migrate(fresh) == []
+
+
+def test_a_role_with_attributes_is_told_of(fresh: Environment) -> None:
+    migrate(fresh)
+    name = fresh["DB_USERNAME"]
+    execute_as_superuser(fresh, f'ALTER ROLE "{name}" CREATEROLE CREATEDB REPLICATION BYPASSRLS')
+    # Only a superuser may change a role that replicates.
+    (notice,) = migrate(superuser(fresh))
+    assert notice == (
+        f"role {name} has CREATEROLE, CREATEDB, REPLICATION, BYPASSRLS: {ADVICE}"
+        f'ALTER ROLE "{name}" NOCREATEROLE NOCREATEDB NOREPLICATION NOBYPASSRLS'
+    )
+    obey(fresh, notice)
+    assert migrate(fresh) == []
+
+
+def test_what_every_role_has_is_told_of(fresh: Environment) -> None:
+    migrate(fresh)
+    execute(fresh, f"GRANT UPDATE, INSERT ON {TABLE} TO PUBLIC")
+    (notice,) = migrate(fresh)
+    assert notice == (
+        f'every role has INSERT, UPDATE on TABLE "public"."{TABLE}": {ADVICE}'
+        f'REVOKE INSERT, UPDATE ON TABLE "public"."{TABLE}" FROM PUBLIC'
+    )
+    obey(fresh, notice)
+    assert migrate(fresh) == []
+    assert not may(fresh, ROW)
+
+
+def test_what_it_has_by_a_role_it_is_a_member_of_is_told_of(fresh: Environment) -> None:
+    migrate(fresh)
+    name = fresh["DB_USERNAME"]
+    execute_as_superuser(
+        fresh, f'GRANT pg_monitor TO "{name}"; GRANT UPDATE, INSERT ON {TABLE} TO pg_monitor'
+    )
+    (notice,) = migrate(fresh)
+    assert notice == (
+        f'role {name} has INSERT, UPDATE on TABLE "public"."{TABLE}", granted by another role'
+        " or to a role it is a member of: revoke that"
+    )
+
+
+def test_what_it_has_granted_to_others_does_not_stop_a_migration(fresh: Environment) -> None:
+    migrate(fresh)
+    execute(fresh, f'GRANT INSERT ON {TABLE} TO "{fresh["DB_USERNAME"]}" WITH GRANT OPTION')
+    with serving(fresh) as connection:
+        connection.execute(f"GRANT INSERT ON {TABLE} TO pg_monitor")
+    (notice,) = migrate(fresh)
+    assert "has INSERT on TABLE" in notice
+
+
+# --- several migrations at once
+
+
+def test_processes_that_migrate_several_databases_make_one_role_together(
+    server: Environment, fresh: Environment
+) -> None:
+    name = fresh["DB_USERNAME"]
+    databases = [with_role(_create_database(server), name) for _ in range(3)]
+    with ExitStack() as stack:
+        running = [stack.enter_context(migrating(database)) for database in databases]
+        ended = [(*process.communicate(timeout=60), process.returncode) for process in running]
+    assert [(errors, status) for _, errors, status in ended] == [("", 0)] * len(running)
+    for output, _, _ in ended:
+        assert output.endswith(f"\nrole {name} may read {TABLE}\n")
+    assert all(can_read(database) for database in databases)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_migration_overtaken_by_another_databases_waits_for_it_and_succeeds(
+    fresh: Environment, server: Environment, exists: bool
+) -> None:
+    """The role is made, or its password changed, by a transaction that has not ended yet."""
+    name = fresh["DB_USERNAME"]
+    if exists:
+        migrate(fresh)
+    verb = "ALTER" if exists else "CREATE"
+    with connect(server) as other:
+        other.execute("BEGIN")
+        other.execute(f"{verb} ROLE \"{name}\" LOGIN PASSWORD 'overtaken'")
+        with migrating(fresh) as process:
+            eventually(lambda: waiting(fresh) == 1)
+            assert rows(fresh, f"SELECT pg_try_advisory_lock({schema.LOCK_KEY})") == [(False,)]
+            other.execute("COMMIT")
+            output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    assert output.endswith(f"\nrole {name} may read {TABLE}\n")
+    assert can_read(fresh)
+
+
+def test_a_role_that_others_change_all_the_time_is_given_up(
+    fresh: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roles, "_roles", lambda *_: [])  # so that it is made again and again
+    execute(fresh, f'CREATE ROLE "{fresh["DB_USERNAME"]}"')
+    with pytest.raises(NotGranted, match="changed by others all the time: try again"):
+        migrate(fresh)
