@@ -9,7 +9,7 @@ WITH_DATABASE := $(BIN)/python -m notifier.dev.postgres
 FLASK := $(BIN)/flask --app notifier.app
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint migrate rollback up down
+.PHONY: help install run test lint migrate rollback providers up down
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ migrate: install ## Bring the database's schema up to date.
 
 rollback: install ## Undo the last migration.
 	@$(WITH_DATABASE) $(FLASK) rollback
+
+providers: install ## List the providers.
+	@$(WITH_DATABASE) $(FLASK) providers list
 
 up: ## Start everything in containers: as make run does, and Prometheus.
 	docker compose up --build --detach --wait

@@ -7,7 +7,7 @@ from urllib.request import getproxies_environment
 
 from flask import Flask
 
-from notifier import __version__, api, cli, error_handlers, metrics, ops
+from notifier import __version__, api, cli, cli_providers, error_handlers, metrics, ops
 from notifier.breakers import Breakers, Policy
 from notifier.db import Database
 from notifier.delivery import Delivery
@@ -64,6 +64,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     ops.register(app)
     error_handlers.register(app)
     cli.register(app)
+    cli_providers.register(app)
     return app
 
 

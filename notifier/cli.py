@@ -9,6 +9,8 @@ from flask import Flask, current_app
 from flask.cli import with_appcontext
 
 from notifier import schema
+from notifier.cli_errors import explained
+from notifier.errors import Refused
 from notifier.roles import NotGranted
 from notifier.settings import Settings
 
@@ -40,15 +42,13 @@ def _rollback() -> None:
     click.echo(f"undid {name}" if name else "nothing to undo")
 
 
+@explained()
 def _with_database(act: Callable[[Settings], Result]) -> Result:
     try:
         return act(current_app.extensions["notifier"].settings)
     except psycopg.errors.LockNotAvailable:
-        raise click.ClickException(
+        raise Refused(
             f"another migration has been running for {schema.LOCK_WAIT}; try again when it is done"
         ) from None
     except NotGranted as error:
-        raise click.ClickException(f"the schema is up to date, but {error}") from None
-    except psycopg.Error as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise click.ClickException(f"PostgreSQL: {first_line}") from None
+        raise Refused(f"the schema is up to date, but {error}") from None

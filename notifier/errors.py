@@ -33,6 +33,10 @@ class DeliveryFailed(ApiError):
     message = "internal server error"
 
 
+class Refused(Exception):
+    """What an operator asks for is not done; the message says why in one line."""
+
+
 class PreferencesUnavailable(Exception):
     """PostgreSQL gave no providers in time, and none are known from before."""
 
@@ -64,3 +68,8 @@ class AttemptFailed(Exception):
         self.outcome = outcome
         self.reason = reason
         super().__init__(f"{outcome}: {reason}")
+
+    @property
+    def status(self) -> int | None:
+        """The status that the provider answered with, None if there was none."""
+        return int(self.reason) if self.reason.isdigit() else None

@@ -66,6 +66,16 @@ class Providers:
             _log_failure(provider, failure)
             raise
 
+    def send_unguarded(self, provider: Provider, message: Message) -> int:
+        """Make one attempt whatever the host's breaker says; return the status that accepted.
+
+        Raises:
+            AttemptFailed: the provider did not accept the message.
+        """
+        if provider.host is None:
+            raise AttemptFailed("skipped", "url")
+        return self._attempt(provider, message, time.monotonic() + self._timeout)
+
     def _guarded(self, provider: Provider, message: Message, deadline: float) -> None:
         if provider.host is None:
             raise AttemptFailed("skipped", "url")
@@ -85,7 +95,8 @@ class Providers:
             raise
         call.record(failed=False)
 
-    def _attempt(self, provider: Provider, message: Message, deadline: float) -> None:
+    def _attempt(self, provider: Provider, message: Message, deadline: float) -> int:
+        """Return the status that accepted the message."""
         time_left = deadline - time.monotonic()
         ends = deadline - max(0.0, time_left - self._timeout)
         try:
@@ -95,6 +106,7 @@ class Providers:
                 raise AttemptFailed("cut_short", "deadline") from error
             raise AttemptFailed(OUTCOMES.get(error.kind, "unknown"), error.kind) from error
         _judge(status)
+        return status
 
     def _post(self, provider: Provider, message: Message, ends: float) -> int:
         """Call the provider, and count the call."""
@@ -141,7 +153,7 @@ def _count(provider: Provider, status: int | None, error: str, began: float) -> 
 
 def _log_failure(provider: Provider, failure: AttemptFailed) -> None:
     log.log(
-        logging.WARNING if failure.reason.isdigit() else logging.ERROR,
+        logging.ERROR if failure.status is None else logging.WARNING,
         "attempt failed",
         extra={
             "channel": provider.channel,
