@@ -283,7 +283,8 @@ def _secret(given: Mapping[str, Any]) -> str | None:
             with Path(given["secret_file"]).open("rb") as file:
                 return _read_secret(file)
         except OSError as error:
-            raise click.ClickException(f"the secret's file: {error.strerror}") from None
+            # Without its name, which may be the secret itself, given by mistake.
+            raise click.ClickException(f"--secret-file cannot be read: {error.strerror}") from None
     return None
 
 

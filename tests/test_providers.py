@@ -352,6 +352,46 @@ def test_a_url_that_cannot_be_called_is_no_call(
     assert growth("http_client_requests_total") == {}
 
 
+def test_an_unguarded_attempt_is_made_while_the_breaker_is_open_and_records_nothing(
+    transport: Transport, answers: responses.RequestsMock, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers.post(URL, status=503)
+    breakers = Breakers(POLICY)
+    providers = Providers(transport, breakers, TIMEOUT)
+    for _ in range(3):
+        failure(providers)
+    caplog.clear()
+    with pytest.raises(AttemptFailed) as raised:
+        providers.send_unguarded(make_provider(), MESSAGE)
+    assert (raised.value.outcome, raised.value.status) == ("unknown", 503)
+    answers.replace(responses.POST, URL, status=202)
+    assert providers.send_unguarded(make_provider(), MESSAGE) == 202
+    assert breakers.of(HOST).state == "open"
+    assert logged(caplog) == []
+
+
+def test_an_unguarded_attempt_has_the_time_of_any_attempt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("notifier.providers.time", SimpleNamespace(monotonic=lambda: 100.0))
+    transport = FailingTransport("timeout")
+    with pytest.raises(AttemptFailed) as raised:
+        Providers(transport, RecordingBreakers(), TIMEOUT).send_unguarded(make_provider(), MESSAGE)
+    assert transport.deadlines == [105.0]
+    assert (raised.value.outcome, raised.value.reason) == ("unknown", "timeout")
+    assert raised.value.status is None
+
+
+@pytest.mark.parametrize("url", ["nonsense", "http://mail.example.com:0/"])
+def test_an_unguarded_attempt_at_a_url_that_is_none_is_skipped(
+    url: str, providers: Providers, answers: responses.RequestsMock
+) -> None:
+    with pytest.raises(AttemptFailed) as raised:
+        providers.send_unguarded(make_provider(url), MESSAGE)
+    assert (raised.value.outcome, raised.value.reason) == ("skipped", "url")
+    assert len(answers.calls) == 0
+
+
 def test_one_hosts_open_breaker_does_not_stop_another_host(
     transport: Transport, answers: responses.RequestsMock
 ) -> None:
