@@ -97,12 +97,14 @@ def _alone(settings: Settings) -> Iterator[tuple[Connection, _Backend]]:
 
     yoyo's own lock is a row that outlives a killed process, and it looks for pending migrations
     before it takes it. PostgreSQL's advisory lock ends with the connection, however that ends; once
-    it is ours, a row that is left is a dead process's.
+    it is ours, a row that is left is a dead process's. It is held by a transaction, which a pooler
+    cannot part from its server process.
     """
     database = Database.migrating(settings)
-    with database.connect() as connection:
-        connection.execute(f"SET lock_timeout = '{LOCK_WAIT}'")
-        connection.execute("SELECT pg_advisory_lock(%s)", (LOCK_KEY,))
+    with database.connect() as holder, holder.transaction(), database.connect() as connection:
+        holder.execute(f"SET LOCAL lock_timeout = '{LOCK_WAIT}'")
+        holder.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+        holder.execute("SELECT pg_advisory_xact_lock(%s)", (LOCK_KEY,))
         with _Backend(database) as backend:
             backend.create_lock_table()
             backend.break_lock()

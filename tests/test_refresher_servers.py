@@ -50,7 +50,7 @@ def add(environment: Environment) -> int:
 @pytest.fixture(scope="module")
 def primary() -> Iterator[SystemPostgres]:
     with SystemPostgres() as primary:
-        schema.migrate(Database.migrating(Settings.from_env(primary.environment)))
+        schema.migrate(Settings.from_env(primary.environment))
         yield primary
 
 

@@ -17,7 +17,7 @@ from notifier.models import Channel
 from notifier.preferences import Preferences
 from notifier.roles import NotGranted
 from notifier.settings import Settings
-from tests.conftest import Environment, _create_database, connect
+from tests.conftest import Environment, connect, create_database
 from tests.test_schema import NAMES, execute, migrating, rows, run, waiting
 from tests.timing import eventually
 
@@ -97,7 +97,7 @@ def obey(environment: Environment, line: str) -> None:
 @pytest.fixture(scope="module")
 def migrated(server: Environment) -> Environment:
     """A migrated database with a row, whose tests change nothing."""
-    environment = with_role(_create_database(server))
+    environment = with_role(create_database(server))
     assert migrate(environment) == []
     execute(environment, ROW)
     return environment
@@ -604,7 +604,7 @@ def test_processes_that_migrate_several_databases_make_one_role_together(
     server: Environment, fresh: Environment
 ) -> None:
     name = fresh["DB_USERNAME"]
-    databases = [with_role(_create_database(server), name) for _ in range(3)]
+    databases = [with_role(create_database(server), name) for _ in range(3)]
     with ExitStack() as stack:
         running = [stack.enter_context(migrating(database)) for database in databases]
         ended = [(*process.communicate(timeout=60), process.returncode) for process in running]

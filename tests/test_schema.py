@@ -28,10 +28,15 @@ NAMES = [
     "0001_create_notification_provider_type",
     "0002_create_notification_preferences",
     "0003_index_active_preferences",
+    "0004_create_change_notification",
+    "0005_notify_of_changed_rows",
+    "0006_notify_of_truncation",
 ]
 TABLE = "notification_preferences"
 GRANTED = f"role {SERVING} may read {TABLE}\n"
 INDEX = "idx_notification_prefs_provider_deleted_active"
+FUNCTION = "notify_of_notification_preferences"
+TRIGGERS = ["notify_of_changed_rows", "notify_of_truncation"]
 
 INDEXED = "(provider_type, priority) WHERE (deleted_at IS NULL)"
 
@@ -91,12 +96,15 @@ def labels(environment: Environment) -> list[str]:
 
 
 def ours(environment: Environment) -> list[str]:
-    """Every table, index, sequence and type of the database that is not yoyo's."""
+    """Every table, index, sequence, type, function and trigger of the database but yoyo's."""
     query = (
         "SELECT relname FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace"
         " WHERE nspname = 'public'"
         " UNION SELECT typname FROM pg_type JOIN pg_namespace n ON n.oid = typnamespace"
-        " WHERE nspname = 'public' AND typtype = 'e' ORDER BY 1"
+        " WHERE nspname = 'public' AND typtype = 'e'"
+        " UNION SELECT proname FROM pg_proc JOIN pg_namespace n ON n.oid = pronamespace"
+        " WHERE nspname = 'public'"
+        " UNION SELECT tgname FROM pg_trigger WHERE NOT tgisinternal ORDER BY 1"
     )
     return [name for (name,) in rows(environment, query) if "yoyo" not in name]
 
@@ -118,6 +126,7 @@ def assert_complete(environment: Environment) -> None:
         f"CREATE INDEX {INDEX} ON public.{TABLE} USING btree {INDEXED}",
         f"CREATE UNIQUE INDEX {TABLE}_pkey ON public.{TABLE} USING btree (id)",
     ]
+    assert {FUNCTION, *TRIGGERS} <= {*ours(environment)}
     marked = "SELECT migration_id FROM _yoyo_migration ORDER BY 1"
     assert rows(environment, marked) == [(name,) for name in NAMES]
 
@@ -183,8 +192,12 @@ def test_a_rollback_undoes_the_last_migration_only_and_at_last_there_is_nothing_
     empty_database: Environment,
 ) -> None:
     schema.migrate(settings_of(empty_database))
+    table = [TABLE, f"{TABLE}_id_seq", f"{TABLE}_pkey"]
     left = [
-        ["notification_preferences", f"{TABLE}_id_seq", f"{TABLE}_pkey"],
+        [INDEX, *table, TRIGGERS[0], FUNCTION],
+        [INDEX, *table, FUNCTION],
+        [INDEX, *table],
+        table,
         [],
         [],
     ]
@@ -192,7 +205,7 @@ def test_a_rollback_undoes_the_last_migration_only_and_at_last_there_is_nothing_
         result = run(empty_database, "rollback")
         assert (result.exit_code, result.output) == (0, f"undid {name}\n")
         enum = [] if name == NAMES[0] else ["notification_provider_type"]
-        assert ours(empty_database) == expected + enum
+        assert ours(empty_database) == sorted(expected + enum)
     result = run(empty_database, "rollback")
     assert (result.exit_code, result.output) == (0, "nothing to undo\n")
     assert schema.migrate(settings_of(empty_database)).applied == NAMES
@@ -223,6 +236,9 @@ CONFLICTS = {
     NAMES[0]: ("CREATE TYPE notification_provider_type AS ENUM ('other')", 0),
     NAMES[1]: (f"CREATE TABLE {TABLE} (id INT)", 1),
     NAMES[2]: (f"LOCK TABLE {TABLE} IN ACCESS EXCLUSIVE MODE", 2),
+    NAMES[3]: (f"CREATE FUNCTION {FUNCTION}() RETURNS int RETURN 1", 3),
+    NAMES[4]: (f"LOCK TABLE {TABLE} IN ACCESS EXCLUSIVE MODE", 4),
+    NAMES[5]: (f"LOCK TABLE {TABLE} IN ACCESS EXCLUSIVE MODE", 5),
 }
 
 
@@ -264,7 +280,7 @@ def test_a_lock_row_that_a_killed_process_left_blocks_nobody(
         " (locked INT DEFAULT 1 PRIMARY KEY, ctime TIMESTAMP, pid INT NOT NULL);"
         "INSERT INTO yoyo_lock VALUES (1, now(), 99999)",
     )
-    assert schema.migrate(settings_of(empty_database)).applied == (NAMES[2:] if applied else NAMES)
+    assert schema.migrate(settings_of(empty_database)).applied == (NAMES[-1:] if applied else NAMES)
     assert_complete(empty_database)
     assert rows(empty_database, "SELECT FROM yoyo_lock") == []
 
