@@ -247,6 +247,7 @@ class Settings:
             )
         self._check_pairs()
         self._check_ports()
+        self._check_tls()
 
     def _check_pairs(self) -> None:
         for first, second in (
@@ -258,6 +259,13 @@ class Settings:
                 (other,) = {first, second} - given
                 missing = other.upper() + (f", or {other.upper()}_FILE," * ("password" in other))
                 raise SettingsError(f"{missing} is missing: {given.pop().upper()} needs it")
+
+    def _check_tls(self) -> None:
+        for name in ("db_sslrootcert", "db_sslcert"):
+            if self.db_sslmode == "disable" and getattr(self, name) is not None:
+                raise SettingsError(
+                    f"{name.upper()} is set, but DB_SSLMODE is disable: expected verify-full"
+                )
 
     def _check_ports(self) -> None:
         places = {

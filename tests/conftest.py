@@ -36,7 +36,8 @@ MakeTransport = Callable[..., Transport]
 Growth = Callable[[str], dict[tuple[str, ...], float]]
 
 # What a developer's shell sets must not decide a test: only what a test sets does.
-_OURS = [*Settings.__dataclass_fields__, "http_proxy", "https_proxy", "all_proxy", "no_proxy"]
+_FIELDS = [*Settings.__dataclass_fields__, *(f"{f}_file" for f in Settings.__dataclass_fields__)]
+_OURS = [*_FIELDS, "http_proxy", "https_proxy", "all_proxy", "no_proxy"]
 
 # What is looked for elsewhere than on the path.
 _INSTALLED: dict[str, Callable[[str], object]] = {
@@ -97,6 +98,14 @@ def server() -> Iterator[Environment]:
 def connect(environment: Environment) -> psycopg.Connection[Any]:
     """Return a connection in autocommit mode to the database of `environment`."""
     return Database.migrating(Settings.from_env(environment)).connect()
+
+
+def one_role(environment: Environment, name: str = "", password: str = "") -> Environment:
+    """Return `environment` with one role for all, by default the one that migrates."""
+    owner, owners = Settings.from_env(environment).migrating_role
+    role = {"DB_USERNAME": name or owner, "DB_PASSWORD": password or owners.read()}
+    others = {"DB_MIGRATION_USERNAME", "DB_MIGRATION_PASSWORD"}
+    return {key: value for key, value in environment.items() if key not in others} | role
 
 
 def create_database(server: Environment, template: str = "template1") -> Environment:

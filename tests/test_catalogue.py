@@ -18,7 +18,7 @@ from notifier.errors import Refused
 from notifier.models import Channel
 from notifier.preferences import Preferences
 from notifier.settings import Settings
-from tests.conftest import Environment, connect
+from tests.conftest import Environment, connect, one_role
 from tests.timing import eventually, within
 
 URL = "https://mail.example.com/v1/send"
@@ -575,7 +575,7 @@ def make_role(database: Environment, granted: str) -> Environment:
             f"GRANT {granted} ON notification_preferences TO {name};"
             f"GRANT USAGE ON SEQUENCE notification_preferences_id_seq TO {name}",
         )
-    return database | {"DB_USERNAME": name, "DB_PASSWORD": "r0les-password"}
+    return one_role(database, name, "r0les-password")
 
 
 @pytest.mark.parametrize("act", ACTS)

@@ -22,7 +22,7 @@ from click.testing import Result
 from notifier.app import create_app
 from notifier.cli_providers import providers
 from notifier.settings import Settings
-from tests.conftest import Environment, MakeProvider, connect
+from tests.conftest import Environment, MakeProvider, connect, one_role
 from tests.scripted_provider import Peer, Received, Script, answer, hang, reset
 from tests.service import ROOT, clean_environment
 from tests.sockets import LOOPBACK, refusing
@@ -442,7 +442,7 @@ def reader(database: Environment) -> Environment:
     with connect(database) as connection:
         connection.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'readers-p4ssword'")
         connection.execute(f"GRANT SELECT ON notification_preferences TO {name}")
-    return database | {"DB_USERNAME": name, "DB_PASSWORD": "readers-p4ssword"}
+    return one_role(database, name, "readers-p4ssword")
 
 
 def test_a_role_that_may_only_read_lists_and_tests_and_is_told_what_it_lacks_to_change(
@@ -465,11 +465,7 @@ def test_a_role_that_may_only_read_lists_and_tests_and_is_told_what_it_lacks_to_
 def test_changes_are_made_as_the_role_that_migrates(
     database: Environment, reader: Environment
 ) -> None:
-    both = reader | {
-        "DB_MIGRATION_USERNAME": database["DB_USERNAME"],
-        "DB_MIGRATION_PASSWORD": database["DB_PASSWORD"],
-    }
-    done(both, *ADD)
+    done(database | {name: reader[name] for name in ("DB_USERNAME", "DB_PASSWORD")}, *ADD)
     assert cells(done(reader, "list"))[1][0] == "1"
 
 
@@ -487,7 +483,7 @@ def test_postgresql_that_is_away_is_told_in_one_line(server: Environment) -> Non
 
 
 def test_a_wrong_password_is_told_in_one_line_without_it(database: Environment) -> None:
-    message = failed(database | {"DB_PASSWORD": "not-the-p4ssword"}, "list")
+    message = failed(one_role(database, password="not-the-p4ssword"), "list")
     assert message.startswith("Error: PostgreSQL: ")
     assert "not-the-p4ssword" not in message
 

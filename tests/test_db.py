@@ -18,7 +18,7 @@ from psycopg import sql
 from notifier.db import Connection, Database, cut_off, reason, transaction
 from notifier.settings import Settings
 from tests.certificates import make_certificate
-from tests.conftest import Environment, connect
+from tests.conftest import Environment, connect, one_role
 from tests.pgbouncer import PgBouncer
 from tests.service import ROOT, clean_environment
 from tests.sockets import LOOPBACK, not_answering, refusing, silent
@@ -277,7 +277,7 @@ def test_a_password_that_changes_in_its_file_is_used_from_the_next_connection_on
         f"{variable}_USERNAME": rotation.name,
         f"{variable}_PASSWORD_FILE": str(rotation.file),
     }
-    settings = Settings.from_env(database | variables)
+    settings = Settings.from_env(one_role(database) | variables)
     rotated = Database(settings) if variable == "DB" else Database.migrating(settings)
     with rotated.connect() as connection:
         rotation.set_password("second")
@@ -327,15 +327,16 @@ def test_a_host_whose_name_is_unknown_is_passed_over(database: Environment) -> N
 
 @pytest.mark.needs("postgresql")
 def test_a_host_that_takes_no_connections_is_passed_over(database: Environment) -> None:
+    owners = one_role(database)
     with SystemPostgres() as other:
         closed = other.environment | {
-            "DB_NAME": database["DB_NAME"],
-            "DB_PASSWORD": database["DB_PASSWORD"],
+            "DB_NAME": owners["DB_NAME"],
+            "DB_PASSWORD": owners["DB_PASSWORD"],
         }
         other.execute(f"ALTER ROLE {closed['DB_USERNAME']} PASSWORD '{closed['DB_PASSWORD']}'")
         other.execute(f"CREATE DATABASE {closed['DB_NAME']} ALLOW_CONNECTIONS false")
         assert refusal(database_of(closed)) == "PostgreSQL does not accept connections"
-        several = database_of(database, **hosts(closed["DB_PORT"], database["DB_PORT"]))
+        several = database_of(owners, **hosts(closed["DB_PORT"], owners["DB_PORT"]))
         with several.connect() as connection:
             assert str(connection.info.port) == database["DB_PORT"]
 
@@ -377,9 +378,10 @@ def test_who_needs_the_primary_passes_a_standby_over() -> None:
 
 
 def test_each_place_and_the_migrating_role_are_used_where_they_are_set(
-    database: Environment, rotation: Rotation
+    database: Environment,
 ) -> None:
-    rotation.set_password("the password")
+    """A migration goes the listener's way: a pooler is none for it either."""
+    owner, _ = Settings.from_env(database).migrating_role
     with refusing() as port:
         settings = Settings.from_env(
             database
@@ -387,22 +389,17 @@ def test_each_place_and_the_migrating_role_are_used_where_they_are_set(
                 "DB_PORT": str(port),
                 "DB_LISTEN_PORT": database["DB_PORT"],
                 "DB_READ_PORT": database["DB_PORT"],
-                "DB_MIGRATION_USERNAME": rotation.name,
-                "DB_MIGRATION_PASSWORD": "the password",
             }
         )
-        for reached in (Database.listening(settings), Database.reading(settings)):
-            reached.connect().close()
-        for not_reached in (Database(settings), Database.migrating(settings)):
-            assert refusal(not_reached) == "refused"
-    migrating = Database.migrating(
-        Settings.from_env(
-            database
-            | {"DB_MIGRATION_USERNAME": rotation.name, "DB_MIGRATION_PASSWORD": "the password"}
-        )
-    )
-    with migrating.connect() as connection:
-        assert value(connection, "SELECT current_user") == rotation.name
+        assert refusal(Database(settings)) == "refused"
+        for reached, role in (
+            (Database.listening(settings), database["DB_USERNAME"]),
+            (Database.reading(settings), database["DB_USERNAME"]),
+            (Database.migrating(settings), owner),
+        ):
+            with reached.connect() as connection:
+                assert value(connection, "SELECT current_user") == role
+    assert owner != database["DB_USERNAME"]
 
 
 # --- what a connection is

@@ -18,7 +18,7 @@ from notifier.errors import PreferencesUnavailable
 from notifier.models import Channel, Provider
 from notifier.preferences import QUERY, REPLAYED, SHORTEST_LIFETIME, WRITTEN, Preferences
 from notifier.settings import Settings
-from tests.conftest import Environment, Growth, connect
+from tests.conftest import Environment, Growth, connect, one_role
 from tests.sockets import LOOPBACK, refusing, silent
 from tests.timing import eventually, within
 
@@ -482,18 +482,11 @@ def test_a_primary_gives_the_place_in_its_log_after_what_was_read(
 def test_a_missing_table_is_a_database_error_like_any_other(
     empty_database: Environment, caplog: pytest.LogCaptureFixture
 ) -> None:
-    empty_database = empty_database | owner(empty_database)
     with pytest.raises(PreferencesUnavailable):
-        ask(Preferences(Counting(empty_database), LIFETIME))
+        ask(Preferences(Counting(one_role(empty_database)), LIFETIME))
     (error,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert error.__dict__["error"] in ("UndefinedTable", "UndefinedObject")
     assert error.__dict__["reason"] == "the database, the user or the table does not exist"
-
-
-def owner(environment: Environment) -> Environment:
-    """The role that migrates, as the one that serves: the latter need not exist yet."""
-    name, password = Settings.from_env(environment).migrating_role
-    return {"DB_USERNAME": name, "DB_PASSWORD": password.read()}
 
 
 @pytest.mark.parametrize(("seconds", "longest"), [(30, DATABASE_WAIT), (0.3, 0.3), (-1, 0)])

@@ -94,8 +94,9 @@ PLACES = [
 
 # What some variables need beside them to be good.
 BESIDE = {
-    "DB_SSLCERT": {"DB_SSLKEY": __file__},
-    "DB_SSLKEY": {"DB_SSLCERT": __file__},
+    "DB_SSLROOTCERT": {"DB_SSLMODE": "verify-full"},
+    "DB_SSLCERT": {"DB_SSLKEY": __file__, "DB_SSLMODE": "require"},
+    "DB_SSLKEY": {"DB_SSLCERT": __file__, "DB_SSLMODE": "require"},
     "DB_LISTEN_PORT": {"DB_LISTEN_HOST": "a,b"},
     "DB_READ_PORT": {"DB_READ_HOST": "a,b"},
     "DB_PORT": {"DB_HOST": "a,b"},
@@ -611,3 +612,14 @@ def test_each_place_and_the_migrating_role_can_be_set_by_themselves() -> None:
     assert settings.listen_place == ("a,b", "5432")
     assert settings.read_place == ("c", "6432")
     assert settings.migrating_role == ("migrator", Secret("other"))
+
+
+@pytest.mark.parametrize("name", ["DB_SSLROOTCERT", "DB_SSLCERT"])
+def test_files_for_tls_without_tls_are_refused(name: str) -> None:
+    """Who names them expects a connection that nobody can read."""
+    files = {"DB_SSLROOTCERT": certifi.where(), "DB_SSLCERT": __file__, "DB_SSLKEY": __file__}
+    given = {name: files[name]} | ({"DB_SSLKEY": __file__} if name == "DB_SSLCERT" else {})
+    assert problem(REQUIRED | given) == (
+        f"{name} is set, but DB_SSLMODE is disable: expected verify-full"
+    )
+    Settings.from_env(REQUIRED | given | {"DB_SSLMODE": "verify-full"})
