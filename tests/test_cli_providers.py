@@ -19,6 +19,7 @@ import psutil
 import pytest
 from click.testing import Result
 
+from notifier import logs
 from notifier.app import create_app
 from notifier.cli_providers import providers
 from notifier.settings import Settings
@@ -103,6 +104,13 @@ def test_every_command_shows_the_row_that_it_leaves(database: Environment) -> No
     assert cells(removed)[1][-1] == "removed (time)"
     assert done(database, "list") == removed
     assert done(database, "restore", "1") == edited == done(database, "list")
+
+
+def test_an_option_that_is_zero_or_empty_is_given(database: Environment) -> None:
+    done(database, *ADD, "--priority", "5")
+    assert cells(done(database, "edit", "1", "--priority", "0"))[1][4] == "0"
+    for option in ("--name", "--host"):
+        assert "cannot be used" in failed(database, "edit", "1", option, "")
 
 
 def test_every_command_prints_json_for_scripts(database: Environment) -> None:
@@ -243,12 +251,18 @@ def test_a_secret_that_cannot_be_one_is_refused_and_not_shown(
     assert secrets(database) == []
 
 
-def test_of_a_file_without_end_no_more_is_read_than_a_secret_can_have(
+def test_of_an_input_without_end_not_much_more_is_read_than_a_secret_can_have(
     database: Environment,
 ) -> None:
-    with within(20):
-        message = failed(database, *ADD, "--secret-file", "/dev/zero")
-    assert "up to 16384 characters" in message
+    piped = 0
+    with process(database, *ADD, "--secret-stdin") as running:
+        assert running.stdin
+        with suppress(BrokenPipeError):
+            while piped < 2**24:
+                piped += os.write(running.stdin.fileno(), b"s3cr3t" * 1000)
+        _, errors = running.communicate(timeout=60)
+    assert b"up to 16384 characters" in errors
+    assert piped < 2**20
 
 
 def test_a_file_that_cannot_be_read_is_told_without_its_name(
@@ -648,6 +662,7 @@ def test_a_tested_provider_gets_what_the_service_would_send(
         "secret_key": SECRET,
     }
     assert second.json() == first.json() | {"to": "me@example.com"}
+    assert logs.request_id.get() is None  # it was the message's only
 
 
 def test_a_test_shows_the_provider_and_the_outcome(
