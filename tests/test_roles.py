@@ -357,6 +357,16 @@ def test_where_one_role_does_both_nothing_is_granted_and_its_password_stays(
     connect(both).close()  # with the password it had
 
 
+def test_where_one_role_of_a_long_name_does_both_nothing_is_granted(fresh: Environment) -> None:
+    """PostgreSQL knows a role by the first 63 bytes of the name that it logs in with."""
+    name = fresh["DB_NAME"] + "x" * 70
+    execute_as_superuser(fresh, f"CREATE ROLE {name} LOGIN PASSWORD 'both'")
+    execute_as_superuser(fresh, f"ALTER DATABASE {fresh['DB_NAME']} OWNER TO {name}")
+    both = with_role(fresh, name, "both")
+    owner = {"DB_MIGRATION_USERNAME": name, "DB_MIGRATION_PASSWORD": "both"}
+    assert schema.migrate(Settings.from_env(both | owner)).notices == []
+
+
 def test_a_database_whose_one_user_owned_everything_is_adopted(
     make_migrator: MakeMigrator,
 ) -> None:
@@ -538,14 +548,18 @@ def test_a_member_of_the_role_that_owns_is_told_of(fresh: Environment) -> None:
     assert not may(fresh, ROW)
 
 
-@pytest.mark.parametrize("mighty", ["postgres", "pg_execute_server_program"])
+@pytest.mark.parametrize("mighty", ["notifier", "another_superuser", "pg_execute_server_program"])
 def test_a_member_of_a_mighty_role_is_told_of(fresh: Environment, mighty: str) -> None:
-    migrate(fresh)
+    """Of the owner when another one migrates, of a superuser, of whoever may run programs."""
+    execute_as_superuser(fresh, f'CREATE ROLE "{fresh["DB_USERNAME"]}"')
+    if mighty == "another_superuser":
+        execute_as_superuser(fresh, f"CREATE ROLE {mighty} SUPERUSER")
+    assert migrate(superuser(fresh)) == []
     execute_as_superuser(fresh, f'GRANT {mighty} TO "{fresh["DB_USERNAME"]}"')
-    (notice,) = migrate(superuser(fresh) if mighty == "postgres" else fresh)
+    (notice,) = migrate(superuser(fresh))
     assert f"is a member of {mighty}, so it may do more than read" in notice
     obey(fresh, notice)
-    assert migrate(fresh) == []
+    assert migrate(superuser(fresh)) == []
 
 
 def test_a_role_with_attributes_is_told_of(fresh: Environment) -> None:
