@@ -32,6 +32,7 @@ OF_PUBLIC = ("DATABASE", "SCHEMA")
 # changes the same role at this moment makes ours fail in one of these ways, and try again.
 _OVERTAKEN = (DuplicateObject, UniqueViolation, InternalError_)
 _ATTEMPTS = 20
+LOCK_WAIT = "60s"
 
 _ROLES = """
     SELECT rolname, oid, rolsuper, rolcanlogin,
@@ -112,6 +113,7 @@ def grant(connection: Connection, username: str, secret: Secret) -> list[str]:
         return []
     verifier = _verifier(connection, username, secret)
     with connection.transaction():  # at no moment does a service that runs lack what it needs
+        connection.execute(f"SET LOCAL lock_timeout = '{LOCK_WAIT}'".encode())
         notices = _provide(connection, username, verifier)
         (role,) = _roles(connection, username)
         things = [_Thing(*row) for row in connection.execute(_THINGS, {"table": TABLE})]

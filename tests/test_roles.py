@@ -650,6 +650,20 @@ def test_a_migration_overtaken_by_another_databases_waits_for_it_and_succeeds(
     assert can_read(fresh)
 
 
+def test_who_waits_too_long_for_another_databases_migration_says_so_in_one_line(
+    fresh: Environment, server: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roles, "LOCK_WAIT", "200ms")
+    with connect(server) as other:
+        other.execute("BEGIN")
+        other.execute(f'CREATE ROLE "{fresh["DB_USERNAME"]}"')
+        result = run(fresh, "migrate")
+        other.execute("ROLLBACK")
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: another migration has been running for ")
+    assert result.output.count("\n") == 1
+
+
 def test_a_role_that_others_change_all_the_time_is_given_up(
     fresh: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
