@@ -35,7 +35,9 @@ class PgBouncer:
         cluster._give_to_account(self._folder)
         self._log = self._folder / "pgbouncer.log"
         self._process: subprocess.Popen[bytes] | None = None
-        users = f'"{server["DB_USERNAME"]}" "{server["DB_PASSWORD"]}"\n'
+        settings = Settings.from_env(server)
+        roles = {(settings.db_username, settings.db_password), settings.migrating_role}
+        users = "".join(f'"{name}" "{password.read()}"\n' for name, password in roles)
         ini = f"""
             [databases]
             * = host={server["DB_HOST"]} port={server["DB_PORT"]}

@@ -156,7 +156,7 @@ def test_authorities_are_read_for_each_connection(
 
 @pytest.mark.needs("postgresql")
 def test_a_server_that_wants_tls_refuses_to_do_without(tls_server: Environment) -> None:
-    database = database_of(tls_server, DB_SSLMODE="disable")
+    database = database_of(tls_server, DB_SSLMODE="disable", DB_SSLROOTCERT="")
     assert refusal(database) == "PostgreSQL admits no such user from here without tls"
 
 

@@ -229,9 +229,10 @@ def test_what_changed_while_nobody_listened_is_seen_at_the_reconnect(
     made = make()
     wait_until_listening()
     (before,) = listeners(database)
-    with connect(database) as connection:
+    serving = Database(Settings.from_env(database))  # who may end what it has begun
+    with connect(database) as connection, serving.connect() as ending:
         allow_connections("false")
-        connection.execute("SELECT pg_terminate_backend(%s)", (before,))
+        ending.execute("SELECT pg_terminate_backend(%s)", (before,))
         eventually(lambda: not listening())
         connection.execute(
             "INSERT INTO notification_preferences (provider_type, provider_name, host)"
