@@ -1,9 +1,11 @@
 """The refresher before servers that only some machines have: a standby, and a pooler."""
 
 import logging
+import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import certifi
 import pytest
 
 from notifier import schema
@@ -14,7 +16,7 @@ from tests.conftest import Environment, MakeProvider, connect
 from tests.pgbouncer import PgBouncer
 from tests.refreshed import Refreshed, listening, wait_until_listening
 from tests.service import Service
-from tests.system_postgres import SystemPostgres
+from tests.system_postgres import SystemPostgres, Tls
 from tests.timing import eventually
 
 LONG, SOON = 600.0, 1.0
@@ -125,6 +127,31 @@ def test_of_several_hosts_the_primary_is_listened_to(
         wait_until_listening()
         rows = [*made.ids(), add(primary.environment)]
         eventually(lambda: made.ids() == rows)
+
+
+# --- TLS
+
+
+@pytest.mark.needs("postgresql")
+def test_changes_are_heard_over_tls_and_an_impostor_is_not_listened_to(
+    certificate: tuple[Path, ssl.SSLContext], reasons: Reasons
+) -> None:
+    with SystemPostgres(Tls(certificate[0])) as server:
+        verified = server.environment | {
+            "DB_HOST": "localhost",
+            "DB_SSLMODE": "verify-full",
+            "DB_SSLROOTCERT": str(certificate[0]),
+        }
+        schema.migrate(Settings.from_env(verified))
+        with Refreshed(verified, LONG) as made:
+            wait_until_listening()
+            added = add(verified)
+            eventually(lambda: made.ids() == [added])
+        assert reasons() == set()
+        with Refreshed(verified | {"DB_SSLROOTCERT": certifi.where()}, LONG) as made:
+            eventually(reasons)
+            assert not made.preferences.held()
+    assert reasons() == {"tls: the server's certificate is expired or of unknown authority"}
 
 
 # --- a pooler
