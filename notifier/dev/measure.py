@@ -1,0 +1,479 @@
+"""`make measure`: how late a change of providers is seen, and what an outage of PostgreSQL costs.
+
+Starts a PostgreSQL, mock providers and a service of three workers, all of its own and on loopback,
+and prints two tables. The exit code is 1 if a notification failed, or went to a provider that all
+workers had seen replaced. The tests make the same outages, shorter.
+"""
+
+import os
+import platform
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
+from http import HTTPStatus
+from itertools import cycle, islice, permutations
+from pathlib import Path
+from typing import Any, LiteralString, NamedTuple, TypeVar
+
+import psutil
+import psycopg
+import requests
+from prometheus_client.multiprocess import MultiProcessCollector
+from psycopg import sql
+
+from notifier import schema
+from notifier.db import Connection, Database
+from notifier.dev import cluster, postgres
+from notifier.dev.mock_provider import MockProvider
+from notifier.models import Channel
+from notifier.settings import Settings, available_cpus
+
+ROOT = Path(__file__).parent.parent.parent
+HOST = "127.0.0.1"
+WORKERS = 3
+CHANGES = 200
+OUTAGE = 5.0
+
+# After each so many changes so many messages show where they go; that many reach all workers.
+CHANGES_PER_TRIAL, TRIAL = 20, 60
+
+CALLERS, CALLERS_PAUSE = 4, 0.03  # seconds from a reply to the next request
+
+PATIENCE = 60.0
+POLLING = 0.05  # also what lies between two changes, which are read one by one if more than 20 ms
+
+REFRESHED = "preference_last_refresh_timestamp_seconds"
+LISTENING = "preference_listener_connected"
+
+Result = TypeVar("Result")
+
+
+class CannotMeasure(Exception):
+    """Why there are no figures, in one line."""
+
+
+# --- the service
+
+
+class Service(NamedTuple):
+    """A running service: where it is, and the process from which its own descend."""
+
+    url: str
+    pid: int
+
+
+@contextmanager
+def service(environment: dict[str, str], **variables: str) -> Iterator[Service]:
+    """Run gunicorn on the database of `environment`, and wait until all workers listen.
+
+    The guard stops it should we be killed.
+    """
+    with socket.create_server((HOST, 0)) as listener:
+        bind = f"{HOST}:{listener.getsockname()[1]}"
+    ours = {"WEB_CONCURRENCY": str(WORKERS), "LOG_LEVEL": "FATAL"}
+    serving = {name: text for name, text in environment.items() if "MIGRATION" not in name}
+    python = [sys.executable, "-m"]
+    with subprocess.Popen(
+        [*python, "notifier.dev.guard", *python, "gunicorn", "--bind", bind],
+        cwd=ROOT,
+        env={"PATH": os.environ.get("PATH", os.defpath)} | ours | serving | variables,
+        stdin=subprocess.PIPE,  # closed at the end of the block, which ends the service
+        start_new_session=True,  # out of reach of the terminal's Ctrl-C
+    ) as process:
+        running = Service(f"http://{bind}", process.pid)
+        wait_until(lambda: len(_gauges(process.pid)) == WORKERS and _all_hear(running.url))
+        yield running
+
+
+def wait_until(condition: Callable[[], Result]) -> Result:
+    """Return what `condition` returns once it is true; it is asked gently.
+
+    Raises:
+        CannotMeasure: it takes too long.
+    """
+    give_up = time.monotonic() + PATIENCE
+    while time.monotonic() < give_up:
+        time.sleep(POLLING)
+        if result := condition():
+            return result
+    raise CannotMeasure(f"what was expected did not come within {PATIENCE:g} s")
+
+
+def series(url: str) -> dict[str, float]:
+    """Return every series without labels that the service shows on its page of metrics."""
+    page = requests.get(f"{url}/metrics", timeout=10).text
+    return {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", page, re.MULTILINE)}
+
+
+def replace_provider(database: Database, url: str) -> float:
+    """Let the e-mail provider be at `url`; return the time just before the commit was sent.
+
+    Not the time after it: who listens may hear of the change before we hear of the commit.
+    """
+    with database.connect() as connection, connection.transaction():
+        connection.execute(
+            "UPDATE notification_preferences SET host = %s WHERE provider_type = 'Email'", (url,)
+        )
+        return time.time()
+
+
+# --- how late a change is seen
+
+
+class Change(NamedTuple):
+    """A change that all workers have read, the slowest of them after `seconds`."""
+
+    seconds: float
+    used: MockProvider
+    replaced: MockProvider
+
+
+def changes(
+    running: Service, server: postgres.Server, providers: Sequence[MockProvider], count: int
+) -> Iterator[Change]:
+    """Let two providers replace each other, so many times.
+
+    A worker's time is read from the file that it counts into. The page of metrics has the oldest
+    time, the fastest worker's, and would keep one of them busy.
+    """
+    gauges = _gauges(running.pid)
+
+    def slowest(since: float) -> float:
+        times = [_value(file, REFRESHED) for file in gauges]
+        return max(times) if min(times) > since else 0.0
+
+    for used, replaced in islice(cycle(permutations(providers)), count):
+        committed = replace_provider(owner(server), used.url)
+        read = wait_until(partial(slowest, committed))
+        yield Change(read - committed, used, replaced)
+
+
+def _gauges(pid: int) -> list[str]:
+    """Return the files that hold the workers' gauges of that kind, one for each worker."""
+    descendants = psutil.Process(pid).children(recursive=True)
+    opened = {file.path for process in descendants for file in process.open_files()}
+    return [path for path in opened if Path(path).name.startswith("gauge_livemin_")]
+
+
+def _value(file: str, name: str) -> float:
+    families = MultiProcessCollector.merge([file])  # type: ignore[no-untyped-call]
+    return float(next(family.samples[0].value for family in families if family.name == name))
+
+
+def astray(url: str, change: Change, messages: int = TRIAL) -> int:
+    """Send so many messages over new connections; return how many did not go where they should."""
+    before = change.used.total, change.replaced.total
+    with ThreadPoolExecutor(2 * CALLERS) as pool:
+        [*pool.map(lambda _: _notify(requests, url, "buyer"), range(messages))]
+    to_used, to_replaced = change.used.total - before[0], change.replaced.total - before[1]
+    return messages - to_used + to_replaced
+
+
+# --- load
+
+
+class Reply(NamedTuple):
+    """How a notification ended; the status is 0 if it got no answer."""
+
+    status: int
+    seconds: float
+
+
+@contextmanager
+def load(url: str) -> Iterator[list[Reply]]:
+    """Notify buyers and sellers steadily over kept connections; the list gets every reply."""
+    replies: list[Reply] = []
+    enough = threading.Event()
+
+    def call(recipient: str) -> None:
+        with requests.Session() as session:
+            while not enough.wait(CALLERS_PAUSE):
+                replies.append(_notify(session, url, recipient))
+
+    with ThreadPoolExecutor(CALLERS) as pool:
+        calls = [pool.submit(call, ("buyer", "seller")[n % 2]) for n in range(CALLERS)]
+        try:
+            yield replies
+        finally:
+            enough.set()
+    for done in calls:
+        done.result()
+
+
+def _notify(session: Any, url: str, recipient: str) -> Reply:
+    message = {"to": "someone@example.com", "title": "Sold", "message": "Your bicycle is sold."}
+    began, status = time.monotonic(), 0
+    with suppress(requests.RequestException):
+        path = f"/api/v1.0/recipient/{recipient}/notify"
+        status = session.post(url + path, json=message, timeout=30).status_code
+    return Reply(status, time.monotonic() - began)
+
+
+# --- outages
+
+
+@contextmanager
+def stopped(server: postgres.Server) -> Iterator[None]:
+    """Let connections be refused."""
+    cluster.stop(server.base)
+    try:
+        yield
+    finally:
+        _start_again(server)
+
+
+@contextmanager
+def restarted(server: postgres.Server) -> Iterator[None]:
+    """Let every connection end; new ones are soon taken again."""
+    with stopped(server):
+        pass
+    yield
+
+
+@contextmanager
+def killed(server: postgres.Server) -> Iterator[None]:
+    """Let connections be refused, and the server then recover from a crash."""
+    postmaster = _postmaster(server)
+    for process in [postmaster, *postmaster.children()]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    try:
+        yield
+    finally:
+        _start_again(server)
+
+
+@contextmanager
+def hanging(server: postgres.Server) -> Iterator[None]:
+    """Let nothing be answered: the kernel takes connections, but nobody what comes on them.
+
+    Whatever becomes of us, the shell lets the processes go on when its standard input ends.
+    """
+    with subprocess.Popen(
+        ["/bin/sh", "-c", "kill -CONT $(cat)"],
+        stdin=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as shell:
+        postmaster = _postmaster(server)
+        print(postmaster.pid, file=shell.stdin, flush=True)
+        postmaster.suspend()  # first: from now on it has no new children
+        for process in postmaster.children():
+            print(process.pid, file=shell.stdin, flush=True)
+            process.suspend()
+        yield
+
+
+@contextmanager
+def not_accepting(server: postgres.Server) -> Iterator[None]:
+    """Let the server end every connection to the database, and take no new one."""
+    elsewhere = Database.migrating(Settings.from_env(server.env | {"DB_NAME": "postgres"}))
+    name = server.env["DB_NAME"]
+    with elsewhere.connect() as connection:
+        _allow_connections(connection, name, "false")
+        try:
+            wait_until(lambda: not _end_sessions(connection, name))
+            yield
+        finally:
+            _allow_connections(connection, name, "true")
+
+
+def _start_again(server: postgres.Server) -> None:
+    """Return once it takes connections again: on its old port, and as no child of ours."""
+    postgres.acquire(server.base).close()  # we still have our share
+
+
+def _postmaster(server: postgres.Server) -> psutil.Process:
+    lines = (server.base / "data" / "postmaster.pid").read_text().splitlines()
+    return psutil.Process(int(lines[0]))
+
+
+def _allow_connections(elsewhere: Connection, name: str, allowed: LiteralString) -> None:
+    statement = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}")
+    elsewhere.execute(statement.format(sql.Identifier(name), sql.SQL(allowed)))
+
+
+def _end_sessions(elsewhere: Connection, name: str) -> int:
+    """Do what pg_terminate_backend may only for one's own role; return how many there were."""
+    query = "SELECT pid FROM pg_stat_activity WHERE datname = %s"
+    sessions = elsewhere.execute(query, (name,)).fetchall()
+    for (pid,) in sessions:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    return len(sessions)
+
+
+class Fault(NamedTuple):
+    """A way to be away."""
+
+    name: str
+    begin: Callable[[postgres.Server], AbstractContextManager[None]]
+    seconds: float = OUTAGE  # until it is ended
+
+
+FAULTS = (
+    Fault("stopped: connections are refused", stopped),
+    Fault("restarted", restarted, 0.0),
+    Fault("killed: then recovers from the crash", killed),
+    Fault("every process stopped (SIGSTOP): hangs", hanging),
+    Fault("does not accept connections", not_accepting),
+)
+
+
+class Outage(NamedTuple):
+    """What an outage cost; times are in seconds."""
+
+    lasted: float
+    replies: list[Reply]
+    until_heard: float  # from its end until all workers had read a change, and hear of the next
+
+    @property
+    def failed(self) -> int:
+        """How many notifications were not delivered."""
+        return sum(reply.status != HTTPStatus.OK for reply in self.replies)
+
+
+def outage(fault: Fault, server: postgres.Server, url: str, provider: MockProvider) -> Outage:
+    """Make an outage under load, and a change at once after it: to `provider`."""
+    with load(url) as replies:
+        wait_until(lambda: len(replies) > CALLERS)
+        began = time.monotonic()
+        with fault.begin(server):
+            time.sleep(fault.seconds)
+        ended = time.monotonic()
+        committed = replace_provider(owner(server), provider.url)
+        wait_until(lambda: _all_hear(url, committed))
+        until_heard = time.monotonic() - ended
+    return Outage(ended - began, replies, until_heard)
+
+
+def _all_hear(url: str, since: float = 0.0) -> bool:
+    """Say whether all workers have read the providers since a time, and hear of the next change."""
+    try:
+        shown = series(url)
+    except requests.ConnectionError:
+        return False
+    return shown[REFRESHED] > since and shown[LISTENING] == 1
+
+
+# --- the tables
+
+
+def main() -> int:
+    """Print the figures; return the exit code."""
+    os.environ["no_proxy"] = "*"  # nothing here leaves the machine
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with ExitStack() as stack:
+            return measure(stack)
+    except (CannotMeasure, postgres.PostgresError, psycopg.Error) as error:
+        print(f"make measure: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def measure(stack: ExitStack) -> int:
+    """Print both tables; return 1 if a notification was lost or went astray."""
+    server = postgres.acquire(ephemeral=True)
+    stack.callback(server.close)
+    email = [stack.enter_context(MockProvider(f"email {number}", 0)) for number in (1, 2)]
+    push = stack.enter_context(MockProvider("push", 0))
+    provide(server, {Channel.EMAIL: email[0].url, Channel.PUSH: push.url})
+    print(_machine(server), flush=True)
+    with service(server.env) as running:
+        lost = show_staleness(running, server, email)
+    with service(server.env, CACHE_EXPIRED_TIME="1s") as running:
+        lost += show_outages(running, server, email)
+    return 1 if lost else 0
+
+
+def owner(server: postgres.Server) -> Database:
+    """Return the role that may change the rows."""
+    return Database.migrating(Settings.from_env(server.env))
+
+
+def provide(server: postgres.Server, urls: Mapping[Channel, str]) -> None:
+    """Bring the schema up to date and add a provider for each channel."""
+    schema.migrate(owner(server))
+    with owner(server).connect() as connection:
+        connection.cursor().executemany(
+            "INSERT INTO notification_preferences (provider_type, provider_name, host)"
+            " VALUES (%s, 'a provider', %s)",
+            [*urls.items()],
+        )
+
+
+def _machine(server: postgres.Server) -> str:
+    with owner(server).connect() as connection:
+        (version,) = connection.execute("SHOW server_version").fetchall()[0]
+    python = f"Python {platform.python_version()}"
+    return f"{available_cpus()} CPUs, {python}, PostgreSQL {version}, {WORKERS} workers"
+
+
+def show_staleness(running: Service, server: postgres.Server, email: Sequence[MockProvider]) -> int:
+    """Print the table; return how many messages went to a provider that was replaced."""
+    _head(f"from COMMIT until all workers have read it, {CHANGES} changes", "median", "p99", "max")
+    quiet, lost = [], 0
+    for number, change in enumerate(changes(running, server, email, CHANGES), 1):
+        quiet.append(change.seconds)
+        if number % CHANGES_PER_TRIAL == 0:
+            lost += astray(running.url, change)
+    _row("without load", *_spread(quiet))
+    began = time.monotonic()
+    with load(running.url) as replies:
+        busy = [change.seconds for change in changes(running, server, email, CHANGES)]
+    rate = len(replies) / (time.monotonic() - began)
+    _row(f"with {rate:.0f} notifications a second", *_spread(busy))
+    sent = CHANGES // CHANGES_PER_TRIAL * TRIAL
+    print(f"\nOf {sent} messages sent at once after changes {lost} went to the replaced provider.")
+    return lost
+
+
+def _spread(seconds: list[float]) -> list[str]:
+    percentiles = statistics.quantiles(seconds, n=100, method="inclusive")
+    return [
+        f"{1000 * figure:.1f} ms" for figure in (percentiles[49], percentiles[98], max(seconds))
+    ]
+
+
+def show_outages(running: Service, server: postgres.Server, email: Sequence[MockProvider]) -> int:
+    """Print the table; return how many notifications failed, or went to a replaced provider."""
+    lost = 0
+    _head("PostgreSQL", "away", "requests", "failed", "slowest", "changes heard again after")
+    for fault in FAULTS:
+        result = outage(fault, server, running.url, email[1])
+        lost += result.failed
+        _row(
+            fault.name,
+            f"{result.lasted:.1f} s",
+            str(len(result.replies)),
+            str(result.failed),
+            f"{1000 * max(reply.seconds for reply in result.replies):.0f} ms",
+            f"{result.until_heard:.1f} s",
+        )
+        lost += sum(astray(running.url, change) for change in changes(running, server, email, 2))
+    return lost
+
+
+def _head(*cells: str) -> None:
+    print()
+    _row(*cells)
+    _row(*("---" for _ in cells))
+
+
+def _row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |".replace("| --- ", "|---"), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
