@@ -9,7 +9,7 @@ WITH_DATABASE := $(BIN)/python -m notifier.dev.postgres
 FLASK := $(BIN)/flask --app notifier.app
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint migrate rollback providers up down
+.PHONY: help install run test lint measure migrate rollback providers up down
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ lint: install ## Check style, format and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+measure: install ## Measure how late changes are seen and what outages cost; takes two minutes.
+	@exec $(BIN)/python -m notifier.dev.measure
 
 migrate: install ## Bring the database's schema up to date.
 	@$(WITH_DATABASE) $(FLASK) migrate

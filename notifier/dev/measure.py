@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from http import HTTPStatus
-from itertools import cycle, islice, permutations
+from itertools import cycle, islice, permutations, product
 from pathlib import Path
 from typing import Any, LiteralString, NamedTuple, TypeVar
 
@@ -80,17 +80,16 @@ def service(environment: dict[str, str], **variables: str) -> Iterator[Service]:
     with socket.create_server((HOST, 0)) as listener:
         bind = f"{HOST}:{listener.getsockname()[1]}"
     ours = {"WEB_CONCURRENCY": str(WORKERS), "LOG_LEVEL": "FATAL"}
-    serving = {name: text for name, text in environment.items() if "MIGRATION" not in name}
     python = [sys.executable, "-m"]
     with subprocess.Popen(
         [*python, "notifier.dev.guard", *python, "gunicorn", "--bind", bind],
         cwd=ROOT,
-        env={"PATH": os.environ.get("PATH", os.defpath)} | ours | serving | variables,
+        env={"PATH": os.environ.get("PATH", os.defpath)} | ours | environment | variables,
         stdin=subprocess.PIPE,  # closed at the end of the block, which ends the service
         start_new_session=True,  # out of reach of the terminal's Ctrl-C
     ) as process:
         running = Service(f"http://{bind}", process.pid)
-        wait_until(lambda: len(_gauges(process.pid)) == WORKERS and _all_hear(running.url))
+        wait_until(lambda: len(_gauges(process.pid)) == WORKERS and all_hear(running.url))
         yield running
 
 
@@ -190,17 +189,18 @@ class Reply(NamedTuple):
 
 @contextmanager
 def load(url: str) -> Iterator[list[Reply]]:
-    """Notify buyers and sellers steadily over kept connections; the list gets every reply."""
+    """Notify buyers and sellers, over kept and over new connections; the list gets every reply."""
     replies: list[Reply] = []
     enough = threading.Event()
 
-    def call(recipient: str) -> None:
+    def call(recipient: str, keep: bool) -> None:
         with requests.Session() as session:
             while not enough.wait(CALLERS_PAUSE):
-                replies.append(_notify(session, url, recipient))
+                replies.append(_notify(session if keep else requests, url, recipient))
 
     with ThreadPoolExecutor(CALLERS) as pool:
-        calls = [pool.submit(call, ("buyer", "seller")[n % 2]) for n in range(CALLERS)]
+        kinds = product(("buyer", "seller"), (True, False))
+        calls = [pool.submit(call, *kind) for kind in islice(cycle(kinds), CALLERS)]
         try:
             yield replies
         finally:
@@ -317,15 +317,15 @@ class Fault(NamedTuple):
 
     name: str
     begin: Callable[[postgres.Server], AbstractContextManager[None]]
-    seconds: float = OUTAGE  # until it is ended
+    seconds: float = OUTAGE
 
 
 FAULTS = (
     Fault("stopped: connections are refused", stopped),
-    Fault("restarted", restarted, 0.0),
-    Fault("killed: then recovers from the crash", killed),
-    Fault("every process stopped (SIGSTOP): hangs", hanging),
+    Fault("killed, and then recovers from the crash", killed),
+    Fault("hangs: every process has a SIGSTOP", hanging),
     Fault("does not accept connections", not_accepting),
+    Fault("restarted", restarted, seconds=0.0),
 )
 
 
@@ -342,21 +342,30 @@ class Outage(NamedTuple):
         return sum(reply.status != HTTPStatus.OK for reply in self.replies)
 
 
-def outage(fault: Fault, server: postgres.Server, url: str, provider: MockProvider) -> Outage:
-    """Make an outage under load, and a change at once after it: to `provider`."""
+def outage(
+    fault: Fault,
+    server: postgres.Server,
+    url: str,
+    provider: MockProvider,
+    meanwhile: Callable[[], None],
+) -> Outage:
+    """Make an outage under load, for as long as `meanwhile` takes.
+
+    Then there is a change at once: to `provider`.
+    """
     with load(url) as replies:
         wait_until(lambda: len(replies) > CALLERS)
         began = time.monotonic()
         with fault.begin(server):
-            time.sleep(fault.seconds)
+            meanwhile()
         ended = time.monotonic()
         committed = replace_provider(owner(server), provider.url)
-        wait_until(lambda: _all_hear(url, committed))
+        wait_until(lambda: all_hear(url, committed))
         until_heard = time.monotonic() - ended
     return Outage(ended - began, replies, until_heard)
 
 
-def _all_hear(url: str, since: float = 0.0) -> bool:
+def all_hear(url: str, since: float = 0.0) -> bool:
     """Say whether all workers have read the providers since a time, and hear of the next change."""
     try:
         shown = series(url)
@@ -390,9 +399,9 @@ def measure(stack: ExitStack) -> int:
     push = stack.enter_context(MockProvider("push", 0))
     provide(server, {Channel.EMAIL: email[0].url, Channel.PUSH: push.url})
     print(_machine(server), flush=True)
-    with service(server.env) as running:
+    with service(serving(server)) as running:
         lost = show_staleness(running, server, email)
-    with service(server.env, CACHE_EXPIRED_TIME="1s") as running:
+    with service(serving(server), CACHE_EXPIRED_TIME="1s") as running:
         lost += show_outages(running, server, email)
     return 1 if lost else 0
 
@@ -400,6 +409,11 @@ def measure(stack: ExitStack) -> int:
 def owner(server: postgres.Server) -> Database:
     """Return the role that may change the rows."""
     return Database.migrating(Settings.from_env(server.env))
+
+
+def serving(server: postgres.Server) -> dict[str, str]:
+    """Return the `DB_*` that the service may have."""
+    return {name: text for name, text in server.env.items() if "MIGRATION" not in name}
 
 
 def provide(server: postgres.Server, urls: Mapping[Channel, str]) -> None:
@@ -451,7 +465,8 @@ def show_outages(running: Service, server: postgres.Server, email: Sequence[Mock
     lost = 0
     _head("PostgreSQL", "away", "requests", "failed", "slowest", "changes heard again after")
     for fault in FAULTS:
-        result = outage(fault, server, running.url, email[1])
+        wait = partial(time.sleep, fault.seconds)
+        result = outage(fault, server, running.url, email[1], meanwhile=wait)
         lost += result.failed
         _row(
             fault.name,

@@ -1,0 +1,299 @@
+"""PostgreSQL goes away under load, in every way there is, and comes back.
+
+Each outage is made once, and several tests look at what came of it. They have a PostgreSQL of their
+own, and a service that is not restarted from the first outage to the last.
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from notifier.dev import measure, postgres
+from notifier.dev.measure import FAULTS, LISTENING, REFRESHED, WORKERS, Fault
+from notifier.dev.mock_provider import MockProvider
+from notifier.models import Channel
+from tests.service import Service
+from tests.sockets import LOOPBACK
+from tests.timing import eventually
+
+# Nobody waits for PostgreSQL, which hangs for longer.
+REPLIED_WITHIN = 1.5
+HANGING = 4.0
+
+# After so short an outage the longest pause is 8 s.
+HEARD_WITHIN = 15.0
+
+# From the first failure on a worker tries to listen and to read, each after pauses that double from
+# 0.25 s on at least: at 0, 0.25, 0.75, 1.75, 3.75, 7.75, 15.75 s.
+MOST_ATTEMPTS = 2 * 7
+
+HELD = 0.1
+Attempts = dict[int, list[float]]
+
+BROKEN = {"the connection broke", "PostgreSQL ended the connection"}
+AWAY = BROKEN | {"refused", "PostgreSQL is starting", "PostgreSQL is stopping"}
+REASONS = {
+    measure.stopped: AWAY,
+    measure.killed: AWAY,
+    measure.hanging: BROKEN | {"no answer in time"},
+    measure.not_accepting: BROKEN | {"PostgreSQL does not accept connections"},
+    measure.restarted: AWAY,
+}
+
+LASTING = [fault for fault in FAULTS if fault.seconds]
+of_each_lasting_outage = pytest.mark.parametrize(
+    "observed", LASTING, indirect=True, ids=lambda fault: fault.begin.__name__
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A service of three workers with a PostgreSQL and providers of its own."""
+
+    server: postgres.Server
+    email: list[MockProvider]
+    folder: Path
+    service: Service
+
+    @property
+    def running(self) -> measure.Service:
+        return measure.Service(self.service.url, self.service.process.pid)
+
+    @contextmanager
+    def another(self) -> Iterator[Service]:
+        """Start another service, of one worker, on the same PostgreSQL."""
+        variables = {"WEB_CONCURRENCY": "1", "LOG_LEVEL": "INFO"}
+        service = Service(self.folder, measure.serving(self.server) | variables)
+        try:
+            yield service.wait_until_ready()
+        finally:
+            service.stop()
+
+    def emails(self) -> int:
+        return sum(provider.total for provider in self.email)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    folder = tmp_path_factory.mktemp("outage")
+    server = postgres.acquire(ephemeral=True)
+    try:
+        with (
+            MockProvider("email 1", 0) as first,
+            MockProvider("email 2", 0) as second,
+            MockProvider("push", 0) as push,
+        ):
+            measure.provide(server, {Channel.EMAIL: first.url, Channel.PUSH: push.url})
+            variables = {
+                "WEB_CONCURRENCY": str(WORKERS),
+                "CACHE_EXPIRED_TIME": "1s",
+                "LOG_LEVEL": "INFO",
+            }
+            service = Service(folder, measure.serving(server) | variables)
+            try:
+                service.wait_until_ready()
+                eventually(lambda: measure.all_hear(service.url))
+                yield Stage(server, [first, second], folder, service)
+            finally:
+                service.stop()
+    finally:
+        server.close()
+
+
+class Observed:
+    """An outage, with a service that starts meanwhile, and two changes after it."""
+
+    def __init__(self, stage: Stage, fault: Fault) -> None:
+        self.fault = fault
+        self._stage, self._url = stage, stage.service.url
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Observed":
+        with self._stack:
+            self._make()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def growth(self, name: str) -> float:
+        """Return by how much a series without labels has grown since before the outage."""
+        return self.after[name] - self.before[name]
+
+    def _make(self) -> None:
+        stage = self._stage
+        self.before, emails = measure.series(self._url), stage.emails()
+        logged = len(stage.service.lines())
+        meanwhile = self._meanwhile if self.fault.seconds else lambda: None
+        self.outage = measure.outage(self.fault, stage.server, self._url, stage.email[1], meanwhile)
+        self.emails = stage.emails() - emails
+        self.changes = [
+            (change, measure.astray(self._url, change, 20))
+            for change in measure.changes(stage.running, stage.server, stage.email, 2)
+        ]
+        self.after = measure.series(self._url)
+        self.lines = stage.service.lines()[logged:]
+
+    def _meanwhile(self) -> None:
+        """Return when it is known that nobody listens, and what the other service says."""
+        began = time.monotonic()
+        eventually(lambda: measure.series(self._url)[LISTENING] == 0)
+        self.cold = self._stack.enter_context(self._stage.another())
+        self.probes = [
+            requests.get(f"{self.cold.url}/{path}", timeout=10) for path in ("healthz", "readyz")
+        ]
+        if self.fault.begin is measure.hanging:
+            time.sleep(max(0.0, HANGING - (time.monotonic() - began)))
+
+
+@pytest.fixture(scope="module", params=FAULTS, ids=lambda fault: fault.begin.__name__)
+def observed(request: pytest.FixtureRequest, stage: Stage) -> Iterator[Observed]:
+    with Observed(stage, request.param) as outage:
+        yield outage
+
+
+def test_no_notification_fails_and_each_is_delivered_once(observed: Observed) -> None:
+    replies = observed.outage.replies
+    assert {reply.status for reply in replies} == {200}
+    assert observed.emails == len(replies)
+
+
+@of_each_lasting_outage
+def test_what_has_expired_is_served_at_once(observed: Observed) -> None:
+    assert "serving expired preferences" in {line["message"] for line in observed.lines}
+    assert max(reply.seconds for reply in observed.outage.replies) < REPLIED_WITHIN
+
+
+def test_changes_are_heard_again_in_time(observed: Observed) -> None:
+    assert observed.outage.until_heard < HEARD_WITHIN
+    assert observed.growth("preference_notifications_total") >= WORKERS * len(observed.changes)
+    assert [astray for _, astray in observed.changes] == [0, 0]
+
+
+def test_the_metrics_say_who_listens(observed: Observed) -> None:
+    """During each lasting outage the page said 0, else nothing would have been observed."""
+    assert (observed.before[LISTENING], observed.after[LISTENING]) == (1, 1)
+    assert observed.after[REFRESHED] > observed.before[REFRESHED]
+    assert observed.growth("preference_listener_reconnects_total") >= WORKERS
+
+
+def test_the_log_has_the_reason_of_each_attempt_and_not_of_each_request(observed: Observed) -> None:
+    errors = [line for line in observed.lines if line["message"] == "database error"]
+    assert {line["reason"] for line in errors} <= REASONS[observed.fault.begin]
+    assert WORKERS <= len(errors) <= WORKERS * MOST_ATTEMPTS
+    requests_failed = {line["message"] for line in observed.lines if line["level"] == "ERROR"}
+    assert requests_failed == {"database error"}
+
+
+@of_each_lasting_outage
+def test_a_service_that_starts_meanwhile_lives_is_not_ready_and_recovers_by_itself(
+    observed: Observed,
+) -> None:
+    health, readiness = observed.probes
+    assert (health.status_code, readiness.status_code) == (200, 503)
+    eventually(lambda: measure.all_hear(observed.cold.url))
+    assert observed.cold.metric("preference_cache_total") == observed.cold.metric(
+        "preference_cache_total", result="error"
+    )  # no request has loaded what is held
+    assert observed.cold.notify().status_code == 200
+
+
+# --- workers that begin
+
+
+def test_a_worker_that_replaces_another_meanwhile_is_not_ready_and_the_rest_serve(
+    stage: Stage,
+) -> None:
+    service = stage.service
+    answers: set[tuple[int, int]] = set()
+
+    def answered() -> set[tuple[int, int]]:
+        with requests.Session() as session:  # one worker's
+            ready = session.get(f"{service.url}/readyz", timeout=10).status_code
+            answers.add((ready, service.notify(session=session).status_code))
+        return answers
+
+    starts = service.metric("worker_starts_total")
+    with measure.stopped(stage.server):
+        service.booted()[0].kill()
+        eventually(lambda: service.metric("worker_starts_total") == starts + 1)
+        eventually(lambda: answered() >= {(200, 200), (503, 500)})
+        assert answers == {(200, 200), (503, 500)}
+    eventually(lambda: measure.all_hear(service.url), HEARD_WITHIN)
+    answers.clear()
+    for _ in range(30):
+        assert answered() == {(200, 200)}
+
+
+def test_what_was_read_at_the_start_serves_although_no_request_came_before_the_outage(
+    stage: Stage,
+) -> None:
+    with stage.another() as service:
+        eventually(lambda: measure.all_hear(service.url))
+        emails = stage.emails()
+        with measure.not_accepting(stage.server):
+            eventually(lambda: measure.series(service.url)[LISTENING] == 0)
+            assert [service.notify().status_code for _ in range(10)] == [200] * 10
+        assert stage.emails() == emails + 10
+    eventually(lambda: measure.all_hear(stage.service.url), HEARD_WITHIN)
+
+
+# --- one attempt at a time, and fewer and fewer
+
+
+@contextmanager
+def standing_in(port: int, workers: list[psutil.Process]) -> Iterator[Attempts]:
+    """Take connections for PostgreSQL, hold each for a while without a word, and close it.
+
+    Yields for each worker when its attempts began.
+    """
+    attempts: Attempts = {worker.pid: [] for worker in workers}
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server((LOOPBACK, port)))
+
+        def take(sock: socket.socket, peer: int) -> None:
+            began = time.monotonic()
+            with sock:
+                for worker in workers:
+                    if peer in {one.laddr.port for one in worker.net_connections("tcp4")}:
+                        attempts[worker.pid].append(began)
+                time.sleep(HELD)
+
+        def accept() -> None:
+            with suppress(OSError), ThreadPoolExecutor() as pool:
+                while True:
+                    sock, (_, peer) = listener.accept()
+                    pool.submit(take, sock, peer)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(listener.shutdown, socket.SHUT_RDWR)  # closing alone does not wake accept()
+        yield attempts
+
+
+def test_a_worker_makes_one_attempt_at_a_time_and_fewer_and_fewer(stage: Stage) -> None:
+    """Of ten, five are to listen or five to read, and those take 3.75 s at least."""
+    port, workers = int(stage.server.env["DB_PORT"]), stage.service.booted()
+    with (
+        measure.stopped(stage.server),
+        measure.load(stage.service.url) as replies,
+        standing_in(port, workers) as attempts,
+    ):
+        eventually(lambda: any(len(made) >= 10 for made in attempts.values()), 40)
+    for made in attempts.values():
+        assert min(after - before for before, after in pairwise(made)) >= HELD
+        assert all(tenth - first > 3.5 for first, tenth in zip(made, made[9:], strict=False))
+    assert len(replies) > 100
+    assert {reply.status for reply in replies} == {200}
