@@ -1,8 +1,8 @@
 """`make measure`: how late a change of providers is seen, and what an outage of PostgreSQL costs.
 
 Starts a PostgreSQL, mock providers and a service of three workers, all of its own and on loopback,
-and prints two tables. The exit code is 1 if a notification failed, or went to a provider that all
-workers had seen replaced. The tests make the same outages, shorter.
+and prints two tables. The exit code is 1 if a notification failed, or missed a provider that all
+workers knew of. The tests make the same outages, shorter.
 """
 
 import os
@@ -20,22 +20,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from http import HTTPStatus
-from itertools import cycle, islice, permutations, product
+from itertools import cycle, islice, product
 from pathlib import Path
-from typing import Any, LiteralString, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import psutil
 import psycopg
 import requests
 from prometheus_client.multiprocess import MultiProcessCollector
-from psycopg import sql
 
 from notifier import schema
-from notifier.db import Connection, Database
-from notifier.dev import cluster, postgres
+from notifier.db import Database
+from notifier.dev import faults, postgres
+from notifier.dev.faults import owner, wait_until
 from notifier.dev.mock_provider import MockProvider
 from notifier.models import Channel
-from notifier.settings import Settings, available_cpus
+from notifier.settings import available_cpus
 
 ROOT = Path(__file__).parent.parent.parent
 HOST = "127.0.0.1"
@@ -48,13 +48,8 @@ CHANGES_PER_TRIAL, TRIAL = 20, 60
 
 CALLERS, CALLERS_PAUSE = 4, 0.03  # seconds from a reply to the next request
 
-PATIENCE = 60.0
-POLLING = 0.05  # also what lies between two changes, which are read one by one if more than 20 ms
-
 REFRESHED = "preference_last_refresh_timestamp_seconds"
 LISTENING = "preference_listener_connected"
-
-Result = TypeVar("Result")
 
 
 class CannotMeasure(Exception):
@@ -89,28 +84,29 @@ def service(environment: dict[str, str], **variables: str) -> Iterator[Service]:
         start_new_session=True,  # out of reach of the terminal's Ctrl-C
     ) as process:
         running = Service(f"http://{bind}", process.pid)
-        wait_until(lambda: len(_gauges(process.pid)) == WORKERS and all_hear(running.url))
+        wait_until(lambda: _is_up(process, running))
         yield running
 
 
-def wait_until(condition: Callable[[], Result]) -> Result:
-    """Return what `condition` returns once it is true; it is asked gently.
-
-    Raises:
-        CannotMeasure: it takes too long.
-    """
-    give_up = time.monotonic() + PATIENCE
-    while time.monotonic() < give_up:
-        time.sleep(POLLING)
-        if result := condition():
-            return result
-    raise CannotMeasure(f"what was expected did not come within {PATIENCE:g} s")
+def _is_up(process: "subprocess.Popen[bytes]", running: Service) -> bool:
+    if process.poll() is not None:
+        raise CannotMeasure("the service has ended by itself")
+    return len(_gauges(running.pid)) == WORKERS and all_hear(running.url)
 
 
 def series(url: str) -> dict[str, float]:
     """Return every series without labels that the service shows on its page of metrics."""
     page = requests.get(f"{url}/metrics", timeout=10).text
     return {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", page, re.MULTILINE)}
+
+
+def all_hear(url: str, since: float = 0.0) -> bool:
+    """Say whether all workers have read the providers since a time, and hear of the next change."""
+    try:
+        shown = series(url)
+    except requests.ConnectionError:
+        return False
+    return shown.get(REFRESHED, 0.0) > since and shown.get(LISTENING) == 1
 
 
 def replace_provider(database: Database, url: str) -> float:
@@ -129,20 +125,19 @@ def replace_provider(database: Database, url: str) -> float:
 
 
 class Change(NamedTuple):
-    """A change that all workers have read, the slowest of them after `seconds`."""
+    """A provider that took another's place, as all workers knew after so many seconds."""
 
+    provider: MockProvider
     seconds: float
-    used: MockProvider
-    replaced: MockProvider
 
 
 def changes(
     running: Service, server: postgres.Server, providers: Sequence[MockProvider], count: int
 ) -> Iterator[Change]:
-    """Let two providers replace each other, so many times.
+    """Let the providers replace each other, so many times.
 
-    A worker's time is read from the file that it counts into. The page of metrics has the oldest
-    time, the fastest worker's, and would keep one of them busy.
+    When a worker has read is in the file that it counts into. The page of metrics shows the oldest
+    of these times, the fastest worker's, and would keep a worker busy.
     """
     gauges = _gauges(running.pid)
 
@@ -150,10 +145,10 @@ def changes(
         times = [_value(file, REFRESHED) for file in gauges]
         return max(times) if min(times) > since else 0.0
 
-    for used, replaced in islice(cycle(permutations(providers)), count):
-        committed = replace_provider(owner(server), used.url)
+    for provider in islice(cycle(providers), count):
+        committed = replace_provider(owner(server), provider.url)
         read = wait_until(partial(slowest, committed))
-        yield Change(read - committed, used, replaced)
+        yield Change(provider, read - committed)
 
 
 def _gauges(pid: int) -> list[str]:
@@ -168,13 +163,12 @@ def _value(file: str, name: str) -> float:
     return float(next(family.samples[0].value for family in families if family.name == name))
 
 
-def astray(url: str, change: Change, messages: int = TRIAL) -> int:
-    """Send so many messages over new connections; return how many did not go where they should."""
-    before = change.used.total, change.replaced.total
+def astray(url: str, provider: MockProvider, messages: int = TRIAL) -> int:
+    """Send so many e-mails over new connections; return how many did not reach `provider`."""
+    before = provider.total
     with ThreadPoolExecutor(2 * CALLERS) as pool:
         [*pool.map(lambda _: _notify(requests, url, "buyer"), range(messages))]
-    to_used, to_replaced = change.used.total - before[0], change.replaced.total - before[1]
-    return messages - to_used + to_replaced
+    return messages - (provider.total - before)
 
 
 # --- load
@@ -221,99 +215,8 @@ def _notify(session: Any, url: str, recipient: str) -> Reply:
 # --- outages
 
 
-@contextmanager
-def stopped(server: postgres.Server) -> Iterator[None]:
-    """Let connections be refused."""
-    cluster.stop(server.base)
-    try:
-        yield
-    finally:
-        _start_again(server)
-
-
-@contextmanager
-def restarted(server: postgres.Server) -> Iterator[None]:
-    """Let every connection end; new ones are soon taken again."""
-    with stopped(server):
-        pass
-    yield
-
-
-@contextmanager
-def killed(server: postgres.Server) -> Iterator[None]:
-    """Let connections be refused, and the server then recover from a crash."""
-    postmaster = _postmaster(server)
-    for process in [postmaster, *postmaster.children()]:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    try:
-        yield
-    finally:
-        _start_again(server)
-
-
-@contextmanager
-def hanging(server: postgres.Server) -> Iterator[None]:
-    """Let nothing be answered: the kernel takes connections, but nobody what comes on them.
-
-    Whatever becomes of us, the shell lets the processes go on when its standard input ends.
-    """
-    with subprocess.Popen(
-        ["/bin/sh", "-c", "kill -CONT $(cat)"],
-        stdin=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as shell:
-        postmaster = _postmaster(server)
-        print(postmaster.pid, file=shell.stdin, flush=True)
-        postmaster.suspend()  # first: from now on it has no new children
-        for process in postmaster.children():
-            print(process.pid, file=shell.stdin, flush=True)
-            process.suspend()
-        yield
-
-
-@contextmanager
-def not_accepting(server: postgres.Server) -> Iterator[None]:
-    """Let the server end every connection to the database, and take no new one."""
-    elsewhere = Database.migrating(Settings.from_env(server.env | {"DB_NAME": "postgres"}))
-    name = server.env["DB_NAME"]
-    with elsewhere.connect() as connection:
-        _allow_connections(connection, name, "false")
-        try:
-            wait_until(lambda: not _end_sessions(connection, name))
-            yield
-        finally:
-            _allow_connections(connection, name, "true")
-
-
-def _start_again(server: postgres.Server) -> None:
-    """Return once it takes connections again: on its old port, and as no child of ours."""
-    postgres.acquire(server.base).close()  # we still have our share
-
-
-def _postmaster(server: postgres.Server) -> psutil.Process:
-    lines = (server.base / "data" / "postmaster.pid").read_text().splitlines()
-    return psutil.Process(int(lines[0]))
-
-
-def _allow_connections(elsewhere: Connection, name: str, allowed: LiteralString) -> None:
-    statement = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}")
-    elsewhere.execute(statement.format(sql.Identifier(name), sql.SQL(allowed)))
-
-
-def _end_sessions(elsewhere: Connection, name: str) -> int:
-    """Do what pg_terminate_backend may only for one's own role; return how many there were."""
-    query = "SELECT pid FROM pg_stat_activity WHERE datname = %s"
-    sessions = elsewhere.execute(query, (name,)).fetchall()
-    for (pid,) in sessions:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-    return len(sessions)
-
-
 class Fault(NamedTuple):
-    """A way to be away."""
+    """A way to be away, as the table calls it."""
 
     name: str
     begin: Callable[[postgres.Server], AbstractContextManager[None]]
@@ -321,11 +224,11 @@ class Fault(NamedTuple):
 
 
 FAULTS = (
-    Fault("stopped: connections are refused", stopped),
-    Fault("killed, and then recovers from the crash", killed),
-    Fault("hangs: every process has a SIGSTOP", hanging),
-    Fault("does not accept connections", not_accepting),
-    Fault("restarted", restarted, seconds=0.0),
+    Fault("stopped: connections are refused", faults.stopped),
+    Fault("killed, and then recovers from the crash", faults.killed),
+    Fault("hangs: every process has a SIGSTOP", faults.hanging),
+    Fault("does not accept connections", faults.not_accepting),
+    Fault("restarted", faults.restarted, seconds=0.0),
 )
 
 
@@ -365,15 +268,6 @@ def outage(
     return Outage(ended - began, replies, until_heard)
 
 
-def all_hear(url: str, since: float = 0.0) -> bool:
-    """Say whether all workers have read the providers since a time, and hear of the next change."""
-    try:
-        shown = series(url)
-    except requests.ConnectionError:
-        return False
-    return shown[REFRESHED] > since and shown[LISTENING] == 1
-
-
 # --- the tables
 
 
@@ -384,7 +278,7 @@ def main() -> int:
     try:
         with ExitStack() as stack:
             return measure(stack)
-    except (CannotMeasure, postgres.PostgresError, psycopg.Error) as error:
+    except (CannotMeasure, TimeoutError, postgres.PostgresError, psycopg.Error) as error:
         print(f"make measure: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -404,11 +298,6 @@ def measure(stack: ExitStack) -> int:
     with service(serving(server), CACHE_EXPIRED_TIME="1s") as running:
         lost += show_outages(running, server, email)
     return 1 if lost else 0
-
-
-def owner(server: postgres.Server) -> Database:
-    """Return the role that may change the rows."""
-    return Database.migrating(Settings.from_env(server.env))
 
 
 def serving(server: postgres.Server) -> dict[str, str]:
@@ -435,13 +324,13 @@ def _machine(server: postgres.Server) -> str:
 
 
 def show_staleness(running: Service, server: postgres.Server, email: Sequence[MockProvider]) -> int:
-    """Print the table; return how many messages went to a provider that was replaced."""
+    """Print the table; return how many e-mails missed a provider that all workers knew of."""
     _head(f"from COMMIT until all workers have read it, {CHANGES} changes", "median", "p99", "max")
     quiet, lost = [], 0
     for number, change in enumerate(changes(running, server, email, CHANGES), 1):
         quiet.append(change.seconds)
         if number % CHANGES_PER_TRIAL == 0:
-            lost += astray(running.url, change)
+            lost += astray(running.url, change.provider)
     _row("without load", *_spread(quiet))
     began = time.monotonic()
     with load(running.url) as replies:
@@ -449,7 +338,7 @@ def show_staleness(running: Service, server: postgres.Server, email: Sequence[Mo
     rate = len(replies) / (time.monotonic() - began)
     _row(f"with {rate:.0f} notifications a second", *_spread(busy))
     sent = CHANGES // CHANGES_PER_TRIAL * TRIAL
-    print(f"\nOf {sent} messages sent at once after changes {lost} went to the replaced provider.")
+    print(f"\nOf {sent} e-mails sent at once after changes {lost} missed the new provider.")
     return lost
 
 
@@ -461,7 +350,7 @@ def _spread(seconds: list[float]) -> list[str]:
 
 
 def show_outages(running: Service, server: postgres.Server, email: Sequence[MockProvider]) -> int:
-    """Print the table; return how many notifications failed, or went to a replaced provider."""
+    """Print the table; return how many notifications failed, or missed a provider."""
     lost = 0
     _head("PostgreSQL", "away", "requests", "failed", "slowest", "changes heard again after")
     for fault in FAULTS:
@@ -476,7 +365,9 @@ def show_outages(running: Service, server: postgres.Server, email: Sequence[Mock
             f"{1000 * max(reply.seconds for reply in result.replies):.0f} ms",
             f"{result.until_heard:.1f} s",
         )
-        lost += sum(astray(running.url, change) for change in changes(running, server, email, 2))
+        lost += sum(
+            astray(running.url, change.provider) for change in changes(running, server, email, 2)
+        )
     return lost
 
 
