@@ -92,8 +92,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         measure.provide(server, {Channel.EMAIL: email[0].url, Channel.PUSH: push.url})
         service = Service(folder, measure.serving(server) | variables)
         stack.callback(service.stop)
-        service.wait_until_ready()
-        eventually(lambda: measure.all_hear(service.url))
+        service.wait_until_ready().wait_until_listening()
         yield Stage(server, email, folder, service)
 
 
@@ -117,13 +116,15 @@ class Observed:
         return self.after[name] - self.before[name]
 
     def _meanwhile(self) -> None:
-        """Return when nobody listens any more, and the other service has been asked how it is."""
-        began = time.monotonic()
+        """Return when nobody listens, what has expired is served, and the other has been probed."""
+        began, service = time.monotonic(), self._stage.service
+        stale = service.metric(CACHE, result="stale")
         eventually(lambda: measure.series(self._url)[LISTENING] == 0)
         self.cold = self._stack.enter_context(self._stage.another())
         self.health, self.readiness = (
             requests.get(f"{self.cold.url}/{path}", timeout=10) for path in ("healthz", "readyz")
         )
+        eventually(lambda: service.metric(CACHE, result="stale") > stale)
         if self.fault.begin is faults.hanging:
             time.sleep(max(0.0, HANGING - (time.monotonic() - began)))
 

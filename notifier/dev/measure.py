@@ -35,7 +35,7 @@ from notifier.dev import faults, postgres
 from notifier.dev.faults import owner, wait_until
 from notifier.dev.mock_provider import MockProvider
 from notifier.models import Channel
-from notifier.settings import available_cpus
+from notifier.settings import Settings, available_cpus
 
 ROOT = Path(__file__).parent.parent.parent
 HOST = "127.0.0.1"
@@ -307,7 +307,7 @@ def serving(server: postgres.Server) -> dict[str, str]:
 
 def provide(server: postgres.Server, urls: Mapping[Channel, str]) -> None:
     """Bring the schema up to date and add a provider for each channel."""
-    schema.migrate(owner(server))
+    schema.migrate(Settings.from_env(server.env))
     with owner(server).connect() as connection:
         connection.cursor().executemany(
             "INSERT INTO notification_preferences (provider_type, provider_name, host)"
