@@ -16,6 +16,9 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 # The most that a request waits for PostgreSQL. libpq's own minimum for connecting is 2 s as well.
 DATABASE_WAIT = 2.0
 
+# The server's own limit should come first: it says what was slow.
+GRACE = 0.5
+
 # What libpq and the server say, and what may be told of it: their words name hosts and users.
 REASONS = {
     "through a pooler": "a pooler swallows notifications: set DB_LISTEN_HOST or DB_LISTEN_PORT "
@@ -142,7 +145,7 @@ def transaction(connection: Connection, seconds: float = DATABASE_WAIT) -> Itera
         psycopg.Error: PostgreSQL was too slow, went away, or refused what was asked.
     """
     limit = str(int(1000 * seconds))
-    with cut_off(connection, seconds), connection.transaction():
+    with cut_off(connection, seconds + GRACE), connection.transaction():
         # The server must give up too, it does not notice that we have left; but only for this
         # transaction, because a transaction pooler hands the session on.
         connection.execute("SELECT set_config('statement_timeout', %s, true)", (limit,))

@@ -2,9 +2,11 @@
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import LiteralString
 
@@ -34,6 +36,9 @@ WRITTEN = "SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint"
 
 # What is held is not asked for again in less: a shorter lifetime counts as this.
 SHORTEST_LIFETIME = 1.0
+
+# After a first load that failed nobody begins another one so soon.
+FIRST_LOAD_PAUSE = 1.0
 
 # How a look-up ends: held, the first load, expired, nothing to serve.
 RESULTS = ("hit", "miss", "stale", "error")
@@ -87,7 +92,8 @@ class Preferences:
         self._begun = itertools.count(1)
         self._generation = 0  # the number of the load that is held
         self._position = 0  # of the last load from the primary
-        self._first_load: SingleFlight[str, _Held] = SingleFlight("preferences")
+        self._first_load: SingleFlight[str, None] = SingleFlight("preferences")
+        self._first_load_at = -math.inf
         self._count = {result: metrics.PREFERENCE_CACHE.labels(result) for result in RESULTS}
 
     def providers(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
@@ -144,24 +150,23 @@ class Preferences:
     def _load_first(self, deadline: float) -> _Held:
         """Return what is held after the one first load, whoever began it."""
         log.debug("preferences cache miss")
-        wait = max(0.0, min(DATABASE_WAIT, deadline - time.monotonic()))
-        try:
-            held = self._first_load.run("all", self._ask, wait)
-        except (PreferencesUnavailable, TimeoutError) as error:
-            self._count["error"].inc()
-            raise PreferencesUnavailable from error
-        self._count["miss"].inc()
+        if self._clock() >= self._first_load_at:
+            wait = max(0.0, min(DATABASE_WAIT, deadline - time.monotonic()))
+            with suppress(TimeoutError):
+                self._first_load.run("all", self._ask, wait)
+        held = self._held  # the refresher may have been faster
+        self._count["error" if held is None else "miss"].inc()
+        if held is None:
+            raise PreferencesUnavailable
         return held
 
-    def _ask(self) -> _Held:
+    def _ask(self) -> None:
         try:
             with self._database.connect() as connection:
                 self.reload(connection)
         except (psycopg.Error, OSError) as error:
+            self._first_load_at = self._clock() + FIRST_LOAD_PAUSE
             log.error("database error", extra=describe(error))  # noqa: TRY400 its text names hosts
-        if self._held is None:
-            raise PreferencesUnavailable
-        return self._held
 
     def _keep(self, load: _Load, generation: int) -> bool:
         with self._keeping:

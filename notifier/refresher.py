@@ -98,6 +98,7 @@ class Refresher:
                 except Exception:
                     log.exception("could not refresh the preferences")
                     self._disconnect()
+                    self._reloads.fail()
             self._disconnect()
 
     def _turn(self) -> None:
@@ -114,7 +115,7 @@ class Refresher:
     def _connect(self, place: Database) -> None:
         if self._connects.begun:
             metrics.LISTENER_RECONNECTS.inc()
-        self._connects.begin()
+        self._connects.begun = True
         self._connection = connection = place.connect()
         with cut_off(connection, DATABASE_WAIT):
             _check_the_way(connection, place)
@@ -131,7 +132,7 @@ class Refresher:
         if self._connection:
             self._connection.close()
             self._connection = None
-            self._connects.begin()
+        self._connects.fail()
 
     def _attend(self, connection: Connection) -> None:
         if heard := [*connection.notifies(timeout=0)]:
@@ -151,7 +152,6 @@ class Refresher:
 
     def _reload(self) -> None:
         """Read because time has passed: a replica may be asked, if it is not behind."""
-        self._reloads.begin()
         if self._replica and self._read(self._replica):
             self._reloaded()
         elif self._connection:
@@ -159,6 +159,8 @@ class Refresher:
             self._reloaded()
         elif self._read(self._database):
             self._reloaded()
+        else:
+            self._reloads.fail()
 
     def _read(self, database: Database) -> bool:
         try:
@@ -201,9 +203,7 @@ class _Attempts:
     def due(self) -> bool:
         return time.monotonic() >= self.at
 
-    def begin(self) -> None:
-        """Note an attempt, which has failed unless `succeed` is called."""
-        self.begun = True
+    def fail(self) -> None:
         self.at = time.monotonic() + self._pause * _by_chance(0.5, 1.0)
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
@@ -227,7 +227,7 @@ def _check_the_way(connection: Connection, place: Database) -> None:
         return
     token = uuid.uuid4().hex
     connection.execute(f"LISTEN {PROBES}")
-    with place.connect() as other:
+    with place.connect() as other, cut_off(other, PROBE_WAIT):
         other.execute("SELECT pg_notify(%s, %s)", (PROBES, token))
     if token not in (probe.payload for probe in connection.notifies(timeout=PROBE_WAIT)):
         raise psycopg.OperationalError(DEAF)

@@ -16,7 +16,14 @@ from notifier import preferences as preferences_module
 from notifier.db import DATABASE_WAIT, Connection, Database
 from notifier.errors import PreferencesUnavailable
 from notifier.models import Channel, Provider
-from notifier.preferences import QUERY, REPLAYED, SHORTEST_LIFETIME, WRITTEN, Preferences
+from notifier.preferences import (
+    FIRST_LOAD_PAUSE,
+    QUERY,
+    REPLAYED,
+    SHORTEST_LIFETIME,
+    WRITTEN,
+    Preferences,
+)
 from notifier.settings import Settings
 from tests.conftest import Environment, Growth, connect, one_role
 from tests.sockets import LOOPBACK, refusing, silent
@@ -291,21 +298,40 @@ def test_a_lifetime_that_is_too_short_to_be_kept_is_a_second(
     assert warnings(caplog) == 1
 
 
-def test_a_cold_cache_without_a_server_knows_nothing_and_asks_each_time(
-    database: Environment, caplog: pytest.LogCaptureFixture
+def test_a_cold_cache_without_a_server_knows_nothing_and_asks_once_a_second(
+    database: Environment, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     with refusing() as port:
         counting = Counting(database | {"DB_PORT": str(port)})
-        known = Preferences(counting, LIFETIME)
-        for _ in range(2):
+        known = Preferences(counting, LIFETIME, clock)
+        for later, asked in ((0, 1), (0, 1), (FIRST_LOAD_PAUSE - 0.001, 1), (0.002, 2)):
+            clock.now += later
             with within(DATABASE_WAIT + 1), pytest.raises(PreferencesUnavailable):
                 ask(known)
-    assert counting.connections == 2
+            assert counting.connections == asked
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert [(error.__dict__["error"], error.__dict__["reason"]) for error in errors] == [
         ("OperationalError", "refused")
     ] * 2
     assert database["DB_PASSWORD"] not in caplog.text
+
+
+def test_who_waits_for_a_first_load_that_fails_gets_what_was_read_meanwhile(
+    known: Preferences,
+    counting: Counting,
+    database: Environment,
+    add_provider: Callable[..., int],
+    growth: Growth,
+) -> None:
+    added = add_provider("http://a/")
+
+    def reload_and_fail() -> Connection:
+        reload(known, Database(Settings.from_env(database)))
+        raise psycopg.OperationalError("timeout expired")
+
+    counting.connect = reload_and_fail  # type: ignore[method-assign]
+    assert ids(ask(known)) == [added]
+    assert growth("preference_cache_total") == {("miss",): 1}
 
 
 def test_each_look_up_is_counted_by_how_it_ended(
@@ -320,6 +346,7 @@ def test_each_look_up_is_counted_by_how_it_ended(
     assert counts() == {"error": 1}
     assert known.held() is False
     counting.down = False
+    clock.now += FIRST_LOAD_PAUSE
     ask(known)
     assert counts() == {"error": 1, "miss": 1}
     assert known.held() is True

@@ -444,7 +444,7 @@ def test_failed_attempts_pause_twice_as_long_each_time_up_to_half_a_minute(
     assert attempts.due()
     for _ in range(2):
         for pause in (0.5, 1, 2, 4, 8, 16, 30, 30):
-            attempts.begin()
+            attempts.fail()
             now += pause - 0.001
             assert not attempts.due()
             now += 0.002
@@ -453,6 +453,38 @@ def test_failed_attempts_pause_twice_as_long_each_time_up_to_half_a_minute(
         assert not attempts.due()
     assert set(chances) == {(0.5, 1.0)}
     assert (SHORTEST_PAUSE, LONGEST_PAUSE) == (0.5, 30.0)
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Each pause after a failure of the listener's, unshortened."""
+    noted: list[float] = []
+    monkeypatch.setattr(refresher, "_by_chance", lambda _, high: high)
+    fail = refresher._Attempts.fail
+
+    def note(attempts: Any) -> None:
+        fail(attempts)
+        noted.append(round(attempts.at - time.monotonic(), 1))
+
+    monkeypatch.setattr(refresher._Attempts, "fail", note)
+    return noted
+
+
+def test_a_connection_on_which_nothing_can_be_read_is_one_failure(
+    make: Make, execute: Execute, pauses: list[float]
+) -> None:
+    """Reading by the time, which fails as well, has pauses of its own."""
+    execute("REVOKE SELECT ON notification_preferences FROM notifier_service")
+    make()
+    eventually(lambda: len(pauses) >= 6)
+    assert sorted(pauses[:6]) == [0.5, 0.5, 1.0, 1.0, 2.0, 2.0]
+
+
+def test_a_pause_begins_when_the_attempt_has_ended(make: Make, pauses: list[float]) -> None:
+    with silent() as port:
+        make(variables={"DB_HOST": LOOPBACK, "DB_PORT": str(port)}.items())
+        eventually(lambda: len(pauses) >= 3)
+    assert pauses[:3] in ([0.5, 0.5, 1.0], [0.5, 1.0, 0.5])
 
 
 @pytest.mark.parametrize("hanging", [refusing, silent])

@@ -1,15 +1,18 @@
 """The refresher before servers that only some machines have: a standby, and a pooler."""
 
 import logging
+import os
+import signal
 import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import certifi
 import pytest
+from psycopg import ConnectionInfo
 
 from notifier import schema
-from notifier.db import Database
+from notifier.db import Connection, Database
 from notifier.preferences import Preferences, _Load
 from notifier.settings import Settings
 from tests.conftest import Environment, MakeProvider, connect
@@ -219,3 +222,30 @@ def test_the_service_reads_through_a_pooler_and_listens_past_it(
         assert not [line for line in service.lines() if line["message"] == "database error"]
     finally:
         assert service.stop() == 0
+
+
+def test_a_pooler_whose_second_connection_hangs_is_given_up(
+    database: Environment, monkeypatch: pytest.MonkeyPatch, reasons: Reasons
+) -> None:
+    """The first is asked for its process; one of another number is a pooler's."""
+    connections: list[Connection] = []
+    connect_really = Database.connect
+    monkeypatch.setattr(ConnectionInfo, "backend_pid", 1)
+
+    def connect_and_stop(database: Database) -> Connection:
+        connections.append(connection := connect_really(database))
+        if len(connections) == 2:
+            ((process,),) = connection.execute("SELECT pg_backend_pid()").fetchall()
+            os.kill(process, signal.SIGSTOP)
+            stopped.append(process)
+        return connection
+
+    stopped: list[int] = []
+    monkeypatch.setattr(Database, "connect", connect_and_stop)
+    try:
+        with Refreshed(database, LONG) as made:
+            eventually(lambda: reasons() == {"the connection broke"})
+            eventually(made.preferences.held)
+    finally:
+        for process in stopped:
+            os.kill(process, signal.SIGCONT)
