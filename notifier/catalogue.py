@@ -304,20 +304,20 @@ def _check_url(url: str) -> None:
             "the host cannot be used: expected a URL without spaces, control characters,"
             " backslashes and #"
         )
+    if _USER_INFO.match(url):
+        raise Refused("the host cannot be used: expected a URL without user and password")
     if len(url) > MAX_URL or not _is_called(url):
         raise Refused(
             "the host cannot be used: expected an http or https URL with a host, such as"
             f" https://mail.example.com/v1/send, of up to {MAX_URL} characters"
         )
-    if _USER_INFO.match(url):
-        raise Refused("the host cannot be used: expected a URL without user and password")
 
 
 def _is_called(url: str) -> bool:
     """Say whether the service would call it; requests refuses some hosts that urllib3 takes."""
     try:
         requests.Request("POST", url).prepare()
-    except requests.RequestException:
+    except (requests.RequestException, ValueError):
         return False
     return host_label(url) is not None
 

@@ -24,6 +24,8 @@ from notifier.providers import Providers
 
 SECRET_SOURCES = ("secret_prompt", "secret_stdin", "secret_file", "no_secret")
 
+NO_TEXT = "the secret is no text in UTF-8"
+
 # A domain that nobody has, RFC 2606 section 3.
 NOBODY = "notifier-test@example.com"
 
@@ -218,6 +220,8 @@ def _restore(*, entry_id: int, as_json: bool) -> None:
 @click.pass_context
 @explained()
 def _test(context: click.Context, *, entry_id: int, to: str, as_json: bool) -> None:
+    if "@" not in to or not to.isprintable():
+        raise click.BadParameter("expected an e-mail address", param_hint="--to")
     entry, provider = catalogue.provider(_database(), entry_id)
     message = Message(to, "Test", "This is a test of the notifier: there is nothing to do.")
     with closing(current_app.extensions["notifier"].providers) as sender:
@@ -257,7 +261,7 @@ def _database() -> Database:
 
 def _values(given: dict[str, Any]) -> Values:
     """Return the columns of the options that were given."""
-    sources = [source for source in SECRET_SOURCES if given.get(source)]
+    sources = [source for source in SECRET_SOURCES if given.get(source) not in (None, False)]
     if len(sources) > 1:
         options = " and ".join(f"--{source.replace('_', '-')}" for source in sources)
         raise click.UsageError(f"{options} exclude each other")
@@ -278,7 +282,7 @@ def _secret(given: Mapping[str, Any]) -> str | None:
         if sys.stdin.isatty():
             raise click.UsageError("standard input is a terminal: use --secret-prompt")
         return _read_secret(sys.stdin.buffer)
-    if given["secret_file"]:
+    if given["secret_file"] is not None:
         try:
             with Path(given["secret_file"]).open("rb") as file:
                 return _read_secret(file)
@@ -291,7 +295,10 @@ def _secret(given: Mapping[str, Any]) -> str | None:
 def _prompted() -> str:
     if not sys.stdin.isatty():
         raise click.UsageError("--secret-prompt needs a terminal: use --secret-stdin")
-    return str(click.prompt("Secret", hide_input=True, confirmation_prompt=True, err=True))
+    try:
+        return str(click.prompt("Secret", hide_input=True, confirmation_prompt=True, err=True))
+    except UnicodeDecodeError:
+        raise click.ClickException(NO_TEXT) from None
 
 
 def _read_secret(source: BinaryIO) -> str:
@@ -300,7 +307,7 @@ def _read_secret(source: BinaryIO) -> str:
     try:
         text = data.decode()
     except UnicodeDecodeError:
-        raise click.ClickException("the secret is no text in UTF-8") from None
+        raise click.ClickException(NO_TEXT) from None
     return text[:-1].removesuffix("\r") if text.endswith("\n") else text
 
 

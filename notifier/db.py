@@ -13,7 +13,7 @@ from notifier.settings import Secret, Settings
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
-# The most that a request waits for PostgreSQL. libpq's own minimum for connecting is 2 s as well.
+# The most that a request waits for a host. libpq's own minimum for connecting is 2 s as well.
 DATABASE_WAIT = 2.0
 
 # The server's own limit should come first: it says what was slow.
@@ -69,7 +69,8 @@ REASONS = {
 class Database:
     """Connects to one place as one role. Holds no connection between uses.
 
-    Without more than `settings` it is the place and the role that serve.
+    Without more than `settings` it is the place and the role that serve. `wait` is the most, in
+    seconds, that a request waits for it: each of several hosts may take `DATABASE_WAIT`.
 
     Args:
         place: hosts and ports, in the form they have in `Settings`.
@@ -88,6 +89,7 @@ class Database:
         self.name = settings.db_name
         self.username, self._password = role or (settings.db_username, settings.db_password)
         host, port = place or settings.serve_place
+        self.wait = DATABASE_WAIT * len(host.split(","))
         self._parameters: dict[str, Any] = {
             "host": host,
             "port": port,

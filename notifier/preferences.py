@@ -13,7 +13,7 @@ from typing import LiteralString
 import psycopg
 
 from notifier import metrics
-from notifier.db import DATABASE_WAIT, Connection, Database, describe, transaction
+from notifier.db import Connection, Database, describe, transaction
 from notifier.errors import PreferencesUnavailable
 from notifier.models import Channel, Provider
 from notifier.single_flight import SingleFlight
@@ -34,11 +34,17 @@ REPLAYED = """
 # Where the primary's log ends: what a query has seen lies before, also what is not yet flushed.
 WRITTEN = "SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint"
 
+# Where the trigger tells of a change, by NOTIFY with the provider type.
+CHANGES: LiteralString = "notification_preferences"
+
 # What is held is not asked for again in less: a shorter lifetime counts as this.
 SHORTEST_LIFETIME = 1.0
 
 # After a first load that failed nobody begins another one so soon.
 FIRST_LOAD_PAUSE = 1.0
+
+# A warning for each look-up would be all that the log has.
+WARNING_PAUSE = 1.0
 
 # How a look-up ends: held, the first load, expired, nothing to serve.
 RESULTS = ("hit", "miss", "stale", "error")
@@ -94,6 +100,8 @@ class Preferences:
         self._position = 0  # of the last load from the primary
         self._first_load: SingleFlight[str, None] = SingleFlight("preferences")
         self._first_load_at = -math.inf
+        self._waiting_ends: float | None = None
+        self._warning_at = -math.inf
         self._count = {result: metrics.PREFERENCE_CACHE.labels(result) for result in RESULTS}
 
     def providers(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
@@ -101,7 +109,7 @@ class Preferences:
 
         Args:
             deadline: on `time.monotonic()`; nobody waits longer for the first load, nor longer
-                than `DATABASE_WAIT`.
+                than the database's `wait`.
 
         Raises:
             PreferencesUnavailable: PostgreSQL cannot be asked, and nothing is held.
@@ -113,9 +121,16 @@ class Preferences:
             log.debug("preferences cache hit", extra={"channel": channel})
             self._count["hit"].inc()
         else:
-            log.warning("serving expired preferences", extra={"channel": channel})
+            self._warn()
             self._count["stale"].inc()
         return held.providers[channel]
+
+    def _warn(self) -> None:
+        """Say now and then that what is served has expired; the count tells how often."""
+        now = self._clock()
+        if now >= self._warning_at:
+            self._warning_at = now + WARNING_PAUSE
+            log.warning("serving expired preferences")
 
     def held(self) -> bool:
         """Say whether the providers are known here, be they expired."""
@@ -148,10 +163,16 @@ class Preferences:
         return self._keep(_read(connection), generation)
 
     def _load_first(self, deadline: float) -> _Held:
-        """Return what is held after the one first load, whoever began it."""
+        """Return what is held after the first load, whoever began it.
+
+        Everybody waits for it, but only until the first of them has waited in vain: in an outage
+        threads that wait would leave none for others.
+        """
         log.debug("preferences cache miss")
+        if self._waiting_ends is None:
+            self._waiting_ends = time.monotonic() + self._database.wait
         if self._clock() >= self._first_load_at:
-            wait = max(0.0, min(DATABASE_WAIT, deadline - time.monotonic()))
+            wait = max(0.0, min(deadline, self._waiting_ends) - time.monotonic())
             with suppress(TimeoutError):
                 self._first_load.run("all", self._ask, wait)
         held = self._held  # the refresher may have been faster

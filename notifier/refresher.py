@@ -15,10 +15,8 @@ import psycopg
 
 from notifier import metrics
 from notifier.db import DATABASE_WAIT, Connection, Database, cut_off, describe
-from notifier.preferences import Preferences
+from notifier.preferences import CHANGES, Preferences
 
-# The trigger's NOTIFY goes there, with the provider type.
-CHANGES: LiteralString = "notification_preferences"
 PROBES: LiteralString = "notification_preferences_probe"
 
 # Many changes one after the other are read with so many seconds between them.
@@ -69,6 +67,7 @@ class Refresher:
         self._connection: Connection | None = None
         self._connects = _Attempts()
         self._reloads = _Attempts()
+        self._replica_reads = _Attempts()
         self._heartbeat_at = 0.0
         self._stopping = False
         self._end = ExitStack()
@@ -152,7 +151,7 @@ class Refresher:
 
     def _reload(self) -> None:
         """Read because time has passed: a replica may be asked, if it is not behind."""
-        if self._replica and self._read(self._replica):
+        if self._read_replica():
             self._reloaded()
         elif self._connection:
             self._preferences.reload(self._connection)
@@ -161,6 +160,16 @@ class Refresher:
             self._reloaded()
         else:
             self._reloads.fail()
+
+    def _read_replica(self) -> bool:
+        """One that hangs keeps us from hearing of changes: it has pauses of its own."""
+        if not self._replica or not self._replica_reads.due():
+            return False
+        if self._read(self._replica):
+            self._replica_reads.succeed(0.0)
+            return True
+        self._replica_reads.fail()
+        return False
 
     def _read(self, database: Database) -> bool:
         try:

@@ -14,6 +14,7 @@ from yoyo.connections import DatabaseURI
 
 from notifier import roles
 from notifier.db import Connection, Database
+from notifier.preferences import CHANGES
 from notifier.settings import Settings
 
 MIGRATIONS = Path(__file__).parent.parent / "migrations"
@@ -75,6 +76,8 @@ def migrate(settings: Settings) -> Migrated:
         pending = backend.to_apply(read_migrations(str(MIGRATIONS)))
         names = [migration.id for migration in pending]
         backend.apply_migrations(pending)
+        # No trigger tells of rows that came with the table, as from a backup.
+        connection.execute(f"NOTIFY {CHANGES}")
         return Migrated(names, roles.grant(connection, settings.db_username, settings.db_password))
 
 

@@ -168,12 +168,15 @@ class Secret:
         """Return the secret; a file is read each time, and a line end after it is no part of it.
 
         Raises:
-            ValueError: the file is empty, or no UTF-8.
+            ValueError: the file is empty, or no text in UTF-8.
             OSError: it can't be read.
         """
         if not self.file:
             return self.text
-        return _filled(Path(self.file).read_bytes().decode().rstrip("\r\n"))
+        text = Path(self.file).read_bytes().decode().rstrip("\r\n")
+        if "\0" in text:  # libpq would take what is before it for the whole
+            raise ValueError
+        return _filled(text)
 
 
 def _variable(kind: Kind, default: Any = ..., *, secret: bool = False) -> Any:
@@ -351,7 +354,7 @@ def _secret_file(name: str, text: str, file: str) -> Secret:
     try:
         secret.read()
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "empty, or no UTF-8"
+        why = error.strerror if isinstance(error, OSError) else "empty, or no text in UTF-8"
         # The value isn't shown: it may be the secret itself, in the wrong variable.
         raise SettingsError(
             f"{name}_FILE cannot be used ({why}): expected a readable file with the secret"

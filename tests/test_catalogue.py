@@ -161,6 +161,8 @@ def test_a_url_that_the_service_can_call_is_written_as_it_is(
                 "http://mail.example.com:port/",
                 "http://*.example.com/",  # only requests refuses it
                 "http://[::1/",
+                "ahttps://]",
+                "xn--http://][http://%25",
                 f"http://mail.example.com/{'a' * 2048}",
             )
         ],
@@ -185,6 +187,7 @@ def test_a_url_that_the_service_can_call_is_written_as_it_is(
                 "http://user@mail.example.com/",
                 "http://:p4ssword@mail.example.com/",
                 "http://@mail.example.com/",
+                "http://user:p4ssword\u20ac@mail.example.com/",
             )
         ],
     ],

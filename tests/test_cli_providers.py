@@ -269,7 +269,8 @@ def test_a_file_that_cannot_be_read_is_told_without_its_name(
     database: Environment, tmp_path: Path
 ) -> None:
     """Somebody may have given the secret itself."""
-    for file, why in ((SECRET, "No such file or directory"), (str(tmp_path), "Is a directory")):
+    is_none, is_folder = "No such file or directory", "Is a directory"
+    for file, why in ((SECRET, is_none), (str(tmp_path), is_folder), ("", is_folder)):
         message = failed(database, *ADD, "--secret-file", file)
         assert message == f"Error: --secret-file cannot be read: {why}"
 
@@ -592,6 +593,12 @@ def test_a_test_says_how_an_answer_failed(
     assert judged(found) == ("unknown", None, error)
     if error == "timeout":
         assert 300 <= found["duration_ms"] < 2000
+
+
+@pytest.mark.parametrize("to", ["", "nobody", "a@b\n", "a@b\udcff"])
+def test_a_test_wants_an_address(to: str, database: Environment) -> None:
+    message = failed(database, "test", "1", "--to", to, code=2)
+    assert message == "Error: Invalid value for --to: expected an e-mail address"
 
 
 def test_a_test_of_a_host_that_refuses_connections_was_not_sent(

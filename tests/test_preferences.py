@@ -21,6 +21,7 @@ from notifier.preferences import (
     QUERY,
     REPLAYED,
     SHORTEST_LIFETIME,
+    WARNING_PAUSE,
     WRITTEN,
     Preferences,
 )
@@ -276,13 +277,14 @@ def test_what_has_expired_is_served_at_once_with_a_warning_until_it_is_replaced(
     ask(known)
     assert warnings(caplog) == 0
     clock.now += 0.001
-    for _ in range(3):
+    for later in (0, 0, WARNING_PAUSE - 0.001, 0.002):
+        clock.now += later
         assert ids(ask(known, seconds=-1)) == [first]
-    assert (warnings(caplog), counting.connections) == (3, 1)
+    assert (warnings(caplog), counting.connections) == (2, 1)
     second = add_provider("http://b/")
     reload(known, counting)
     assert ids(ask(known)) == [first, second]
-    assert warnings(caplog) == 3
+    assert warnings(caplog) == 2
 
 
 def test_a_lifetime_that_is_too_short_to_be_kept_is_a_second(
@@ -564,5 +566,28 @@ def test_a_server_process_that_stops_costs_everybody_at_most_the_wait_and_their_
     assert len(stopped.processes) <= 2
 
 
-def test_the_wait_for_the_database_is_two_seconds() -> None:
+def test_nobody_waits_any_more_once_somebody_has_waited_in_vain(database: Environment) -> None:
+    """In an outage threads that wait would leave none for others."""
+    with silent() as port:
+        known = Preferences(Counting(database | {"DB_PORT": str(port)}), LIFETIME)
+        with within(DATABASE_WAIT + 1), pytest.raises(PreferencesUnavailable):
+            ask(known)
+        for _ in range(20):
+            with within(0.5), pytest.raises(PreferencesUnavailable):
+                ask(known)
+        eventually(no_load_is_under_way, DATABASE_WAIT + 5)
+
+
+def test_the_first_of_several_hosts_may_hang(
+    database: Environment, add_provider: Callable[..., int]
+) -> None:
+    added = add_provider("http://a/")
+    with silent() as port:
+        several = {"DB_HOST": f"{LOOPBACK},{LOOPBACK}", "DB_PORT": f"{port},{database['DB_PORT']}"}
+        assert ids(ask(Preferences(Counting(database | several), LIFETIME))) == [added]
+
+
+def test_the_wait_for_the_database_is_two_seconds_for_each_host(database: Environment) -> None:
     assert DATABASE_WAIT == 2.0
+    assert Database(Settings.from_env(database)).wait == DATABASE_WAIT
+    assert Database(Settings.from_env(database | {"DB_HOST": "a,b"})).wait == 2 * DATABASE_WAIT

@@ -14,11 +14,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from notifier import refresher
+from notifier import refresher, schema
 from notifier.db import DATABASE_WAIT, Connection, Database
 from notifier.models import Channel
-from notifier.preferences import Preferences
-from notifier.refresher import CHANGES, LONGEST_PAUSE, SHORTEST_PAUSE
+from notifier.preferences import CHANGES, Preferences
+from notifier.refresher import LONGEST_PAUSE, SHORTEST_PAUSE
 from notifier.settings import Settings
 from tests.conftest import Environment, Growth, connect
 from tests.refreshed import NAME, Refreshed, listening, wait_until_listening
@@ -175,6 +175,20 @@ def test_many_changes_at_once_are_read_together(
             )
     eventually(lambda: len(made.ids()) == 300)
     assert next(reloads) < 150
+
+
+def test_a_migration_lets_what_came_with_the_table_be_seen(
+    make: Make, add_provider: AddProvider, execute: Execute, database: Environment
+) -> None:
+    """A backup brings the rows before the triggers."""
+    made = make()
+    wait_until_listening()
+    execute("ALTER TABLE notification_preferences DISABLE TRIGGER USER")
+    added = add_provider("http://a/")
+    execute("ALTER TABLE notification_preferences ENABLE TRIGGER USER")
+    assert made.ids() == []
+    schema.migrate(Settings.from_env(database))
+    eventually(lambda: made.ids() == [added])
 
 
 # --- what must not be missed
@@ -428,6 +442,24 @@ def behind_on(replica: Replica, reload: Any) -> Any:
         return connection not in connections and reload(preferences, connection)
 
     return keep_unless_from_replica
+
+
+def test_a_replica_that_fails_is_asked_less_and_less(
+    make: Make, replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that hangs would keep us from hearing of changes each time."""
+    reloads: list[Connection] = []
+    reload = Preferences.reload
+
+    def note(preferences: Preferences, connection: Connection) -> bool:
+        reloads.append(connection)
+        return reload(preferences, connection)
+
+    monkeypatch.setattr(Preferences, "reload", note)
+    replica.away = True
+    make(SOON, replica=replica)
+    eventually(lambda: len(reloads) >= 9)
+    assert 2 <= replica.asked <= 5
 
 
 # --- faults

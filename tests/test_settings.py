@@ -512,10 +512,11 @@ def test_a_secrets_file_is_read_again_each_time(name: str, tmp_path: Path) -> No
     ("content", "why"),
     [
         (None, "No such file or directory"),
-        (b"", "empty, or no UTF-8"),
-        (b" \r\n", "empty, or no UTF-8"),
-        (PASSWORD.encode() + b"\xff", "empty, or no UTF-8"),
-        (PASSWORD.encode("utf-16"), "empty, or no UTF-8"),
+        (b"", "empty, or no text in UTF-8"),
+        (b" \r\n", "empty, or no text in UTF-8"),
+        (PASSWORD.encode() + b"\xff", "empty, or no text in UTF-8"),
+        (PASSWORD.encode("utf-16"), "empty, or no text in UTF-8"),
+        (PASSWORD.encode("utf-16-le"), "empty, or no text in UTF-8"),  # each other byte is a NUL
     ],
 )
 def test_a_secrets_file_that_cannot_be_used_is_a_problem_that_shows_no_secret(
