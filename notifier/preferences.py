@@ -97,7 +97,8 @@ class Preferences:
         self._keeping = threading.Lock()
         self._begun = itertools.count(1)
         self._generation = 0  # the number of the load that is held
-        self._position = 0  # of the last load from the primary
+        self._primarys = 0  # the number of the last load from the primary
+        self._position = 0  # of that load
         self._first_load: SingleFlight[str, None] = SingleFlight("preferences")
         self._first_load_at = -math.inf
         self._waiting_ends: float | None = None
@@ -153,8 +154,8 @@ class Preferences:
     def reload(self, connection: Connection) -> bool:
         """Replace what is held by what PostgreSQL has now; say whether that was not older.
 
-        It is older if a load that began later has ended already, or if it comes from a standby that
-        has not replayed what the primary had shown us.
+        It is older if a load that began later has ended already (for one from the primary: another
+        from there), or if it comes from a standby that has not replayed what the primary had shown.
 
         Raises:
             psycopg.Error: PostgreSQL cannot be asked; what is held stays.
@@ -192,11 +193,13 @@ class Preferences:
     def _keep(self, load: _Load, generation: int) -> bool:
         with self._keeping:
             behind = load.from_standby and load.position < self._position
-            if behind or generation < self._generation:
+            # A standby that was asked later may still have less than the primary.
+            overtaken_by = self._generation if load.from_standby else self._primarys
+            if behind or generation < overtaken_by:
                 return False
             self._generation = generation
             if not load.from_standby:
-                self._position = load.position
+                self._primarys, self._position = generation, load.position
             self._held = _Held(load.providers, self._clock() + self.lifetime)
             metrics.LAST_REFRESH.set_to_current_time()
             self._on_load(_hosts(load.providers))

@@ -1,5 +1,6 @@
 """The providers of a channel, from a real PostgreSQL: order, what is held, and what replaces it."""
 
+import errno
 import logging
 import os
 import signal
@@ -336,6 +337,17 @@ def test_who_waits_for_a_first_load_that_fails_gets_what_was_read_meanwhile(
     assert growth("preference_cache_total") == {("miss",): 1}
 
 
+def test_a_process_that_can_open_nothing_more_is_without_postgresql(
+    known: Preferences, counting: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> Connection:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(counting, "connect", fail)
+    with pytest.raises(PreferencesUnavailable):
+        ask(known)
+
+
 def test_each_look_up_is_counted_by_how_it_ended(
     known: Preferences, counting: Counting, clock: Clock, growth: Growth
 ) -> None:
@@ -491,6 +503,51 @@ def test_a_standby_is_believed_only_once_it_has_what_the_primary_had_shown(
     ):
         servers.position, servers.standby = position, standby
         assert (reload(known, counting), ids(ask(known))) == (kept, [held]), position
+
+
+def test_a_standby_that_was_asked_later_and_is_behind_does_not_keep_the_primarys_load_out(
+    known: Preferences,
+) -> None:
+    """Whose change was told before, so that nobody will tell of it again."""
+
+    def load(number: int, position: int, *, standby: bool) -> Any:
+        provider = Provider(number, Channel.EMAIL, "", "", None, "")
+        providers = {Channel.EMAIL: (provider,), Channel.PUSH: ()}
+        return preferences_module._Load(providers, position, standby)
+
+    for generation, position, standby, kept, held in (
+        (2, 5, True, True, 2),
+        (1, 9, False, True, 1),
+        (4, 10, True, True, 4),
+        (3, 12, True, False, 4),  # of two standbys the one that was asked later
+        (6, 20, False, True, 6),
+        (5, 21, False, False, 6),
+    ):
+        result = known._keep(load(generation, position, standby=standby), generation)
+        assert (result, ids(ask(known))) == (kept, [held]), generation
+
+
+def test_rows_show_at_least_what_a_standby_had_at_its_position_and_at_most_what_a_primary_had(
+    counting: Counting, add_provider: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that is added right after the position was read is seen on a standby only."""
+    value = preferences_module._value
+    added: list[int] = []
+
+    def then_add(connection: Connection, query: Any) -> int | None:
+        position = 5 if (standby, query) == (True, REPLAYED) else value(connection, query)
+        if position is not None:
+            added.append(add_provider("http://a/"))
+        return position
+
+    monkeypatch.setattr(preferences_module, "_value", then_add)
+    for standby in (False, True):
+        before = [*added]
+        with counting.connect() as connection:
+            load = preferences_module._read(connection)
+        assert load.from_standby is standby
+        assert len(added) == len(before) + 1
+        assert ids(load.providers[Channel.EMAIL]) == (added if standby else before)
 
 
 def test_a_primary_gives_the_place_in_its_log_after_what_was_read(
