@@ -38,8 +38,10 @@ class Refreshed:
             return [-1]
         return [provider.id for provider in self.preferences.providers(channel, 0)]
 
-    def threads(self) -> int:
-        return sum(thread.name == "refresher" for thread in threading.enumerate())
+
+def refreshers() -> int:
+    """Return how many threads there are of refreshers."""
+    return sum(thread.name == "refresher" for thread in threading.enumerate())
 
 
 def listening() -> bool:
