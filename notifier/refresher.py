@@ -131,6 +131,8 @@ class Refresher:
         if self._connection:
             self._connection.close()
             self._connection = None
+            if self._preferences.lacking():
+                self._reloads.at = min(self._reloads.at, time.monotonic() + LACKING)
         self._connects.fail()
 
     def _attend(self, connection: Connection) -> None:

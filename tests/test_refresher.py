@@ -550,6 +550,20 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     return [record for record in caplog.records if record.levelno == logging.ERROR]
 
 
+def test_once_the_listener_is_lost_a_channel_without_a_provider_is_asked_about_again_soon(
+    make: Make, add_provider: AddProvider, replica: Replica, database: Environment
+) -> None:
+    made = make(LONG, listening=replica)
+    wait_until_listening()
+    (process,) = listeners(database)
+    replica.away = True
+    with Database(Settings.from_env(database)).connect() as ending:
+        ending.execute("SELECT pg_terminate_backend(%s)", (process,))
+    eventually(lambda: not listening())
+    added = add_provider("http://a/")
+    eventually(lambda: made.ids() == [added])
+
+
 @pytest.mark.usefixtures("quick")
 def test_the_unforeseen_is_logged_and_tried_again(
     make: Make,
