@@ -134,9 +134,12 @@ class Database:
             file = self._password.file
             raise psycopg.OperationalError(f"cannot read the password in {file}") from None
         # Prepared statements gain nothing on few queries and break transaction poolers.
-        return psycopg.connect(
+        connection = psycopg.connect(
             **self._parameters, password=password, autocommit=True, prepare_threshold=None
         )
+        # Whatever the server's default: what is read after a lock or a position must be newer.
+        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        return connection
 
 
 @contextmanager

@@ -425,6 +425,23 @@ def test_a_transactions_time_limit_is_the_servers_too_and_ends_with_it(
         assert value(connection, limit) == before == "0"
 
 
+def test_each_statement_of_a_transaction_sees_what_is_committed_before_it_by_any_default(
+    database: Environment,
+) -> None:
+    name = sql.Identifier(database["DB_NAME"])
+    default = "ALTER DATABASE {} SET default_transaction_isolation = 'serializable'"
+    with connect(database) as admin:
+        admin.execute(sql.SQL(default).format(name))
+        with database_of(database).connect() as connection, transaction(connection, 10):
+            count = "SELECT count(*) FROM notification_preferences"
+            assert value(connection, count) == 0
+            admin.execute(
+                "INSERT INTO notification_preferences (provider_type, provider_name, host)"
+                " VALUES ('Email', 'n', 'http://a/')"
+            )
+            assert value(connection, count) == 1
+
+
 def test_the_server_gives_up_on_what_we_no_longer_wait_for(database: Environment) -> None:
     """It would not notice that we have left until the query is done."""
     with connect(database) as watching, database_of(database).connect() as connection:
