@@ -19,10 +19,10 @@ class Refreshed:
 
     def __init__(self, variables: dict[str, str], lifetime: float, **places: Any) -> None:
         settings = Settings.from_env(variables | {"APP_NAME": NAME})
-        database = Database(settings)
-        self.preferences = Preferences(database, lifetime)
-        places = {"listening": Database.listening(settings)} | places
-        self.refresher = Refresher(self.preferences, database, **places)
+        listening = Database.listening(settings)
+        places = {"database": Database(settings), "listening": listening} | places
+        self.preferences = Preferences(places["database"], lifetime)
+        self.refresher = Refresher(self.preferences, **places)
 
     def __enter__(self) -> "Refreshed":
         metrics.LISTENER_CONNECTED.set(0)

@@ -334,14 +334,6 @@ def test_without_a_listener_changes_are_seen_in_time_and_no_connection_is_held(
     assert "expired" not in caplog.text
 
 
-@pytest.mark.usefixtures("untold")
-def test_a_listener_reads_in_time_too(make: Make, add_provider: AddProvider) -> None:
-    made = make(SOON)
-    wait_until_listening()
-    added = add_provider("http://a/")
-    eventually(lambda: made.ids() == [added])
-
-
 def test_without_a_listener_a_channel_without_a_provider_is_asked_about_again_soon(
     make: Make, add_provider: AddProvider
 ) -> None:
@@ -349,6 +341,13 @@ def test_without_a_listener_a_channel_without_a_provider_is_asked_about_again_so
     eventually(lambda: made.ids() == [])
     added = add_provider("http://a/")
     eventually(lambda: made.ids() == [added])
+
+
+def test_a_listener_that_is_told_of_a_first_provider_does_not_ask_for_it(make: Make) -> None:
+    made = make(LONG)
+    wait_until_listening()
+    assert made.preferences.lacking()
+    assert made.refresher._reloads.at > time.monotonic() + LONG / 2
 
 
 def test_what_is_held_never_expires_while_postgresql_can_be_asked(
@@ -399,6 +398,17 @@ class Replica(Database):
 @pytest.fixture
 def replica(database: Environment) -> Replica:
     return Replica(database)
+
+
+@pytest.mark.usefixtures("untold")
+def test_a_listener_reads_in_time_too_and_with_the_connection_that_it_has(
+    make: Make, add_provider: AddProvider, replica: Replica
+) -> None:
+    made = make(SOON, database=replica)
+    wait_until_listening()
+    added = add_provider("http://a/")
+    eventually(lambda: made.ids() == [added])
+    assert replica.asked == 0
 
 
 def test_a_replica_is_read_when_time_has_passed_and_not_at_a_change(
@@ -548,6 +558,20 @@ def test_a_server_that_is_away_costs_few_attempts_and_lines(
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     return [record for record in caplog.records if record.levelno == logging.ERROR]
+
+
+def test_a_connection_that_worked_is_made_again_soon_however_often_it_is_lost(
+    make: Make, database: Environment, growth: Growth
+) -> None:
+    make()
+    with within(10), Database(Settings.from_env(database)).connect() as ending:
+        for times in range(1, 5):
+            wait_until_listening()
+            eventually(lambda: len(listeners(database)) == 1)
+            ending.execute("SELECT pg_terminate_backend(%s)", listeners(database))
+            again = {(): times}
+            eventually(lambda n=again: growth("preference_listener_reconnects_total") == n)
+        wait_until_listening()
 
 
 def test_once_the_listener_is_lost_a_channel_without_a_provider_is_asked_about_again_soon(

@@ -81,7 +81,10 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
 
 @pytest.mark.needs("postgresql")
 def test_a_replica_that_lags_never_brings_an_old_row_back_and_is_used_again_once_it_has_caught_up(
-    primary: SystemPostgres, standby: SystemPostgres, kept: list[tuple[bool, bool]]
+    primary: SystemPostgres,
+    standby: SystemPostgres,
+    kept: list[tuple[bool, bool]],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     variables = primary.environment | {"DB_READ_PORT": standby.environment["DB_PORT"]}
     replica = Database.reading(Settings.from_env(variables))
@@ -101,6 +104,7 @@ def test_a_replica_that_lags_never_brings_an_old_row_back_and_is_used_again_once
         while kept.count((True, False)) < 3:
             assert made.ids() == rows
         assert kept.count((False, True)) >= 2  # the primary was read in its place
+        assert "standby is behind, what it has is not used" in caplog.text
 
         standby.execute("SELECT pg_wal_replay_resume()")
         eventually(lambda: (True, True) in kept)
