@@ -156,12 +156,15 @@ def test_what_is_rolled_back_is_not_told(database: Environment, execute: Execute
     assert payloads == []
 
 
-def test_notifications_are_counted(make: Make, add_provider: AddProvider, growth: Growth) -> None:
+def test_notifications_are_counted(
+    make: Make, add_provider: AddProvider, execute: Execute, growth: Growth
+) -> None:
     make()
     wait_until_listening()
-    for heard in (1, 2):
-        add_provider("http://a/")
-        eventually(lambda n=heard: growth("preference_notifications_total") == {(): n})
+    add_provider("http://a/")
+    eventually(lambda: growth("preference_notifications_total") == {(): 1})
+    execute("UPDATE notification_preferences SET provider_type = 'PushNotification'")  # tells both
+    eventually(lambda: growth("preference_notifications_total") == {(): 3})
 
 
 def test_many_changes_one_after_the_other_are_read_with_a_pause_between(
@@ -409,6 +412,12 @@ def test_a_listener_reads_in_time_too_and_with_the_connection_that_it_has(
     added = add_provider("http://a/")
     eventually(lambda: made.ids() == [added])
     assert replica.asked == 0
+
+
+def test_without_a_pooler_one_connection_is_enough_to_listen(make: Make, replica: Replica) -> None:
+    make(LONG, listening=replica)
+    wait_until_listening()
+    assert replica.asked == 1
 
 
 def test_a_replica_is_read_when_time_has_passed_and_not_at_a_change(

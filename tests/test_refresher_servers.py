@@ -14,8 +14,9 @@ from psycopg import ConnectionInfo
 from notifier import schema
 from notifier.db import Connection, Database
 from notifier.preferences import Preferences, _Load
+from notifier.refresher import PROBES
 from notifier.settings import Settings
-from tests.conftest import Environment, MakeProvider, connect
+from tests.conftest import Environment, Growth, MakeProvider, connect
 from tests.pgbouncer import PgBouncer
 from tests.refreshed import Refreshed, listening, wait_until_listening
 from tests.service import Service
@@ -187,11 +188,15 @@ def test_a_pooler_of_transactions_is_no_way_to_listen_and_the_log_says_what_is(
 
 @pytest.mark.needs("pgbouncer")
 @pytest.mark.parametrize("pooler", ["session"], indirect=True)
-def test_a_pooler_of_sessions_is_a_way_to_listen(pooler: Environment) -> None:
-    with Refreshed(pooler, LONG) as made:
+def test_a_pooler_of_sessions_is_a_way_to_listen(
+    pooler: Environment, database: Environment, growth: Growth
+) -> None:
+    with Refreshed(pooler, LONG) as made, connect(database) as connection:
         wait_until_listening()
+        connection.execute(f"NOTIFY {PROBES}")  # another worker's
         added = add(pooler)
         eventually(lambda: made.ids() == [added])
+        assert growth("preference_notifications_total") == {(): 1}
 
 
 @pytest.mark.needs("pgbouncer")

@@ -267,6 +267,26 @@ def test_a_run_that_is_killed_within_a_step_leaves_nothing_that_blocks_the_next(
     assert_complete(empty_database)
 
 
+def test_a_server_that_ends_idle_transactions_does_not_end_the_lock(
+    empty_database: Environment,
+) -> None:
+    name, conflict = empty_database["DB_NAME"], CONFLICTS[NAMES[0]][0]
+    held_for_long = (
+        "SELECT FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory'"
+        " AND datname = current_database() AND now() - state_change > interval '3 s'"
+    )
+    with connect(empty_database) as other:  # which began before
+        limit = "SET idle_in_transaction_session_timeout = '2s'"
+        other.execute(f"ALTER DATABASE {name} {limit}")
+        other.execute("BEGIN")
+        other.execute(conflict)
+        with migrating(empty_database) as process:
+            eventually(lambda: rows(empty_database, held_for_long))
+            other.execute("ROLLBACK")
+            _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+
+
 @pytest.mark.parametrize("applied", [False, True])
 def test_a_lock_row_that_a_killed_process_left_blocks_nobody(
     empty_database: Environment, applied: bool
