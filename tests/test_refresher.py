@@ -1,5 +1,6 @@
 """When the preferences are read again: with a real PostgreSQL, its notifications and its faults."""
 
+import errno
 import logging
 import os
 import signal
@@ -132,6 +133,7 @@ def told(database: Environment) -> Iterator[list[str]]:
         ("INSERT INTO {} (provider_type, provider_name, host) VALUES ('Email', 'n', 'h')", "E"),
         ("UPDATE {} SET host = 'x' WHERE provider_type = 'PushNotification'", "P"),
         ("UPDATE {} SET provider_type = 'Email'", "EP"),
+        ("UPDATE {} SET provider_type = 'Email' WHERE provider_type <> 'Email'", "EP"),
         ("DELETE FROM {} WHERE provider_type = 'Email'", "E"),
         ("DELETE FROM {} WHERE false", ""),
         ("TRUNCATE {}", "EP"),
@@ -457,6 +459,21 @@ def test_where_the_replica_is_away_or_behind_the_primary_is_read(
     assert replica.asked > asked
 
 
+def test_a_replica_that_fails_in_any_way_costs_the_listener_nothing(
+    make: Make, replica: Replica, monkeypatch: pytest.MonkeyPatch, growth: Growth
+) -> None:
+    failed: list[float] = []
+
+    def fail() -> Connection:
+        failed.append(time.monotonic())
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(replica, "connect", fail)
+    make(SOON, replica=replica)
+    eventually(lambda: len(failed) > 2)
+    assert growth("preference_listener_reconnects_total") == {}
+
+
 def behind_on(replica: Replica, reload: Any) -> Any:
     """A `reload` that does not believe what comes from the replica."""
     connections: list[Connection] = []
@@ -595,6 +612,29 @@ def test_once_the_listener_is_lost_a_channel_without_a_provider_is_asked_about_a
     eventually(lambda: not listening())
     added = add_provider("http://a/")
     eventually(lambda: made.ids() == [added])
+
+
+def test_a_server_process_that_stops_before_it_listens_is_given_up_and_replaced(
+    make: Make, replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped: list[int] = []
+    connect_really = replica.connect
+
+    def connect_and_stop() -> Connection:
+        connection = connect_really()
+        if not stopped:
+            stopped.append(connection.info.backend_pid)
+            os.kill(stopped[0], signal.SIGSTOP)
+        return connection
+
+    monkeypatch.setattr(replica, "connect", connect_and_stop)
+    try:
+        make(LONG, listening=replica)
+        with within(DATABASE_WAIT + 8):
+            wait_until_listening()
+    finally:
+        for process in stopped:
+            os.kill(process, signal.SIGCONT)
 
 
 @pytest.mark.usefixtures("quick")
