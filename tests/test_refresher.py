@@ -16,12 +16,13 @@ import psycopg
 import pytest
 
 from notifier import refresher, schema
+from notifier.app import build
 from notifier.db import DATABASE_WAIT, Connection, Database
 from notifier.models import Channel
 from notifier.preferences import CHANGES, Preferences
 from notifier.refresher import LONGEST_PAUSE, SHORTEST_PAUSE, SPACING
 from notifier.settings import Settings
-from tests.conftest import Environment, Growth, connect
+from tests.conftest import Environment, Growth, MakeSettings, connect
 from tests.refreshed import NAME, Refreshed, listening, refreshers, wait_until_listening
 from tests.sockets import LOOPBACK, refusing, silent
 from tests.timing import eventually, within
@@ -471,7 +472,17 @@ def test_a_replica_that_fails_in_any_way_costs_the_listener_nothing(
     monkeypatch.setattr(replica, "connect", fail)
     make(SOON, replica=replica)
     eventually(lambda: len(failed) > 2)
+    assert listening()
     assert growth("preference_listener_reconnects_total") == {}
+
+
+@pytest.mark.parametrize(("port", "is_asked"), [(None, False), ("1", False), ("2", True)])
+def test_where_no_other_place_is_named_there_is_no_replica(
+    make_settings: MakeSettings, port: str | None, *, is_asked: bool
+) -> None:
+    notifier = build(make_settings(db_port="1", db_read_port=port))
+    assert (notifier.refresher._replica is not None) is is_asked
+    notifier.close()
 
 
 def behind_on(replica: Replica, reload: Any) -> Any:
