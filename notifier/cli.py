@@ -8,7 +8,7 @@ import psycopg
 from flask import Flask, current_app
 from flask.cli import with_appcontext
 
-from notifier import schema
+from notifier import roles, schema
 from notifier.cli_errors import explained
 from notifier.errors import Refused
 from notifier.roles import NotGranted
@@ -48,7 +48,7 @@ def _with_database(act: Callable[[Settings], Result]) -> Result:
         return act(current_app.extensions["notifier"].settings)
     except psycopg.errors.LockNotAvailable:
         raise Refused(
-            f"another migration has been running for {schema.LOCK_WAIT}; try again when it is done"
+            f"another migration has been running for {roles.LOCK_WAIT}; try again when it is done"
         ) from None
     except NotGranted as error:
         raise Refused(f"the schema is up to date, but {error}") from None

@@ -65,6 +65,7 @@ class Refresher:
         self._listening = listening
         self._replica = replica
         self._connection: Connection | None = None
+        self._connected_before = False
         self._connects = _Attempts()
         self._reloads = _Attempts()
         self._replica_reads = _Attempts()
@@ -112,9 +113,9 @@ class Refresher:
             self._wait(min(self._reloads.at, self._connects.at if self._listening else math.inf))
 
     def _connect(self, place: Database) -> None:
-        if self._connects.begun:
+        if self._connected_before:
             metrics.LISTENER_RECONNECTS.inc()
-        self._connects.begun = True
+        self._connected_before = True
         self._connection = connection = place.connect()
         with cut_off(connection, DATABASE_WAIT):
             _check_the_way(connection, place)
@@ -208,7 +209,6 @@ class _Attempts:
 
     def __init__(self) -> None:
         self.at = 0.0
-        self.begun = False
         self._pause = SHORTEST_PAUSE
 
     def due(self) -> bool:

@@ -32,6 +32,8 @@ OF_PUBLIC = ("DATABASE", "SCHEMA")
 # changes the same role at this moment makes ours fail in one of these ways, and try again.
 _OVERTAKEN = (DuplicateObject, UniqueViolation, InternalError_)
 _ATTEMPTS = 20
+
+# What a migration waits for another one: of this database, or of another one's same role.
 LOCK_WAIT = "60s"
 
 _ROLES = """

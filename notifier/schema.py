@@ -21,7 +21,6 @@ MIGRATIONS = Path(__file__).parent.parent / "migrations"
 
 # Any number will do, as long as it stays: it names this lock within the database.
 LOCK_KEY = 6_684_777_082
-LOCK_WAIT = "60s"
 
 
 class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]
@@ -105,7 +104,7 @@ def _alone(settings: Settings) -> Iterator[tuple[Connection, _Backend]]:
     """
     database = Database.migrating(settings)
     with database.connect() as holder, holder.transaction(), database.connect() as connection:
-        holder.execute(f"SET LOCAL lock_timeout = '{LOCK_WAIT}'")
+        holder.execute(f"SET LOCAL lock_timeout = '{roles.LOCK_WAIT}'")
         holder.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
         holder.execute("SELECT pg_advisory_xact_lock(%s)", (LOCK_KEY,))
         with _Backend(database) as backend:

@@ -157,6 +157,14 @@ _CA_BUNDLE = Kind("a readable PEM file, or folder, of certificates", _ca_bundle)
 _ROOT_CERT = Kind("a readable PEM file of certificates", lambda text: _ca_bundle(_readable(text)))
 
 
+def _secret(text: str) -> str:
+    """Return `text`; libpq would take what is before a NUL for the whole."""
+    if "\0" in text:
+        raise ValueError
+    text.encode()  # an environment's bytes may be no UTF-8
+    return _filled(text)
+
+
 @dataclass(frozen=True, slots=True)
 class Secret:
     """A secret's text, or the file that holds it, so that it can change while we run."""
@@ -173,10 +181,7 @@ class Secret:
         """
         if not self.file:
             return self.text
-        text = Path(self.file).read_bytes().decode().rstrip("\r\n")
-        if "\0" in text:  # libpq would take what is before it for the whole
-            raise ValueError
-        return _filled(text)
+        return _secret(Path(self.file).read_bytes().decode().rstrip("\r\n"))
 
 
 def _variable(kind: Kind, default: Any = ..., *, secret: bool = False) -> Any:
@@ -260,8 +265,9 @@ class Settings:
             given = {name for name in (first, second) if getattr(self, name) is not None}
             if len(given) == 1:
                 (other,) = {first, second} - given
-                missing = other.upper() + (f", or {other.upper()}_FILE," * ("password" in other))
-                raise SettingsError(f"{missing} is missing: {given.pop().upper()} needs it")
+                instead = f", or {other.upper()}_FILE," if "password" in other else ""
+                missing = f"{other.upper()}{instead} is missing"
+                raise SettingsError(f"{missing}: {given.pop().upper()} needs it")
 
     def _check_tls(self) -> None:
         for name in ("db_sslrootcert", "db_sslcert"):
@@ -337,13 +343,10 @@ def _read(spec: Field[Any], environ: Mapping[str, str], values: dict[str, Any]) 
             instead = f", or {name}_FILE" if secret else ""
             raise SettingsError(f"{name} is missing: expected {kind.expected}{instead}")
         return
-    if secret:
-        values[spec.name] = Secret(text)
-        return
     try:
-        values[spec.name] = kind.parse(text.strip())
+        values[spec.name] = Secret(_secret(text)) if secret else kind.parse(text.strip())
     except ValueError:
-        shown = json.dumps(text[:100])
+        shown = "no text in UTF-8" if secret else json.dumps(text[:100])
         raise SettingsError(f"{name} is {shown}: expected {kind.expected}") from None
 
 

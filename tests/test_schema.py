@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from click.testing import Result
 
-from notifier import schema
+from notifier import roles, schema
 from notifier.app import create_app
 from notifier.db import Database
 from notifier.dev.cluster import SERVING
@@ -369,7 +369,7 @@ def test_a_database_without_an_encoding_works_too(empty_database: Environment) -
 def test_who_waits_too_long_for_another_migration_says_so_in_one_line(
     empty_database: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schema, "LOCK_WAIT", "200ms")
+    monkeypatch.setattr(roles, "LOCK_WAIT", "200ms")
     with connect(empty_database) as other:
         other.execute("SELECT pg_advisory_lock(%s)", (schema.LOCK_KEY,))
         for command in ("migrate", "rollback"):

@@ -624,3 +624,10 @@ def test_files_for_tls_without_tls_are_refused(name: str) -> None:
         f"{name} is set, but DB_SSLMODE is disable: expected verify-full"
     )
     Settings.from_env(REQUIRED | given | {"DB_SSLMODE": "verify-full"})
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_in_the_environment_that_is_no_text_is_refused_and_not_shown(name: str) -> None:
+    message = problem(REQUIRED | {"DB_MIGRATION_USERNAME": "m", name: os.fsdecode(b"p4ss\xff")})
+    assert message.startswith(f"{name} is no text in UTF-8: ")
+    assert "p4ss" not in message
