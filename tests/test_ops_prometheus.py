@@ -16,6 +16,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from notifier import schema
+from notifier.cli_providers import providers
 from notifier.settings import Settings
 from tests.conftest import Environment, MakeProvider, connect
 from tests.prometheus import SHIPPED, Prometheus
@@ -169,6 +170,13 @@ def test_an_alert_is_tested_both_firing_and_silent(name: str) -> None:
         if check["alertname"] == name
     }
     assert ends == {True, False}
+
+
+def test_the_commands_that_alerts_name_exist() -> None:
+    texts = [text for alert in ALERTS.values() for text in alert["annotations"].values()]
+    named = re.findall(r"flask --app notifier\.app providers (\w+)", " ".join(texts))
+    assert {"list", "edit", "remove", "restore"} == set(named)
+    assert set(named) <= providers.commands.keys()
 
 
 @pytest.mark.parametrize("name", ALERTS)

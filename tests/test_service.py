@@ -12,9 +12,10 @@ import psutil
 import pytest
 import requests
 
-from tests.conftest import create_database
+from tests.conftest import connect, create_database
 from tests.scripted_provider import Peer, Received, Script, answer, close, reset
 from tests.service import MESSAGE, ROOT, Service, clean_environment
+from tests.timing import eventually
 
 StartService = Callable[..., Service]
 ENVELOPE_404 = {"error": {"code": "E103", "message": "no such path"}}
@@ -298,3 +299,27 @@ def test_no_secret_recipient_or_text_is_ever_logged(
     for secret in (SECRET, SECRET.upper(), RECIPIENT, TEXT):
         assert secret not in log
     assert "v***@example.com" in log
+
+
+def test_a_rotated_password_is_used_without_a_restart(
+    start_service: StartService, database, make_provider, add_provider, tmp_path
+):
+    """Who is connected stays so: the next connection reads the file again."""
+    role = f"rotating_{database['DB_NAME']}"
+    file = tmp_path / "password"
+    file.write_text("first\n")
+    with connect(database) as owner:
+        owner.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'first'")
+        owner.execute(f"GRANT SELECT ON notification_preferences TO {role}")
+        service = start_service(DB_USERNAME=role, DB_PASSWORD="", DB_PASSWORD_FILE=str(file))
+        service.wait_until_listening()
+        owner.execute(f"ALTER ROLE {role} PASSWORD 'second'")
+        file.write_text("second\n")
+        owner.execute(f"GRANT {role} TO {owner.info.user}")
+        owner.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", (role,)
+        )
+    eventually(lambda: service.metric("preference_listener_reconnects_total") >= 2)
+    service.wait_until_listening()
+    add_provider(make_provider().url)
+    eventually(lambda: service.notify().status_code == 200)
