@@ -171,19 +171,26 @@ def test_notifications_are_counted(
     eventually(lambda: growth("preference_notifications_total") == {(): 3})
 
 
-def test_many_changes_one_after_the_other_are_read_with_a_pause_between(
-    make: Make, database: Environment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = make()
-    wait_until_listening()
+@pytest.fixture
+def began(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When each reading began."""
+    times: list[float] = []
     reload = Preferences.reload
-    began: list[float] = []
 
     def note(preferences: Preferences, connection: Connection) -> bool:
-        began.append(time.monotonic())
+        times.append(time.monotonic())
         return reload(preferences, connection)
 
     monkeypatch.setattr(Preferences, "reload", note)
+    return times
+
+
+def test_many_changes_one_after_the_other_are_read_with_a_pause_between(
+    make: Make, database: Environment, began: list[float]
+) -> None:
+    made = make()
+    wait_until_listening()
+    began.clear()
     with connect(database) as connection:
         for _ in range(300):  # each a transaction of its own
             connection.execute(
@@ -504,20 +511,12 @@ def behind_on(replica: Replica, reload: Any) -> Any:
 
 
 def test_a_replica_that_fails_is_asked_less_and_less(
-    make: Make, replica: Replica, monkeypatch: pytest.MonkeyPatch
+    make: Make, replica: Replica, began: list[float]
 ) -> None:
     """One that hangs would keep us from hearing of changes each time."""
-    reloads: list[Connection] = []
-    reload = Preferences.reload
-
-    def note(preferences: Preferences, connection: Connection) -> bool:
-        reloads.append(connection)
-        return reload(preferences, connection)
-
-    monkeypatch.setattr(Preferences, "reload", note)
     replica.away = True
     make(SOON, replica=replica)
-    eventually(lambda: len(reloads) >= 9)
+    eventually(lambda: len(began) >= 9)
     assert 2 <= replica.asked <= 5
 
 
