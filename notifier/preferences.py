@@ -74,7 +74,8 @@ class Preferences:
     `reload`, which somebody else calls in time, and is served until then, be it expired.
 
     Shared: what is held, one reference that is read without a lock and replaced under `_keeping`,
-    which also guards what decides about that: the generation and the position.
+    which also guards what decides about that: the generation and the position. The times of the
+    first load and of the warning are unguarded: at worst one more is begun or written.
 
     Args:
         database: asked by the first look-up.
