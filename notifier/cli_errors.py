@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import click
 import psycopg
 
+from notifier.db import first_line
 from notifier.errors import Refused
 
 
@@ -17,6 +18,4 @@ def explained() -> Iterator[None]:
     except Refused as error:
         raise click.ClickException(str(error)) from None
     except psycopg.Error as error:
-        # The lines after the first may quote rows, secrets included.
-        first_line = str(error).strip().partition("\n")[0]
-        raise click.ClickException(f"PostgreSQL: {first_line}") from None
+        raise click.ClickException(first_line(error)) from None

@@ -86,14 +86,13 @@ class Database:
         role: tuple[str, Secret] | None = None,
         primary: bool = False,
     ) -> None:
-        self.name = settings.db_name
         self.username, self._password = role or (settings.db_username, settings.db_password)
         host, port = place or settings.serve_place
         self.wait = DATABASE_WAIT * len(host.split(","))
         self._parameters: dict[str, Any] = {
             "host": host,
             "port": port,
-            "dbname": self.name,
+            "dbname": settings.db_name,
             "user": self.username,
             "sslmode": settings.db_sslmode,
             "sslrootcert": settings.db_sslrootcert,
@@ -189,3 +188,9 @@ def reason(error: BaseException) -> str:
 def describe(error: BaseException) -> dict[str, str]:
     """Return the fields that a log line may have about an error of PostgreSQL."""
     return {"error": type(error).__name__, "reason": reason(error)}
+
+
+def first_line(error: psycopg.Error) -> str:
+    """Return what an operator may read of an error; the lines after it may quote rows."""
+    line = str(error).strip().partition("\n")[0]
+    return f"PostgreSQL: {line}"

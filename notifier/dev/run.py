@@ -16,7 +16,7 @@ import psycopg
 import requests
 
 from notifier import schema
-from notifier.db import Database
+from notifier.db import Database, first_line
 from notifier.dev import postgres, seed
 from notifier.dev.mock_provider import MockProvider
 from notifier.dev.seed import PROVIDERS, Mock
@@ -47,8 +47,7 @@ def main() -> int:
     except (CannotRun, NotGranted, SettingsError, postgres.PostgresError) as error:
         print(f"make run: {error}", file=sys.stderr)
     except psycopg.Error as error:
-        first_line = str(error).strip().partition("\n")[0]
-        print(f"make run: PostgreSQL: {first_line}", file=sys.stderr)
+        print(f"make run: {first_line(error)}", file=sys.stderr)
     return 1
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import psycopg
 
-from notifier.db import Database
+from notifier.db import Database, first_line
 from notifier.models import Channel
 from notifier.settings import Settings, SettingsError
 
@@ -72,8 +72,7 @@ def main() -> int:
     except SettingsError as error:
         print(f"seed: {error}", file=sys.stderr)
     except psycopg.Error as error:
-        first_line = str(error).strip().partition("\n")[0]
-        print(f"seed: PostgreSQL: {first_line}", file=sys.stderr)
+        print(f"seed: {first_line(error)}", file=sys.stderr)
     else:
         print("added the mock providers" if added else "there are providers already")
         return 0
