@@ -71,7 +71,7 @@ class Stage:
     def another(self, **variables: str) -> Iterator[Service]:
         """Start another service, of one worker, on the same PostgreSQL."""
         ours = {"WEB_CONCURRENCY": "1", "LOG_LEVEL": "INFO"}
-        service = Service(self.folder, measure.serving(self.server) | ours | variables)
+        service = Service(self.folder, postgres.serving(self.server.env) | ours | variables)
         try:
             yield service.wait_until_ready()
         finally:
@@ -90,7 +90,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         stack.callback(server.close)
         *email, push = (stack.enter_context(MockProvider(name, 0)) for name in ("a", "b", "push"))
         measure.provide(server, {Channel.EMAIL: email[0].url, Channel.PUSH: push.url})
-        service = Service(folder, measure.serving(server) | variables)
+        service = Service(folder, postgres.serving(server.env) | variables)
         stack.callback(service.stop)
         service.wait_until_ready().wait_until_listening()
         yield Stage(server, email, folder, service)

@@ -293,16 +293,11 @@ def measure(stack: ExitStack) -> int:
     push = stack.enter_context(MockProvider("push", 0))
     provide(server, {Channel.EMAIL: email[0].url, Channel.PUSH: push.url})
     print(_machine(server), flush=True)
-    with service(serving(server)) as running:
+    with service(postgres.serving(server.env)) as running:
         lost = show_staleness(running, server, email)
-    with service(serving(server), CACHE_EXPIRED_TIME="1s") as running:
+    with service(postgres.serving(server.env), CACHE_EXPIRED_TIME="1s") as running:
         lost += show_outages(running, server, email)
     return 1 if lost else 0
-
-
-def serving(server: postgres.Server) -> dict[str, str]:
-    """Return the `DB_*` that the service may have."""
-    return {name: text for name, text in server.env.items() if "MIGRATION" not in name}
 
 
 def provide(server: postgres.Server, urls: Mapping[Channel, str]) -> None:

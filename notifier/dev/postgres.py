@@ -31,7 +31,7 @@ from typing import IO
 from notifier.dev import cluster
 from notifier.dev.cluster import PostgresError
 
-__all__ = ["PostgresError", "Server", "acquire", "main", "server", "without_database"]
+__all__ = ["PostgresError", "Server", "acquire", "main", "server", "serving", "without_database"]
 
 READY = "ready"
 
@@ -107,6 +107,11 @@ def main(arguments: list[str]) -> int:
 def without_database(environment: Mapping[str, str]) -> dict[str, str]:
     """Return a copy of `environment` that says nothing of any database."""
     return {name: value for name, value in environment.items() if not name.startswith("DB_")}
+
+
+def serving(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return a copy of `environment` without the role that migrates: what the service may have."""
+    return {n: value for n, value in environment.items() if not n.startswith("DB_MIGRATION_")}
 
 
 def _complain(message: str, status: int) -> int:

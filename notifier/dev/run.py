@@ -139,11 +139,10 @@ def _start_service(
     # stop once. The guard stops it too should we be killed.
     python = [sys.executable, "-m"]
     bind = f"{HOST}:{settings.http_server_port}"
-    serving = {n: value for n, value in environment.items() if not n.startswith("DB_MIGRATION_")}
     service = subprocess.Popen(
         [*python, "notifier.dev.guard", *python, "gunicorn", "--bind", bind],
         cwd=ROOT,
-        env=serving,
+        env=postgres.serving(environment),
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
