@@ -7,14 +7,21 @@ Here one deadline holds for the whole exchange: its sockets set what is left bef
 
 import socket
 import ssl
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
-from http.client import BadStatusLine, HTTPResponse, parse_headers
-from typing import Any
+from http.client import (
+    BadStatusLine,
+    HTTPException,
+    HTTPResponse,
+    LineTooLong,
+    RemoteDisconnected,
+)
+from typing import IO, Any
 
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -23,6 +30,18 @@ from urllib3.exceptions import NewConnectionError
 # What may be spent on an answer once its status line is known. The rest of the answer changes
 # nothing; it is read only so that the connection can be used again.
 DRAIN_SECONDS = 1.0
+DRAIN_BYTES = 64 * 1024
+
+# The most that the fields of an answer may take.
+HEAD_BYTES = 64 * 1024
+
+# Enough for any length that is not too long.
+MOST_DIGITS = 18
+
+# Where tcpi_bytes_acked is in Linux's struct tcp_info.
+BYTES_ACKED = slice(120, 128)
+
+BODILESS = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
 
 Address = tuple[Any, Any, int, str, Any]  # as getaddrinfo returns them
 
@@ -34,7 +53,7 @@ class Exchange:
     deadline: float  # time.monotonic()
     resolve: Callable[[str, int, float], list[Address]]  # host, port, seconds it may take
     stage: str = "url"  # how far it came: then dns, connect, tunnel (a proxy's), tls, sent
-    status: int | None = None
+    unread: bool = False  # whether the connection was closed before the request reached the peer
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
@@ -57,8 +76,8 @@ class Exchange:
             self.stage = "sent"
         return self.time_left()
 
-    def status_arrived(self, status: int) -> None:
-        self.status = status
+    def answered(self) -> None:
+        """Note that the status has come: there is little time for the rest."""
         self.deadline = min(self.deadline, time.monotonic() + DRAIN_SECONDS)
 
     def connect(self, host: str, port: int) -> socket.socket:
@@ -134,30 +153,86 @@ class BoundedTLSSocket(_BoundedSocket, ssl.SSLSocket):
         exchange = _current.get()
         exchange.stage = "tls"
         self.settimeout(exchange.time_left())
+        self.suppress_ragged_eofs = False
         super().do_handshake(block)
 
+    def recv_into(self, *args: Any) -> int:
+        try:
+            return super().recv_into(*args)
+        except ssl.SSLEOFError as error:  # a reset too; neither is a proper end
+            raise ConnectionResetError from error
 
-class _StatusFirst(HTTPResponse):
-    """Reports its status before it reads the headers, which may never end.
 
-    Interim answers are stepped over, as RFC 9110 section 15.2 has it; http.client knows only 100.
+class _Answer(HTTPResponse):
+    """An answer, of which only the status counts.
+
+    http.client would make an e-mail message of its fields, which takes longer than the rest of the
+    exchange, and up to 6 MiB. Here they are read for what says where the body ends.
     """
 
+    # What urllib3 asks an answer for.
+    version_string = "HTTP/1.1"
+    length_remaining = None
+    headers: Any
+
+    def begin(self) -> None:
+        self.protocol, self.status, _ = self._read_status()
+        self.headers = {}
+        _current.get().answered()
+
+    def drained(self) -> bool:
+        """Read the rest, if it is not too long; say whether the next answer begins behind it."""
+        self.headers = fields = _read_fields(self.fp)
+        self.chunked = fields.get("transfer-encoding", "").lower() == "chunked"
+        self.chunk_left = None
+        self.length = 0 if self.status in BODILESS else _length(fields)
+        if self.protocol != "HTTP/1.1" or "close" in fields.get("connection", "").lower():
+            return False
+        if not self.chunked and (self.length is None or self.length > DRAIN_BYTES):
+            return False
+        self.read(DRAIN_BYTES + 1)
+        return self.isclosed() or self.length == 0
+
     def _read_status(self) -> tuple[str, int, str]:
+        """Step over interim answers, as RFC 9110, section 15.2 has it; http.client knows one."""
         line: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
         while line[1] < HTTPStatus.OK:
             if line[1] == HTTPStatus.SWITCHING_PROTOCOLS:
                 raise BadStatusLine("nobody asked for another protocol")
-            parse_headers(self.fp)
+            _read_fields(self.fp)
             line = super()._read_status()  # type: ignore[misc]
-        exchange = _current.get()
-        if exchange.stage == "sent":
-            exchange.status_arrived(line[1])
         return line
 
 
+def _read_fields(lines: IO[bytes]) -> dict[str, str]:
+    """Return the fields up to the empty line, by name in lower case."""
+    fields: dict[str, str] = {}
+    left = HEAD_BYTES
+    while (line := lines.readline(left)) not in (b"\r\n", b"\n"):
+        left -= len(line)
+        if not line.endswith(b"\n"):
+            raise LineTooLong("the fields of an answer")
+        name, _, value = line.decode("latin-1").partition(":")
+        name = name.lower()
+        # Said twice, they are one list: RFC 9110 section 5.3.
+        fields[name] = f"{fields[name]}, {value.strip()}" if name in fields else value.strip()
+    return fields
+
+
+def _length(fields: Mapping[str, str]) -> int | None:
+    """Return the length of the body, None if it is not said, or not clearly."""
+    length = fields.get("content-length", "")
+    if "transfer-encoding" in fields or not (length.isascii() and length.isdigit()):
+        return None
+    return int(length[:MOST_DIGITS])
+
+
 class _Connection(HTTPConnection):
-    response_class = _StatusFirst
+    """urllib3's connection; writes a request at once, and reads an answer for its status."""
+
+    response_class = _Answer
+    _kept = False  # whether it has served a request before
+    _acknowledged = None  # of what was sent before this request
 
     def _new_conn(self) -> socket.socket:
         try:
@@ -173,17 +248,67 @@ class _Connection(HTTPConnection):
         super().connect()
         _current.get().stage = "connect"  # behind a tunnel it is the provider's turn again
 
+    def request(  # type: ignore[override]
+        self, method: str, url: str, body: bytes, headers: Mapping[str, str], **_: object
+    ) -> None:
+        self._acknowledged = _acknowledged(self.sock) if self._kept else None
+        fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        self.send(f"{method} {url} HTTP/1.1\r\n{fields}\r\n".encode("latin-1") + body)
+
+    def close(self) -> None:
+        super().close()
+        self._kept = False
+
+    def getresponse(self) -> _Answer:  # type: ignore[override]
+        answer = _Answer(self.sock, method="POST")
+        usable = False
+        try:
+            answer.begin()
+            with suppress(OSError, HTTPException, ValueError):  # the status has decided
+                usable = answer.drained()
+        except RemoteDisconnected:
+            _current.get().unread = self._closed_before()
+            raise
+        finally:
+            answer.close()
+            if not usable:
+                self.close()
+        self._kept = usable
+        return answer
+
+    def _closed_before(self) -> bool:
+        """Say whether the peer had closed the kept connection before the request arrived there.
+
+        It has ended the connection properly, which would have acknowledged all that had come by
+        then, and has acknowledged nothing of the request: nobody can have read that, and it may be
+        sent again (RFC 9110, section 9.2.2). A reset acknowledges nothing, and so tells nothing.
+        """
+        before = self._acknowledged
+        return before is not None and _acknowledged(self.sock) == before
+
+
+def _acknowledged(sock: socket.socket) -> int | None:
+    """Return how many bytes the peer has acknowledged; None where the system does not tell."""
+    if not sys.platform.startswith("linux"):
+        return None
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED.stop)
+    return int.from_bytes(info[BYTES_ACKED], sys.byteorder)
+
 
 class _TLSConnection(_Connection, HTTPSConnection):
     pass
 
 
 class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Connection
+    ConnectionCls = _Connection  # type: ignore[assignment]
+
+    def urlopen(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the connection back with the answer: that has been read."""
+        return super().urlopen(*args, **kwargs | {"release_conn": True})
 
 
-class _TLSPool(HTTPSConnectionPool):
-    ConnectionCls = _TLSConnection
+class _TLSPool(_Pool, HTTPSConnectionPool):
+    ConnectionCls = _TLSConnection  # type: ignore[assignment]
 
 
 POOLS = {"http": _Pool, "https": _TLSPool}

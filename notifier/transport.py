@@ -1,35 +1,55 @@
-"""How a POST goes out: one requests session per worker, its connections bounded by `exchange`."""
+"""How a POST goes out: one requests adapter per worker, its connections bounded by `exchange`."""
 
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from http.client import HTTPException
-from http.cookiejar import DefaultCookiePolicy
 from ipaddress import ip_address, ip_network
 from typing import Any
 from urllib import request as urllib_request
+from urllib.parse import urlsplit
 
 import certifi
 import requests
 from requests.adapters import HTTPAdapter
-from requests.cookies import RequestsCookieJar
 from urllib3.exceptions import HTTPError, LocationParseError
-from urllib3.util import parse_url
+from urllib3.util import Timeout, parse_url
 from urllib3.util.ssl_ import create_urllib3_context
 
 from notifier import exchange
 from notifier.errors import TransportError
 from notifier.exchange import Address, Exchange
 from notifier.logs import causes
+from notifier.models import DEFAULT_PORTS
 from notifier.settings import trust
 from notifier.single_flight import SingleFlight
 
-# The most that is read of an answer's body. It says nothing that counts; a connection whose answer
-# has been read can be used again.
-DRAIN_BYTES = 64 * 1024
-
-# Hosts whose idle connections are kept. Beyond that the least recently used host loses its own.
+# Hosts whose idle connections are kept. Beyond that one host loses its own.
 POOLED_HOSTS = 100
+
+# For requests: the sockets know what is left of the exchange's time. Made once.
+_UNBOUNDED: Any = Timeout(None)
+
+
+class _Request(requests.PreparedRequest):
+    """A prepared request that knows the pool of its connections and its target in the first line.
+
+    requests would work both out for every request, and much else that is the same for all requests
+    to a URL: they are copies of one that it has prepared.
+    """
+
+    pool: Any
+    target: str
+
+    def with_body(self, body: bytes, headers: Mapping[str, str]) -> "_Request":
+        """Return a request of this kind with `body`, and `headers` besides its own."""
+        request = _Request()
+        request.method, request.url, request.body = self.method, self.url, body
+        request.pool, request.target = self.pool, self.target
+        length = {"Content-Length": str(len(body))}
+        request.headers = {**self.headers, **headers, **length}  # type: ignore[assignment]
+        return request
 
 
 class _Adapter(HTTPAdapter):
@@ -59,10 +79,31 @@ class _Adapter(HTTPAdapter):
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
         """Leave the connection alone: the context verifies, and has read its CA bundle once."""
 
+    def prepared(self, url: str, headers: Mapping[str, str], proxies: dict[str, str]) -> _Request:
+        """Return what is the same for all requests to `url`."""
+        request = _Request()
+        request.prepare("POST", url, headers)
+        request.pool = super().get_connection_with_tls_context(request, True, proxies=proxies)
+        request.headers["Host"] = _host_field(request.url or "")
+        request.target = super().request_url(request, proxies)
+        return request
 
-class _Session(requests.Session):
-    def get_redirect_target(self, resp: Any) -> None:
-        """Say that nothing redirects: requests reads a redirect's whole body even unfollowed."""
+    def get_connection_with_tls_context(self, request: Any, *_: Any, **__: Any) -> Any:
+        return request.pool
+
+    def request_url(self, request: Any, proxies: Any) -> Any:
+        return request.target
+
+    def build_response(self, req: Any, resp: Any) -> requests.Response:
+        response = requests.Response()
+        response.status_code, response.request = resp.status, req
+        return response
+
+
+def _host_field(url: str) -> str:
+    """Return the host as a request names it: without a default port, without a user's name."""
+    parts = urlsplit(url)
+    return parts.netloc.rpartition("@")[2].removesuffix(f":{DEFAULT_PORTS[parts.scheme]}")
 
 
 def tls_context(ca_bundle: str | None) -> ssl.SSLContext:
@@ -88,22 +129,23 @@ class Transport:
     ) -> None:
         self._proxies = dict(proxies)
         self._look_ups: SingleFlight[tuple[str, int], list[Address]] = SingleFlight("look-up")
-        self._session = _Session()
-        self._session.trust_env = False  # no netrc, and no environment read for each request
-        self._session.cookies = RequestsCookieJar(DefaultCookiePolicy(allowed_domains=[]))
-        self._session.headers["User-Agent"] = user_agent
-        adapter = _Adapter(tls_context(ca_bundle), connections)
-        self._session.mount("http://", adapter)
-        self._session.mount("https://", adapter)
+        self._headers = {
+            "User-Agent": user_agent,
+            "Content-Type": "application/json",
+            "Accept": "*/*",
+        }
+        self._adapter = _Adapter(tls_context(ca_bundle), connections)
+        self._prepared = lru_cache(POOLED_HOSTS)(self._prepare)
 
     def close(self) -> None:
         """Close the idle connections."""
-        self._session.close()
+        self._adapter.close()
 
     def post(self, url: str, body: bytes, headers: Mapping[str, str], deadline: float) -> int:
         """Return the status of the answer to a POST; redirects are not followed.
 
         Args:
+            body: JSON.
             deadline: on `time.monotonic()`; holds for everything from the look-up to the last byte.
 
         Raises:
@@ -111,24 +153,20 @@ class Transport:
         """
         current = Exchange(deadline, self._resolve)
         with current.under_way(), _no_library_errors(current):
-            self._post(current, url, body, headers)
-        if current.status is None:
-            raise TransportError("protocol")
-        return current.status
+            return self._send(self._prepared(url).with_body(body, headers), current)
 
-    def _post(self, current: Exchange, url: str, body: bytes, headers: Mapping[str, str]) -> None:
-        response = self._session.post(
-            url,
-            data=body,
-            headers=headers,
-            proxies=self._proxies_for(url),
-            allow_redirects=False,
-            stream=True,
-        )
-        with response:
-            current.status = response.status_code
-            if int(response.headers.get("Content-Length", 0)) <= DRAIN_BYTES:
-                response.raw.read(DRAIN_BYTES + 1, decode_content=False)
+    def _send(self, request: _Request, current: Exchange) -> int:
+        """Return the status; what nobody has read is sent again, at last over a new connection."""
+        while True:
+            current.unread = False
+            try:
+                return self._adapter.send(request, timeout=_UNBOUNDED).status_code
+            except requests.ConnectionError:
+                if not current.unread:
+                    raise
+
+    def _prepare(self, url: str) -> _Request:
+        return self._adapter.prepared(url, self._headers, self._proxies_for(url))
 
     def _resolve(self, host: str, port: int, seconds: float) -> list[Address]:
         def look_up() -> list[Address]:
@@ -163,13 +201,11 @@ def _networks(no_proxy: str) -> Iterator[Any]:
 
 @contextmanager
 def _no_library_errors(current: Exchange) -> Iterator[None]:
-    """Turn what requests, urllib3 and http.client raise into a TransportError, unless the status
-    line has arrived: it decides, however the rest of the answer went."""
+    """Turn what requests, urllib3 and http.client raise into a TransportError."""
     try:
         yield
     except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as error:
-        if current.status is None:
-            raise TransportError(_kind(error, current.stage)) from error
+        raise TransportError(_kind(error, current.stage)) from error
 
 
 def _kind(error: BaseException, stage: str) -> str:

@@ -78,6 +78,14 @@ class Peer:
         """Say nothing until the test ends."""
         self._stopping.wait()
 
+    def say_goodbye(self) -> None:
+        """Close as TLS wants it; without TLS, just close."""
+        if isinstance(self._sock, ssl.SSLSocket):
+            self._sock.settimeout(0.05)
+            with contextlib.suppress(OSError):  # the caller says none
+                self._sock.unwrap()
+        self.close()
+
     def reset(self) -> None:
         """Close with a TCP reset."""
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -158,6 +166,10 @@ class ScriptedProvider:
             with contextlib.suppress(OSError):  # it has ended by itself
                 sock.shutdown(socket.SHUT_RDWR)
             thread.join(5)
+
+    def serving(self) -> list[threading.Thread]:
+        """Return the threads of its connections, also of those that have ended."""
+        return list(self._serving)
 
     def _accept(self) -> None:
         while not self._stopping.is_set():

@@ -7,8 +7,10 @@ import gc
 import itertools
 import os
 import ssl
+import sys
 import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,8 +18,8 @@ import pytest
 
 from notifier import exchange as exchange_module
 from notifier.errors import TransportError
-from notifier.exchange import DRAIN_SECONDS
-from notifier.transport import DRAIN_BYTES, Transport
+from notifier.exchange import DRAIN_BYTES, DRAIN_SECONDS
+from notifier.transport import Transport
 from tests.conftest import MakeProvider, MakeTransport
 from tests.posting import failure, post
 from tests.scripted_provider import (
@@ -390,3 +392,96 @@ def test_sockets_and_threads_are_given_back(
             post(transport, "http://does-not-exist.invalid/", seconds=2)
     transport.close()
     eventually(lambda: in_use() == before, 5)
+
+
+# --- connections that are closed while nobody uses them
+
+
+@pytest.fixture
+def unseen_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a closing go unseen before a connection is used again, as if it had just begun."""
+    monkeypatch.setattr("urllib3.connectionpool.is_connection_dropped", lambda _: False)
+
+
+def one_answer_each(peer: Peer, _: Received) -> None:
+    """Answer, keep the connection by what is said, and close it."""
+    peer.send(STATUS_LINE + b"Content-Length: 2\r\n\r\n{}")
+    peer.say_goodbye()
+
+
+def closed_by_now(provider: ScriptedProvider) -> None:
+    """Wait until the provider has nothing more to do with its connections."""
+    eventually(lambda: not any(thread.is_alive() for thread in provider.serving()))
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what arrived")
+
+
+@linux_only
+@pytest.mark.usefixtures("unseen_closing")
+def test_a_connection_that_was_closed_while_it_lay_idle_fails_nothing(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    provider.script = one_answer_each
+    for number in range(1, 6):
+        assert post(transport, provider.url) == 200
+        closed_by_now(provider)
+        assert (len(provider.received), provider.connections) == (number, number)
+
+
+@linux_only
+@pytest.mark.usefixtures("unseen_closing")
+def test_several_connections_that_were_closed_while_they_lay_idle_fail_nothing(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    provider.script = together = Together(3)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: post(transport, provider.url), range(3)))
+    assert provider.connections == 3
+    together.closed.set()
+    closed_by_now(provider)
+    provider.script = answer()
+    assert post(transport, provider.url) == 200
+    assert (len(provider.received), provider.connections) == (4, 4)
+
+
+class Together:
+    """Answers so many requests at the same moment; closes when it is told to."""
+
+    def __init__(self, parties: int) -> None:
+        self._here = threading.Barrier(parties, timeout=10)
+        self.closed = threading.Event()
+
+    def __call__(self, peer: Peer, _: Received) -> None:
+        self._here.wait()
+        peer.send(STATUS_LINE + b"Content-Length: 2\r\n\r\n{}")
+        self.closed.wait(10)
+        peer.say_goodbye()
+
+
+@pytest.mark.parametrize("how", [close, reset])
+def test_a_request_that_was_read_is_never_sent_again(
+    transport: Transport, provider: ScriptedProvider, how: Script
+) -> None:
+    assert post(transport, provider.url) == 200
+    provider.script = how
+    assert failure(transport, provider.url) == "reset"
+    assert (len(provider.received), provider.connections) == (2, 1)
+
+
+def test_a_request_whose_connection_is_closed_unread_by_a_reset_is_not_sent_again(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    """A reset may come from somebody who has read all of it."""
+    gone = threading.Event()
+
+    def stop_reading(peer: Peer, _: Received) -> None:
+        peer.send(STATUS_LINE + b"Content-Length: 2\r\n\r\n{}")
+        gone.wait(10)
+        peer.reset()
+
+    provider.script = stop_reading
+    assert post(transport, provider.url) == 200
+    threading.Timer(0.1, gone.set).start()
+    assert failure(transport, provider.url) == "reset"
+    assert (len(provider.received), provider.connections) == (1, 1)
