@@ -97,6 +97,9 @@ class NotificationSchema(Schema):
         return Message(**data)
 
 
+_SCHEMA = NotificationSchema()  # loading changes nothing in it
+
+
 @blueprint.post("/recipient/<recipient>/notify", provide_automatic_options=False)
 def notify(recipient: str) -> Response:
     """Deliver one notification, and say so only when every channel of the recipient has."""
@@ -124,7 +127,7 @@ def _parse_message(body: object) -> Message:
     if not isinstance(body, dict):
         raise InvalidRequest("body: must be a JSON object")
     try:
-        message: Message = NotificationSchema().load(body)
+        message: Message = _SCHEMA.load(body)
     except ValidationError as error:
         raise InvalidRequest(_describe(error.messages_dict)) from None
     return message

@@ -32,6 +32,9 @@ BREAKER_FAILURE = {"not_sent": True, "unknown": True, "rejected": False}
 # the third of three attempts has always a little less than the whole.
 FULL_ATTEMPT = 0.9
 
+# What json.dumps would make for each call.
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
 log = logging.getLogger(__name__)
 
 
@@ -127,7 +130,7 @@ def _body(provider: Provider, message: Message) -> bytes:
         "message": message.message,
         "secret_key": provider.secret_key,
     }
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    return _JSON.encode(fields).encode()
 
 
 def _headers() -> dict[str, str]:

@@ -49,6 +49,10 @@ def sends(data: bytes, then: Script = close) -> Script:
     return script
 
 
+def say_goodbye(peer: Peer, _: Received) -> None:
+    peer.say_goodbye()
+
+
 def drips(data: bytes) -> Script:
     return lambda peer, _: peer.drip(data, pause=0.02)
 
@@ -115,7 +119,7 @@ NO_STATUS_LINE: dict[str, tuple[Script, str]] = {
     "hangs": (hang, "timeout"),
     "resets": (reset, "reset"),
     "closes": (close, "reset"),
-    "closes within the status line": (sends(b"HTTP/1.1 "), "protocol"),
+    "closes within the status line": (sends(b"HTTP/1.1 ", say_goodbye), "protocol"),
     "speaks another protocol": (sends(b"SSH-2.0-OpenSSH_9.6\r\n"), "protocol"),
     "answers binary garbage": (sends(bytes(range(256)) * 4), "protocol"),
     "sends a line without end": (floods(b"H" * 65536), "protocol"),
