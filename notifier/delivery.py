@@ -29,13 +29,14 @@ log = logging.getLogger(__name__)
 class ChannelResult(NamedTuple):
     """How one channel ended, through which provider, after how many attempts.
 
-    `outcome` is one of `OUTCOMES`.
+    `outcome` is one of `OUTCOMES`; `skipped` counts the providers that were not asked.
     """
 
     channel: Channel
     outcome: str
     provider: str | None = None
     attempts: int = 0
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ class Delivery:
     def _first_that_accepts(
         self, channel: Channel, providers: Iterable[Provider], message: Message, deadline: float
     ) -> ChannelResult:
-        attempts = 0
+        attempts = skipped = 0
         for place, provider in enumerate(providers):
             if deadline - time.monotonic() < MIN_ATTEMPT:
                 log.error("deadline passed", extra={"channel": channel})
@@ -131,13 +132,14 @@ class Delivery:
                 self._providers.send(provider, message, deadline)
             except AttemptFailed as failure:
                 attempts += failure.outcome != "skipped"
+                skipped += failure.outcome == "skipped"
                 if failure.outcome == "cut_short":
                     break
             else:
                 if place:
                     metrics.fell_back(channel).inc()
-                return ChannelResult(channel, "delivered", provider.name, attempts + 1)
-        return ChannelResult(channel, "failed", None, attempts)
+                return ChannelResult(channel, "delivered", provider.name, attempts + 1, skipped)
+        return ChannelResult(channel, "failed", None, attempts, skipped)
 
 
 def _start_at_zero() -> None:

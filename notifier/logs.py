@@ -8,8 +8,9 @@ import logging
 import re
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import TracebackType
@@ -29,6 +30,9 @@ _QUOTES_THE_REQUEST = re.compile(
 )
 
 _MOST_CAUSES = 20
+
+# A line for each request would be all that the log has.
+SPARING_PAUSE = 1.0
 
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
@@ -84,6 +88,27 @@ def log_dead_thread(ended: threading.ExceptHookArgs) -> None:
         logging.getLogger(__name__).error(
             "a thread has died", exc_info=ended.exc_value, extra={"dead_thread": name}
         )
+
+
+class Sparing:
+    """Says when something that happens for every request is logged: once a second, with a count.
+
+    Unguarded: where threads meet, one line more is written, or one time less is counted.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._again_at: dict[Hashable, float] = {}
+        self._times: dict[Hashable, int] = {}
+
+    def times(self, key: Hashable) -> int:
+        """Return how often it has happened to `key` since it was last logged, 0 to log nothing."""
+        times = self._times[key] = self._times.get(key, 0) + 1
+        now = self._clock()
+        if now < self._again_at.get(key, now):
+            return 0
+        self._again_at[key], self._times[key] = now + SPARING_PAUSE, 0
+        return times
 
 
 def mask_address(to: str) -> str:

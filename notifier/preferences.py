@@ -15,6 +15,7 @@ import psycopg
 from notifier import metrics
 from notifier.db import Connection, Database, describe, transaction
 from notifier.errors import PreferencesUnavailable
+from notifier.logs import Sparing
 from notifier.models import Channel, Provider
 from notifier.single_flight import SingleFlight
 
@@ -42,9 +43,6 @@ SHORTEST_LIFETIME = 1.0
 
 # After a first load that failed nobody begins another one so soon.
 FIRST_LOAD_PAUSE = 1.0
-
-# A warning for each look-up would be all that the log has.
-WARNING_PAUSE = 1.0
 
 # How a look-up ends: held, the first load, expired, nothing to serve.
 RESULTS = ("hit", "miss", "stale", "error")
@@ -74,8 +72,8 @@ class Preferences:
     `reload`, which somebody else calls in time, and is served until then, be it expired.
 
     Shared: what is held, one reference that is read without a lock and replaced under `_keeping`,
-    which also guards what decides about that: the generation and the position. The times of the
-    first load and of the warning are unguarded: at worst one more is begun or written.
+    which also guards what decides about that: the generation and the position. The time of the
+    first load is unguarded: at worst one more is begun.
 
     Args:
         database: asked by the first look-up.
@@ -103,7 +101,7 @@ class Preferences:
         self._first_load: SingleFlight[str, None] = SingleFlight("preferences")
         self._first_load_at = -math.inf
         self._waiting_ends: float | None = None
-        self._warning_at = -math.inf
+        self._stale = Sparing(clock)
         self._count = {result: metrics.PREFERENCE_CACHE.labels(result) for result in RESULTS}
 
     def providers(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
@@ -123,16 +121,10 @@ class Preferences:
             log.debug("preferences cache hit", extra={"channel": channel})
             self._count["hit"].inc()
         else:
-            self._warn()
             self._count["stale"].inc()
+            if times := self._stale.times("all"):
+                log.warning("serving expired preferences", extra={"times": times})
         return held.providers[channel]
-
-    def _warn(self) -> None:
-        """Say now and then that what is served has expired; the count tells how often."""
-        now = self._clock()
-        if now >= self._warning_at:
-            self._warning_at = now + WARNING_PAUSE
-            log.warning("serving expired preferences")
 
     def held(self) -> bool:
         """Say whether the providers are known here, be they expired."""

@@ -49,6 +49,7 @@ class Providers:
         self._transport = transport
         self._breakers = breakers
         self._timeout = timeout
+        self._refused = logs.Sparing()
 
     def close(self) -> None:
         """Close the connections to the providers."""
@@ -66,7 +67,9 @@ class Providers:
         try:
             self._guarded(provider, message, deadline)
         except AttemptFailed as failure:
-            _log_failure(provider, failure)
+            times = self._refused.times(provider.id) if failure.reason == "breaker" else 1
+            if times:
+                _log_failure(provider, failure, times)
             raise
 
     def send_unguarded(self, provider: Provider, message: Message) -> int:
@@ -154,7 +157,7 @@ def _count(provider: Provider, status: int | None, error: str, began: float) -> 
         metrics.called(provider.host, status, error).record(time.monotonic() - began)
 
 
-def _log_failure(provider: Provider, failure: AttemptFailed) -> None:
+def _log_failure(provider: Provider, failure: AttemptFailed, times: int) -> None:
     log.log(
         logging.ERROR if failure.status is None else logging.WARNING,
         "attempt failed",
@@ -165,5 +168,6 @@ def _log_failure(provider: Provider, failure: AttemptFailed) -> None:
             "host": provider.host,
             "outcome": failure.outcome,
             "reason": failure.reason,
+            "times": times,
         },
     )

@@ -283,7 +283,7 @@ def test_a_row_without_a_usable_url_is_skipped_with_an_error_in_the_log(
     assert made.to(Recipient.BUYER)
     assert len(second.received) == 1
     assert list(made.breakers._by_host) == [second.host]
-    assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 1)]
+    assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 1, skipped=1)]
     (error,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert (error.__dict__["provider_id"], error.__dict__["reason"]) == (1, "url")
 
@@ -297,7 +297,7 @@ def test_a_host_whose_breaker_is_open_is_skipped_and_its_breaker_records_nothing
     assert made.breakers.of(first.host).state == "open"
     for _ in range(3):
         assert made.to(Recipient.BUYER)
-        assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 1)]
+        assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 1, skipped=1)]
     assert (len(first.received), len(second.received)) == (1, 4)
     assert made.recorded(first.host) == "failure"  # the one before it opened
 

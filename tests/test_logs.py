@@ -274,3 +274,14 @@ def test_lines_go_to_stdout() -> None:
     )
     assert json.loads(done.stdout)["message"] == "an event"
     assert done.stderr == b""
+
+
+def test_what_happens_often_is_logged_once_a_second_with_how_often_it_happened() -> None:
+    now = 0.0
+    sparing = logs.Sparing(lambda: now)
+    assert [sparing.times("a") for _ in range(3)] == [1, 0, 0]
+    assert sparing.times("b") == 1
+    now = logs.SPARING_PAUSE - 0.001
+    assert sparing.times("a") == 0
+    now = logs.SPARING_PAUSE
+    assert [sparing.times(key) for key in "aab"] == [4, 0, 1]

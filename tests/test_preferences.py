@@ -16,13 +16,13 @@ import pytest
 from notifier import preferences as preferences_module
 from notifier.db import DATABASE_WAIT, Connection, Database
 from notifier.errors import PreferencesUnavailable
+from notifier.logs import SPARING_PAUSE
 from notifier.models import Channel, Provider
 from notifier.preferences import (
     FIRST_LOAD_PAUSE,
     QUERY,
     REPLAYED,
     SHORTEST_LIFETIME,
-    WARNING_PAUSE,
     WRITTEN,
     Preferences,
 )
@@ -278,7 +278,7 @@ def test_what_has_expired_is_served_at_once_with_a_warning_until_it_is_replaced(
     ask(known)
     assert warnings(caplog) == 0
     clock.now += 0.001
-    for later in (0, 0, WARNING_PAUSE - 0.001, 0.002):
+    for later in (0, 0, SPARING_PAUSE - 0.001, 0.002):
         clock.now += later
         assert ids(ask(known, seconds=-1)) == [first]
     assert (warnings(caplog), counting.connections) == (2, 1)
