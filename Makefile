@@ -9,7 +9,7 @@ WITH_DATABASE := $(BIN)/python -m notifier.dev.postgres
 FLASK := $(BIN)/flask --app notifier.app
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint measure migrate rollback providers up down
+.PHONY: help install run test lint measure chaos migrate rollback providers up down
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ lint: install ## Check style, format and types.
 
 measure: install ## Measure how late changes are seen and what outages cost; takes two minutes.
 	@exec $(BIN)/python -m notifier.dev.measure
+
+chaos: install ## Break everything around the service under load, and check what must hold; takes three minutes.
+	@exec $(BIN)/python -m notifier.dev.chaos
 
 migrate: install ## Bring the database's schema up to date.
 	@$(WITH_DATABASE) $(FLASK) migrate

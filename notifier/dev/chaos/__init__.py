@@ -1,0 +1,1 @@
+"""`make chaos`: what holds while everything around the service fails, under load."""

@@ -1,0 +1,39 @@
+"""Run the chaos, and print what came of it; the exit code is 1 if an invariant was violated."""
+
+import argparse
+import random
+import signal
+import sys
+
+import psycopg
+
+from notifier.dev import measure, postgres
+from notifier.dev.chaos import invariants
+from notifier.dev.chaos.report import report
+from notifier.dev.chaos.stage import run
+
+SECONDS = 150.0
+
+
+def main() -> int:
+    """Read the command line, run, and print the report; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m notifier.dev.chaos")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))  # noqa: S311
+    parser.add_argument("--seconds", type=float, default=SECONDS)
+    given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print(f"{parser.prog} --seed {given.seed} --seconds {given.seconds:g}\n", flush=True)
+    try:
+        seen = run(given.seed, given.seconds)
+    except (measure.CannotMeasure, TimeoutError, postgres.PostgresError, psycopg.Error) as error:
+        print(f"make chaos: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    violations = invariants.check(seen)
+    print(report(seen, violations))
+    return 1 if any(violations.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
