@@ -34,7 +34,7 @@ from notifier.dev.chaos.stage import run
 from notifier.models import Channel
 from tests.timing import eventually
 
-SEED = 5
+SEED = 2959
 SMALL = Kinds(
     processes=("kill a worker", "reload"),
     database=("PostgreSQL killed", "replace a URL"),
@@ -116,6 +116,7 @@ SOUND = Evidence(
     ],
     absences=[ABSENT],
     kills=[KILL],
+    reloads=[50.0],
     faults=Counter({"kill a worker": 1}),
     before=Period(0.0, 10.0, CALM),
     after=Period(100.0, 110.0, CALM),
@@ -162,6 +163,7 @@ BROKEN = {
     ),
     "no answer": ("replied_in_time", with_reply(3, status=0)),
     "an error after the deadline": ("replied_in_time", with_reply(3, seconds=2.9)),
+    "an error long after the deadline": ("replied_in_time", with_reply(3, seconds=25.0)),
     "an error in HTML": ("replied_in_time", with_reply(3, body=None)),
     "another code": ("replied_in_time", with_reply(3, body=said("", 503, 0).body)),
     "an envelope with more in it": (

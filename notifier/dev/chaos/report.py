@@ -27,14 +27,17 @@ def _figures(seen: Evidence) -> dict[str, object]:
     delivered = [one for one in seen.replies if one.status == HTTPStatus.OK]
     errors = [one for one in seen.replies if one.status not in (0, HTTPStatus.OK)]
     cut = sum(one.cut for one in seen.replies)
-    limits = seen.limits
+    limits, held_up = seen.limits, seen.held_up()
     hostile = [one.behaviour for one in seen.deliveries if one.behaviour in limits.kinds]
     return {
         "requests": len(seen.replies),
         "answered 200; the slowest": f"{len(delivered)}; {_slowest(delivered)}",
         "answered otherwise": _counts(Counter(str(one.status) for one in errors)),
-        "of them without having read any provider": len([*seen.lines_with(UNREAD)]),
+        "of them without having read any provider": len(
+            {one.request_id for one in seen.lines_with(UNREAD)}
+        ),
         "the slowest of them": f"{_slowest(errors)}; the deadline is {limits.deadline:g} s",
+        "replies that a reload held up; the slowest": f"{len(held_up)}; {_slowest(held_up)}",
         "connections cut; kills can explain": f"{cut}; {limits.threads * len(seen.kills)}",
         "deliveries to providers": len(seen.deliveries),
         "notifications delivered after a failed attempt": seen.fallbacks(),

@@ -52,7 +52,7 @@ class Pace(NamedTuple):
 
 PROCESSES_PACE = Pace((2.0, 8.0), (0.0, 0.0))
 DATABASE_PACE = Pace((0.5, 2.0), (0.5, 3.5))
-PROVIDER_PACE = Pace((0.5, 4.0), (1.0, 3.5))
+PROVIDER_PACE = Pace((0.5, 3.0), (0.5, 2.5))
 
 Track = tuple[Fault, ...]
 
@@ -82,7 +82,7 @@ def plan(seed: int, seconds: float, providers: int, kinds: Kinds) -> Schedule:
 def _track(rng: random.Random, seconds: float, kinds: Sequence[str], pace: Pace) -> Iterator[Fault]:
     """Yield every kind once, in any order, then again, until the time is over."""
     at = 0.0
-    while True:
+    while kinds:
         for kind in rng.sample(kinds, len(kinds)):
             at += rng.uniform(*pace.pause)
             lasts = rng.uniform(*pace.lasting)

@@ -63,6 +63,7 @@ class Stage:
         self.service = service
         self.rows = rows
         self.kills: list[float] = []
+        self.reloads: list[float] = []
         self.faults: Counter[str] = Counter()
         self._server = server
         self._providers = providers
@@ -96,6 +97,7 @@ class Stage:
 
     def _process(self, fault: Fault) -> None:
         if fault.kind == "reload":
+            self.reloads.append(time.time())
             self._master().send_signal(signal.SIGHUP)
         else:
             self._kill(fault.choice)
@@ -182,6 +184,7 @@ def run(
         lines,
         here.rows.absences(),
         here.kills,
+        here.reloads,
         here.faults,
         before,
         after,
