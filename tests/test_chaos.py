@@ -79,12 +79,12 @@ def opens(host: str, at: float, worker: str = "worker-1") -> Line:
     return Line(worker, at, CHANGED, None, host, to_state="open")
 
 
-CALM = Size(workers=3, threads=10, files=30, memory=40_000_000)
+CALM = Size(workers=3, threads=10, files=30, to_providers=4, memory=40_000_000)
 PUSH = Delivery("PushNotification", "push:1", "b", 20.0, ACCEPTS, True)
 KILL = 25.0
 ABSENT = Absence("mail:2", 40.0, 41.0)
 SOUND = Evidence(
-    limits=Limits(1.8, 1.0, 2.0, 2, 2, frozenset({"kill a worker", "hangs"}), 4),
+    limits=Limits(1.8, 1.0, 2.0, 2, 4, 2, frozenset({"kill a worker", "hangs"}), 4),
     replies=[
         said("a", 200, 1.0),
         said("b", 200, 20.0, "seller"),
@@ -196,6 +196,7 @@ BROKEN = {
     "the same notification twice": ("delivered_once", with_delivery(SOUND.deliveries[1])),
     "more threads": ("nothing_leaks", afterwards(threads=19)),
     "more files": ("nothing_leaks", afterwards(files=35)),
+    "more connections": ("nothing_leaks", afterwards(to_providers=5)),
     "more memory": ("nothing_leaks", afterwards(memory=60_000_001)),
     "more workers": ("nothing_leaks", afterwards(workers=4)),
     "fewer workers": ("nothing_leaks", afterwards(workers=2)),

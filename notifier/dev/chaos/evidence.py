@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from http import HTTPStatus
@@ -76,7 +76,8 @@ class Size(NamedTuple):
 
     workers: int
     threads: int
-    files: int
+    files: int  # the connections to providers left out
+    to_providers: int  # connections
     memory: int  # bytes of its own
 
 
@@ -96,6 +97,7 @@ class Limits:
     margin: float  # what a loaded machine may add to it
     open_seconds: float
     threads: int  # requests at a time per worker
+    callers: int
     hosts: int
     kinds: frozenset[str]  # of faults
     requests: int
@@ -173,11 +175,16 @@ def _read_log(path: Path) -> Iterator[Line]:
             yield Line(path.stem, at, *(fields.get(name) for name in names))
 
 
-def size(workers: list[psutil.Process]) -> Size:
-    """Measure the workers."""
-    return Size(
-        workers=len(workers),
-        threads=max(worker.num_threads() for worker in workers),
-        files=max(worker.num_fds() for worker in workers),
-        memory=max(worker.memory_full_info().uss for worker in workers),
+def size(workers: list[psutil.Process], hosts: Container[str]) -> Size:
+    """Measure the workers, which call `hosts`."""
+    threads, files, to_providers, memory = zip(
+        *(_size(worker, hosts) for worker in workers), strict=True
     )
+    return Size(len(workers), max(threads), max(files), max(to_providers), max(memory))
+
+
+def _size(worker: psutil.Process, hosts: Container[str]) -> tuple[int, int, int, int]:
+    peers = [one.raddr for one in worker.net_connections("tcp4") if one.raddr]
+    to_providers = sum(f"{peer.ip}:{peer.port}" in hosts for peer in peers)
+    files = worker.num_fds() - to_providers
+    return worker.num_threads(), files, to_providers, worker.memory_full_info().uss

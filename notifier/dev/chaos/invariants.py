@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import NamedTuple
 
-from notifier.dev.chaos.evidence import ADMITTED, BOOTING, FAILED, Evidence, Reply
+from notifier.dev.chaos.evidence import ADMITTED, BOOTING, FAILED, Evidence, Reply, Size
 
 CHANNELS = {"buyer": {"Email"}, "seller": {"Email", "PushNotification"}}
 CODES: dict[int, str] = {
@@ -20,10 +20,9 @@ CUT_WITHIN = 2.0  # seconds that a killed process's connections may take to end
 # How an attempt fails with a provider that has accepted: the answer came too late.
 UNHEARD = frozenset({"timeout", "deadline"})
 
-# What a worker may have more than before: pools of threads that have grown to their full size (of
-# requests, and of a seller's second channel), the idle connections to each host, and some memory.
+# So many times `threads`: the pools of threads, for requests, those that wait, and second channels.
 POOLS = 4
-MEMORY = 1.5
+MEMORY = 1.5  # so many times as much as before
 
 
 class Violation(NamedTuple):
@@ -129,11 +128,12 @@ def delivered_once(seen: Evidence) -> Iterator[Violation]:
 
 def nothing_leaks(seen: Evidence) -> Iterator[Violation]:
     """Afterwards the workers are as many and about as large as they were before."""
-    before, after = seen.before.size, seen.after.size
-    pools = POOLS * seen.limits.threads
-    most = before._replace(
-        threads=before.threads + pools,
-        files=before.files + seen.limits.hosts * seen.limits.threads,
+    before, after, limits = seen.before.size, seen.after.size, seen.limits
+    most = Size(
+        workers=before.workers,
+        threads=before.threads + POOLS * limits.threads,
+        files=before.files + limits.callers,
+        to_providers=limits.hosts * limits.threads,
         memory=int(before.memory * MEMORY),
     )
     for name, bound in most._asdict().items():

@@ -59,5 +59,6 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _size(size: Size) -> str:
-    memory = size.memory / 2**20
-    return f"{size.threads} threads, {size.files} files, {memory:.0f} MiB"
+    memory = f"{size.memory / 2**20:.0f} MiB"
+    connections = f"{size.to_providers} connections to providers"
+    return f"{size.threads} threads, {connections}, {size.files} other files, {memory}"

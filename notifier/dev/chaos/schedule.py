@@ -54,6 +54,9 @@ PROCESSES_PACE = Pace((2.0, 8.0), (0.0, 0.0))
 DATABASE_PACE = Pace((0.5, 2.0), (0.5, 3.5))
 PROVIDER_PACE = Pace((0.5, 3.0), (0.5, 2.5))
 
+# Of the time. What is left is for the last workers: a new one has leaked nothing.
+PROCESSES_SHARE = 2 / 3
+
 Track = tuple[Fault, ...]
 
 
@@ -69,11 +72,11 @@ def plan(seed: int, seconds: float, providers: int, kinds: Kinds) -> Schedule:
     """Return what fails within so many seconds."""
     rng = random.Random(seed)  # noqa: S311 it is to be repeated, not to be a secret
 
-    def track(kinds: Sequence[str], pace: Pace) -> Track:
-        return tuple(_track(rng, seconds, kinds, pace))
+    def track(kinds: Sequence[str], pace: Pace, share: float = 1.0) -> Track:
+        return tuple(_track(rng, share * seconds, kinds, pace))
 
     return Schedule(
-        track(kinds.processes, PROCESSES_PACE),
+        track(kinds.processes, PROCESSES_PACE, PROCESSES_SHARE),
         track(kinds.database, DATABASE_PACE),
         tuple(track(kinds.providers, PROVIDER_PACE) for _ in range(providers)),
     )

@@ -67,6 +67,7 @@ class Stage:
         self.faults: Counter[str] = Counter()
         self._server = server
         self._providers = providers
+        self._hosts = {provider.host for provider in providers}
         self._stopping = threading.Event()
 
     def run(self, schedule: Schedule) -> None:
@@ -87,7 +88,7 @@ class Stage:
         """Let the load go on for so many seconds."""
         began = time.time()
         time.sleep(seconds)
-        return Period(began, time.time(), size(self._workers()))
+        return Period(began, time.time(), size(self._workers(), self._hosts))
 
     def _follow(self, began: float, track: Track, make: Callable[[Fault], None]) -> None:
         for fault in track:
@@ -173,6 +174,7 @@ def run(
         margin=MARGIN,
         open_seconds=OPEN,
         threads=THREADS,
+        callers=callers.CALLERS,
         hosts=PROVIDERS * len(Channel),
         kinds=kinds.all(),
         requests=int(LEAST_RATE * seconds),
