@@ -233,6 +233,10 @@ def test_an_invariant_sees(what: str) -> None:
     assert len([*invariant(broken)]) == 1
 
 
+def test_a_reload_may_hold_a_reply_up() -> None:
+    assert [*invariants.replied_in_time(with_reply(3, began=50.1, seconds=5.0))] == []
+
+
 @pytest.mark.parametrize(
     "allowed",
     [
@@ -372,6 +376,7 @@ def test_the_exit_code_says_whether_all_held(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("no_proxy", "")  # which the command changes
     monkeypatch.setattr(sys, "argv", ["chaos", "--seed", "3", "--seconds", "9"])
     monkeypatch.setattr(command, "run", lambda seed, seconds: {(3, 9.0): evidence}[seed, seconds])
     assert command.main() == code

@@ -11,8 +11,8 @@ import requests
 
 from notifier.dev.chaos.evidence import Reply
 
-CALLERS = 12
-PAUSE = 0.1  # seconds from a reply to the next request
+CALLERS = 8  # no more than a worker has threads: none has to wait for one
+PAUSE = 0.06  # seconds from a reply to the next request
 GIVE_UP = 20.0
 MESSAGE = {"to": "someone@example.com", "title": "Sold", "message": "Your bicycle is sold."}
 

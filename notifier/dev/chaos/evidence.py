@@ -17,7 +17,6 @@ CHANGED = "circuit breaker changed state"
 UNREAD = "preferences unavailable"
 MESSAGES = frozenset({ADMITTED, FAILED, CHANGED, UNREAD})
 
-
 # gunicorn ends the old workers while the new ones are still booting, for so many seconds at most.
 BOOTING = 4.0
 
@@ -156,9 +155,7 @@ class Evidence:
     def known_of(self, request_id: str) -> list[str]:
         """Describe what everybody saw of one request."""
         records = (self.replies, self.deliveries, self.lines)
-        return [
-            str(one) for records_ in records for one in records_ if one.request_id == request_id
-        ]
+        return [str(one) for seen_by in records for one in seen_by if one.request_id == request_id]
 
 
 def read_logs(folder: Path) -> list[Line]:

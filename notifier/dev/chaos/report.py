@@ -37,9 +37,11 @@ def _figures(seen: Evidence) -> dict[str, object]:
             {one.request_id for one in seen.lines_with(UNREAD)}
         ),
         "the slowest of them": f"{_slowest(errors)}; the deadline is {limits.deadline:g} s",
+        "allowed for what the machine adds": f"{limits.margin:g} s",
         "replies that a reload held up; the slowest": f"{len(held_up)}; {_slowest(held_up)}",
         "connections cut; kills can explain": f"{cut}; {limits.threads * len(seen.kills)}",
         "deliveries to providers": len(seen.deliveries),
+        "notifications that two providers of a channel accepted, one too late": _twice(seen),
         "notifications delivered after a failed attempt": seen.fallbacks(),
         "breakers opened": len(seen.openings()),
         "attempts that a breaker refused": seen.refusals(),
@@ -48,6 +50,11 @@ def _figures(seen: Evidence) -> dict[str, object]:
         "largest worker before": _size(seen.before.size),
         "largest worker afterwards": _size(seen.after.size),
     }
+
+
+def _twice(seen: Evidence) -> int:
+    channels = ([one.channel for one in accepted] for accepted in seen.accepted().values())
+    return sum(len(accepted) > len({*accepted}) for accepted in channels)
 
 
 def _slowest(replies: list[Reply]) -> str:
