@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 from gunicorn.glogging import Logger
@@ -51,6 +52,10 @@ ROOM_FOR_METRICS = 16 * 1024 * 1024
 
 # It would open a socket in the home directory, which need not exist or be writable.
 control_socket_disable = True
+
+
+# Seconds that new workers may take until they serve; old ones do meanwhile.
+BOOTING = 20.0
 
 
 class Worker(ThreadWorker):
@@ -105,6 +110,7 @@ def when_ready(server):
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(server.metrics_folder)
     server.handle_term = functools.partial(_drain, server, server.handle_term)
     server.handle_hup = functools.partial(_reload, server.handle_hup)
+    server.manage_workers = functools.partial(_manage, server, server.manage_workers)
 
 
 def _new_folder():
@@ -145,11 +151,29 @@ def _reload(reload):
         reload()
 
 
+def _manage(server, manage):
+    """Let old workers serve until the new ones do.
+
+    gunicorn would end them at once, and nobody would take connections while the new ones boot.
+    """
+    give_up = time.monotonic() + BOOTING
+    while len(server.WORKERS) > server.num_workers and time.monotonic() < give_up:
+        newest = sorted(server.WORKERS.values(), key=lambda worker: worker.age)[
+            -server.num_workers :
+        ]
+        if all(worker.serving[0] for worker in newest):
+            break
+        time.sleep(0.05)
+        server.reap_workers()
+    manage()
+
+
 def pre_fork(server, worker):
     """Give the worker the lowest number that no other has."""
     taken = {other.slot for other in server.WORKERS.values()}
     worker.slot = next(number for number in itertools.count() if number not in taken)
     worker.draining = server.draining
+    worker.serving = mmap.mmap(-1, 1)
     # Whoever tidies up temporary files must not keep workers from starting.
     server.metrics_folder.mkdir(mode=0o700, exist_ok=True)
     os.chown(server.metrics_folder, server.cfg.uid, server.cfg.gid)
@@ -165,6 +189,7 @@ def post_fork(server, worker):
 def post_worker_init(worker):
     """Begin to serve."""
     worker.wsgi.extensions["notifier"].start(stopping=lambda: bool(worker.draining[0]))
+    worker.serving[0] = True
 
 
 def pre_request(worker, request):

@@ -17,9 +17,6 @@ CHANGED = "circuit breaker changed state"
 UNREAD = "preferences unavailable"
 MESSAGES = frozenset({ADMITTED, FAILED, CHANGED, UNREAD})
 
-# gunicorn ends the old workers while the new ones are still booting, for so many seconds at most.
-BOOTING = 4.0
-
 
 class Reply(NamedTuple):
     """What a caller got; the status is 0 without an answer, `cut` if the connection ended."""
@@ -112,7 +109,6 @@ class Evidence:
     lines: list[Line]
     absences: list[Absence]
     kills: list[float]
-    reloads: list[float]
     faults: Counter[str]
     before: Period
     after: Period
@@ -142,15 +138,6 @@ class Evidence:
             if delivery.accepted:
                 accepted[delivery.request_id].append(delivery)
         return accepted
-
-    def held_up(self) -> list[Reply]:
-        """Return what came late because of a reload: until new workers serve, nobody does."""
-        return [
-            one
-            for one in self.replies
-            if one.seconds > self.limits.deadline + self.limits.margin
-            and any(at <= one.ended and one.began <= at + BOOTING for at in self.reloads)
-        ]
 
     def known_of(self, request_id: str) -> list[str]:
         """Describe what everybody saw of one request."""

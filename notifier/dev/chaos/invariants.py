@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import NamedTuple
 
-from notifier.dev.chaos.evidence import ADMITTED, BOOTING, FAILED, Evidence, Reply, Size
+from notifier.dev.chaos.evidence import ADMITTED, FAILED, Evidence, Reply, Size
 
 CHANNELS = {"buyer": {"Email"}, "seller": {"Email", "PushNotification"}}
 CODES: dict[int, str] = {
@@ -51,12 +51,10 @@ def delivered_as_said(seen: Evidence) -> Iterator[Violation]:
 
 def replied_in_time(seen: Evidence) -> Iterator[Violation]:
     """Every reply came within the deadline, and every error with its envelope."""
-    in_time = seen.limits.deadline + seen.limits.margin
-    held_up = {reply.request_id for reply in seen.held_up()}
+    most = seen.limits.deadline + seen.limits.margin
     for reply in seen.replies:
         if reply.cut:
             continue
-        most = in_time + BOOTING * (reply.request_id in held_up)
         if not reply.status or reply.seconds > most:
             yield Violation(
                 f"{reply.status or 'nothing'} after {reply.seconds:.2f} s", reply.request_id

@@ -27,7 +27,7 @@ def _figures(seen: Evidence) -> dict[str, object]:
     delivered = [one for one in seen.replies if one.status == HTTPStatus.OK]
     errors = [one for one in seen.replies if one.status not in (0, HTTPStatus.OK)]
     cut = sum(one.cut for one in seen.replies)
-    limits, held_up = seen.limits, seen.held_up()
+    limits = seen.limits
     hostile = [one.behaviour for one in seen.deliveries if one.behaviour in limits.kinds]
     return {
         "requests": len(seen.replies),
@@ -38,7 +38,6 @@ def _figures(seen: Evidence) -> dict[str, object]:
         ),
         "the slowest of them": f"{_slowest(errors)}; the deadline is {limits.deadline:g} s",
         "allowed for what the machine adds": f"{limits.margin:g} s",
-        "replies that a reload held up; the slowest": f"{len(held_up)}; {_slowest(held_up)}",
         "connections cut; kills can explain": f"{cut}; {limits.threads * len(seen.kills)}",
         "deliveries to providers": len(seen.deliveries),
         "notifications that two providers of a channel accepted, one too late": _twice(seen),

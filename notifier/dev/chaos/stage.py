@@ -62,7 +62,6 @@ class Stage:
         self.service = service
         self.rows = rows
         self.kills: list[float] = []
-        self.reloads: list[float] = []
         self.faults: Counter[str] = Counter()
         self._server = server
         self._providers = providers
@@ -98,7 +97,6 @@ class Stage:
 
     def _process(self, fault: Fault) -> None:
         if fault.kind == "reload":
-            self.reloads.append(time.time())
             self._master().send_signal(signal.SIGHUP)
         else:
             self._kill(fault.choice)
@@ -185,7 +183,6 @@ def run(
         lines,
         here.rows.absences(),
         here.kills,
-        here.reloads,
         here.faults,
         before,
         after,
