@@ -28,7 +28,7 @@ settings = settings_or_exit()
 wsgi_app = "notifier.app:create_app()"
 bind = f"0.0.0.0:{settings.http_server_port}"
 workers = settings.web_concurrency
-threads = settings.web_threads
+threads = settings.server_threads
 preload_app = False
 
 # The callers are services that keep their connections; most load balancers do for a minute.

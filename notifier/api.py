@@ -105,8 +105,11 @@ def notify(recipient: str) -> Response:
     """Deliver one notification, and say so only when every channel of the recipient has."""
     to = _parse_recipient(recipient)
     g.log_fields = {"recipient": to}
-    message = _parse_message(_read_json())
-    report = current_app.extensions["notifier"].delivery.deliver(to, message)
+    notifier = current_app.extensions["notifier"]
+    with notifier.capacity:
+        message = _parse_message(_read_json())
+        deadline = g.began + notifier.settings.notify_deadline
+        report = notifier.delivery.deliver(to, message, deadline)
     g.log_fields |= {
         "to": mask_address(message.to),
         "channels": [result._asdict() for result in report.channels],

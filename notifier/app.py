@@ -9,13 +9,17 @@ from flask import Flask
 
 from notifier import __version__, api, cli, cli_providers, error_handlers, metrics, ops
 from notifier.breakers import Breakers, Policy
+from notifier.capacity import Capacity
 from notifier.db import Database
 from notifier.delivery import Delivery
 from notifier.preferences import Preferences
 from notifier.providers import Providers
 from notifier.refresher import Refresher
-from notifier.settings import Settings, settings_or_exit
+from notifier.settings import MIN_DEADLINE, Settings, settings_or_exit
 from notifier.transport import Transport
+
+# Seconds that a notification may wait for its turn: a quick refusal beats a growing queue.
+PATIENCE = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +36,7 @@ class Notifier:
     refresher: Refresher
     providers: Providers
     delivery: Delivery
+    capacity: Capacity
     stopping: Callable[[], bool] = lambda: False
 
     def start(self, stopping: Callable[[], bool]) -> None:
@@ -82,13 +87,16 @@ def build(settings: Settings) -> Notifier:
     transport = Transport(
         ca_bundle=settings.requests_ca_bundle or settings.curl_ca_bundle,
         proxies=getproxies_environment(),
-        # Request threads and the fan-out's.
+        # A seller's notification has two under way.
         connections=2 * settings.web_threads,
         user_agent=f"notifier/{__version__}",
     )
     providers = Providers(transport, breakers, settings.http_client_timeout)
-    delivery = Delivery(preferences, providers, settings.notify_deadline, settings.web_threads)
-    return Notifier(settings, preferences, refresher, providers, delivery)
+    delivery = Delivery(preferences, providers, settings.web_threads)
+    # Whoever has waited still has the time for an attempt.
+    patience = min(PATIENCE, settings.notify_deadline - MIN_DEADLINE)
+    capacity = Capacity(settings.web_threads, patience)
+    return Notifier(settings, preferences, refresher, providers, delivery, capacity)
 
 
 def _policy(settings: Settings) -> Policy:

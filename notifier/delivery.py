@@ -58,16 +58,12 @@ class Delivery:
     """Delivers messages. One per worker; called by request threads.
 
     Args:
-        deadline: seconds for a whole request.
         threads: how many channels beyond each request's first may be under way at once.
     """
 
-    def __init__(
-        self, preferences: Preferences, providers: Providers, deadline: float, threads: int
-    ) -> None:
+    def __init__(self, preferences: Preferences, providers: Providers, threads: int) -> None:
         self._preferences = preferences
         self._providers = providers
-        self._deadline = deadline
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fan-out")
         _start_at_zero()
 
@@ -75,12 +71,16 @@ class Delivery:
         """Wait for the deliveries under way, and end the threads."""
         self._pool.shutdown()
 
-    def deliver(self, recipient: Recipient, message: Message) -> Report:
-        """Reach `recipient` over all its channels at once; return when all of them have ended."""
+    def deliver(self, recipient: Recipient, message: Message, deadline: float) -> Report:
+        """Reach `recipient` over all its channels at once; return when all of them have ended.
+
+        Args:
+            deadline: of the whole request, on `time.monotonic()`.
+        """
         began = time.monotonic()
         outcome = "failed"  # should something unforeseen end it
         try:
-            report = Report(self._fan_out(CHANNELS[recipient], message, began + self._deadline))
+            report = Report(self._fan_out(CHANNELS[recipient], message, deadline))
             outcome = report.outcome
         finally:
             metrics.notified(recipient, outcome).record(time.monotonic() - began)

@@ -28,7 +28,9 @@ def _envelope(status: int, code: str, message: str) -> Response:
 
 
 def _api_error(error: ApiError) -> Response:
-    return _envelope(error.status, error.code, error.message)
+    response = _envelope(error.status, error.code, error.message)
+    response.headers.update(error.headers)
+    return response
 
 
 def _http_error(error: HTTPException) -> Response:

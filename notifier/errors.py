@@ -11,6 +11,7 @@ class ApiError(Exception):
 
     status: ClassVar[int]
     code: ClassVar[str]
+    headers: ClassVar[dict[str, str]] = {}
     message = ""
 
     def __init__(self, message: str | None = None) -> None:
@@ -31,6 +32,15 @@ class DeliveryFailed(ApiError):
     status = 500
     code = "E102"
     message = "internal server error"
+
+
+class Overloaded(ApiError):
+    """The worker has as many notifications as it can take. Nobody has been sent anything."""
+
+    status = 503
+    code = "E106"
+    headers: ClassVar = {"Retry-After": "1"}
+    message = "too many requests, try again later"
 
 
 class Refused(Exception):

@@ -83,6 +83,16 @@ _NOTIFICATIONS = _counter(
 _NOTIFICATION_DURATION = _histogram(
     "notification_duration_seconds", "Delivery over all channels.", "recipient"
 )
+REFUSED = _counter("notifications_refused_total", "Notifications for which there was no place.")
+WAIT = _histogram(
+    "notification_wait_seconds", "Waits for a place, of those that had to, admitted or not."
+)
+PLACES = Gauge(
+    "notification_places",
+    "Notifications that may be under way at once.",
+    multiprocess_mode="livesum",
+    registry=REGISTRY,
+)
 _NOTIFICATION_CHANNELS = _counter(
     "notification_channel_total",
     "Notifications by channel and the provider that delivered, if one did.",

@@ -104,6 +104,8 @@ def _end(response: Response) -> Response:
 def _level(status: int) -> int:
     if g.of_operators:
         return logging.DEBUG
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:  # nothing is broken, and there may be many
+        return logging.WARNING
     return logging.ERROR if status >= HTTPStatus.INTERNAL_SERVER_ERROR else logging.INFO
 
 

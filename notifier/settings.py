@@ -19,6 +19,9 @@ MIN_ATTEMPT = 0.25
 # Leaves a moment to get to the first attempt.
 MIN_DEADLINE = 0.3
 
+# Threads of a worker for those that are refused, and for its operators.
+SPARE_THREADS = 4
+
 # Go takes the micro sign and the Greek letter mu.
 _UNITS = {
     "ns": 1e-9,
@@ -289,6 +292,14 @@ class Settings:
                     f"{name.upper()} is {whose}{json.dumps(ports)}: "
                     f"expected one port, or one for each host of {json.dumps(hosts)}"
                 )
+
+    @property
+    def server_threads(self) -> int:
+        """Threads of a worker: notifications under way, as many that wait, and those beyond.
+
+        However many callers there are, these answer operators, and refuse at once who is too many.
+        """
+        return 2 * self.web_threads + SPARE_THREADS
 
     @property
     def serve_place(self) -> tuple[str, str]:

@@ -47,12 +47,14 @@ class FakeDelivery:
 
     def __init__(self) -> None:
         self.delivered: list[tuple[Recipient, Message]] = []
+        self.deadlines: list[float] = []
         self.request_ids: list[str | None] = []
         self.act: Callable[[], None] = lambda: None
         self.outcome = "delivered"
 
-    def deliver(self, recipient: Recipient, message: Message) -> Report:
+    def deliver(self, recipient: Recipient, message: Message, deadline: float) -> Report:
         self.delivered.append((recipient, message))
+        self.deadlines.append(deadline)
         self.request_ids.append(logs.request_id.get())
         self.act()
         return Report((ChannelResult(Channel.EMAIL, self.outcome, "email 1", 2),))

@@ -67,10 +67,11 @@ class Made:
     delivery: Delivery
     breakers: Breakers
     reports: list[Report]
+    seconds: float  # for a delivery
 
     def to(self, recipient: Recipient) -> bool:
         """Deliver, and say whether that succeeded."""
-        report = self.delivery.deliver(recipient, MESSAGE)
+        report = self.delivery.deliver(recipient, MESSAGE, time.monotonic() + self.seconds)
         self.reports.append(report)
         return report.outcome == "delivered"
 
@@ -95,9 +96,9 @@ def make(make_transport: MakeTransport, reports: list[Report]) -> Iterator[Calla
         ) -> Made:
             breakers = Breakers(Policy(1, 60, min_calls, 50, 60))
             providers = Providers(make_transport(), breakers, timeout)
-            delivery = Delivery(preferences, providers, deadline, threads=8)
+            delivery = Delivery(preferences, providers, threads=8)
             stack.callback(delivery.close)
-            return Made(delivery, breakers, reports)
+            return Made(delivery, breakers, reports, deadline)
 
         yield make
 

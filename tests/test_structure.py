@@ -43,6 +43,7 @@ LEVELS = {
     "providers": 2,
     "roles": 2,
     "breakers": 1,
+    "capacity": 1,
     "db": 1,
     "transport": 1,
     "errors": 0,
@@ -189,7 +190,7 @@ def test_gunicorn_is_shipped_with_threads_without_preload_and_without_a_control_
         "wsgi_app": "notifier.app:create_app()",
         "bind": "0.0.0.0:81",
         "workers": 3,
-        "threads": 7,
+        "threads": 18,  # 7 notifications, 7 that wait, 4 to spare
         "preload_app": False,
         "control_socket_disable": True,
     }
