@@ -1,7 +1,7 @@
 """How gunicorn runs the service: `gunicorn`, in this folder, needs no argument.
 
-Only the settings and the logs are imported here. Flask, psycopg and what makes threads or sockets
-are imported by the workers, after the fork.
+Only the settings, the logs and the worker's class are imported here. Flask, psycopg and what makes
+threads or sockets are imported by the workers, after the fork.
 """
 
 import functools
@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 from gunicorn.glogging import Logger
-from gunicorn.workers.gthread import ThreadWorker
 
 from notifier import logs
 from notifier.settings import WITHOUT_EFFECT, Settings, SettingsError, settings_or_exit
+from notifier.worker import Worker
 
 settings = settings_or_exit()
 
@@ -30,6 +30,9 @@ bind = f"0.0.0.0:{settings.http_server_port}"
 workers = settings.web_concurrency
 threads = settings.server_threads
 preload_app = False
+
+# Connections of a worker. Beside those in threads there is room for many that are kept.
+worker_connections = max(1000, 2 * threads)
 
 # The callers are services that keep their connections; most load balancers do for a minute.
 keepalive = 75
@@ -53,23 +56,8 @@ ROOM_FOR_METRICS = 16 * 1024 * 1024
 # It would open a socket in the home directory, which need not exist or be writable.
 control_socket_disable = True
 
-
 # Seconds that new workers may take until they serve; old ones do meanwhile.
 BOOTING = 20.0
-
-
-class Worker(ThreadWorker):
-    """gunicorn's gthread, but a stop does not wait for connections on which nothing ever came.
-
-    Load balancers open some in advance. The original caps the patience with those that have been
-    used, and waits its whole `graceful_timeout` for the others; a reload waits with it.
-    """
-
-    def _cap_keepalive(self, deadline):
-        super()._cap_keepalive(deadline)
-        for connection in self.pending_conns:
-            connection.timeout = min(connection.timeout, deadline)
-
 
 worker_class = Worker
 

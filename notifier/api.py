@@ -21,8 +21,6 @@ MAX_BODY_BYTES = 256 * 1024
 # werkzeug cuts a chunked body off at its limit without a word; one byte more tells.
 READ_LIMIT = MAX_BODY_BYTES + 1
 
-STALLED_BODY_SECONDS = 5.0
-
 blueprint = Blueprint("notify", __name__, url_prefix="/api/v1.0")
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -166,9 +164,6 @@ def _read_json() -> object:
 
 
 def _read_body() -> bytes:
-    # gunicorn waits for a body without an end; one that stalls must not keep its thread.
-    if sock := request.environ.get("gunicorn.socket"):
-        sock.settimeout(STALLED_BODY_SECONDS)
     try:
         body = request.get_data(cache=False)
     except (ClientDisconnected, ParseException):

@@ -176,9 +176,9 @@ def test_a_stop_does_not_wait_for_connections_that_say_nothing(
     start_service: StartService,
 ) -> None:
     """A load balancer opens some in advance."""
-    service = start_service(WEB_CONCURRENCY="1", WEB_THREADS="1")
+    service = start_service(WEB_CONCURRENCY="1")
     with socket.create_connection(("127.0.0.1", service.port)):
-        # The only thread waits some seconds for it, and is free again once it has been put aside.
+        # Answered after it was accepted, and it has been put aside.
         assert requests.get(f"{service.url}/healthz", timeout=20).status_code == 200
         with within(15):  # graceful_timeout is 30 s
             assert service.stop() == 0

@@ -53,6 +53,7 @@ LEVELS = {
     "settings": 0,
     "single_flight": 0,
     "exchange": 0,
+    "worker": 0,
 }
 FLASK_LEVEL = 4
 
@@ -114,8 +115,8 @@ def test_the_package_itself_imports_nothing() -> None:
     assert list(imported_names(PACKAGE / "__init__.py")) == []
 
 
-def test_gunicorns_configuration_imports_only_the_settings_and_the_logs() -> None:
-    assert imported_modules(ROOT / "gunicorn.conf.py") == {"logs", "settings"}
+def test_gunicorns_configuration_imports_only_the_settings_the_logs_and_the_worker() -> None:
+    assert imported_modules(ROOT / "gunicorn.conf.py") == {"logs", "settings", "worker"}
 
 
 def test_gunicorns_configuration_loads_nothing_that_belongs_to_the_workers() -> None:

@@ -1,0 +1,146 @@
+"""How a worker reads from its callers: gunicorn's gthread, with nobody waited for in its threads.
+
+gthread reads a head in a thread, however long that takes. And in the one thread that all of its
+connections depend on, it waits up to two seconds for a caller to close whom it said "close" to.
+Here both are left to the poller, which waits for all at once: a head that has not come whole, and
+a caller that lingers, cost a connection and no thread. A body is read in a thread, within a time.
+"""
+
+import io
+import socket
+import time
+from typing import Any
+
+from gunicorn.http.errors import NoMoreData
+from gunicorn.http.unreader import SocketUnreader
+from gunicorn.workers.gthread import _DEFER, ThreadWorker
+
+# For a request from its first byte to its last, however it drips.
+REQUEST_SECONDS = 5.0
+
+# For a body that its request was answered without, by a refusal say. Who is sending it can go on
+# using the connection; the others can read the answer.
+UNREAD_BODY_SECONDS = 0.1
+
+# A head that is longer is the parser's, which knows what is too long.
+HEAD_BYTES = 64 * 1024
+
+
+class Caller(SocketUnreader):
+    """What one caller sends; `buf` keeps what the parser has not had."""
+
+    _due: float | None = None  # of the request that has begun, on time.monotonic()
+    leaving = False
+
+    def next_request(self) -> None:
+        """Begin to wait for another request, for as long as it likes."""
+        self._due = None
+
+    def ends_within(self, seconds: float) -> None:
+        """Give the rest of this request no more than `seconds`."""
+        self._due = time.monotonic() + seconds
+
+    def has_head(self) -> bool:
+        """Take what has come, without waiting, and say whether that is enough for the parser.
+
+        Raises:
+            NoMoreData: the caller has left, or had its time.
+        """
+        head = self.buf.getvalue()
+        if not _is_enough(head):
+            head += self._come()
+            self.buf = io.BytesIO(head)
+        if _is_enough(head):
+            return True
+        if head and self._time_left() < 0:
+            raise NoMoreData
+        return False
+
+    def leave(self) -> None:
+        """Send nothing more, and wait for the caller's end: what it may still send would be
+        answered with a reset, which can overtake our last reply (RFC 9112, section 9.6)."""
+        self.leaving = True
+        self.take_buffered()
+        self.ends_within(REQUEST_SECONDS)
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def drop(self) -> None:
+        """Forget what has come.
+
+        Raises:
+            NoMoreData: the caller has left too, or had its time.
+        """
+        self._come()
+        if self._time_left() < 0:
+            raise NoMoreData
+
+    def chunk(self, size_hint: int | None = None) -> bytes:
+        """Read on in a request that the parser has begun; it has this thread until its time is up.
+
+        Raises:
+            NoMoreData: it is.
+        """
+        self.sock.settimeout(max(0.0, self._time_left()))
+        try:
+            data: bytes = super().chunk(size_hint)
+        except (TimeoutError, BlockingIOError):
+            raise NoMoreData from None
+        return data
+
+    def _come(self) -> bytes:
+        try:
+            data: bytes = self.sock.recv(self.mxchunk, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return b""
+        if not data:
+            raise NoMoreData
+        return data
+
+    def _time_left(self) -> float:
+        now = time.monotonic()
+        if self._due is None:
+            self._due = now + REQUEST_SECONDS
+        return self._due - now
+
+
+def _is_enough(head: bytes) -> bool:
+    """Say whether `head` is whole, or such that the parser refuses it without reading on."""
+    if b"\r\n\r\n" in head or len(head) > HEAD_BYTES:
+        return True
+    return head.count(b"\n") != head.count(b"\r\n")
+
+
+class Worker(ThreadWorker):
+    """gunicorn's gthread with the `Caller` of each connection in the place of its reader."""
+
+    def handle(self, conn: Any) -> object:
+        """Answer the request of `conn` if its head is there; say what to do with the connection."""
+        if not conn.initialized:
+            conn.init()
+            conn.parser.unreader = Caller(conn.sock)
+        caller: Caller = conn.parser.unreader
+        if caller.leaving:
+            caller.drop()
+            return _DEFER
+        # A worker that stops gives no connection back to the poller with half a head.
+        if self.alive and not caller.has_head():
+            return _DEFER
+        if super().handle(conn):
+            caller.next_request()
+            return True
+        caller.leave()
+        return _DEFER
+
+    def _keepalive_after(self, conn: Any, keepalive: object) -> bool:
+        conn.parser.unreader.ends_within(UNREAD_BODY_SECONDS)
+        return bool(super()._keepalive_after(conn, keepalive))
+
+    def _cap_keepalive(self, deadline: float) -> None:
+        """Cap the patience with connections on which nothing ever came, too.
+
+        Load balancers open some in advance. The original waits its whole `graceful_timeout` for
+        them, and a reload waits with it.
+        """
+        super()._cap_keepalive(deadline)
+        for conn in self.pending_conns:
+            conn.timeout = min(conn.timeout, deadline)
