@@ -20,7 +20,7 @@ REQUEST_SECONDS = 5.0
 
 # For a body that its request was answered without, by a refusal say. Who is sending it can go on
 # using the connection; the others can read the answer.
-UNREAD_BODY_SECONDS = 0.1
+UNREAD_BODY_SECONDS = 0.2
 
 # A head that is longer is the parser's, which knows what is too long.
 HEAD_BYTES = 64 * 1024

@@ -186,6 +186,7 @@ def test_rows_are_open_and_cover_what_is_watched(dashboard: Json) -> None:
         "Deliveries by provider",
         "Circuit breakers",
         "Cache",
+        "Capacity",
         "Workers",
     ]
 

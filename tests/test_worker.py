@@ -1,0 +1,166 @@
+"""Callers who take their time cost a connection: neither a thread nor anybody else's time."""
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import requests
+
+from notifier.worker import HEAD_BYTES, REQUEST_SECONDS
+from tests.conftest import MakeProvider
+from tests.service import MESSAGE, Service
+from tests.timing import eventually, within
+
+StartService = Callable[..., Service]
+AddProvider = Callable[..., int]
+
+MANY = 60  # many more than the threads of a worker that runs two notifications
+BODY = json.dumps(MESSAGE).encode()
+HEAD = (
+    b"POST /api/v1.0/recipient/buyer/notify HTTP/1.1\r\n"
+    b"Host: x\r\nContent-Length: %d\r\n\r\n" % len(BODY)
+)
+LAST = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+OK, WRONG = b"HTTP/1.1 200 ", b"HTTP/1.1 422 "
+
+
+@pytest.fixture
+def service(
+    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
+) -> Service:
+    add_provider(make_provider().url)
+    return start_service(WEB_CONCURRENCY="1", WEB_THREADS="2").wait_until_listening()
+
+
+def connect(service: Service) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", service.port), timeout=30)
+
+
+@contextmanager
+def callers(service: Service, data: bytes, count: int = MANY) -> Iterator[list[socket.socket]]:
+    """Connect `count` callers, each of which has sent `data`."""
+    with ExitStack() as stack:
+        socks = [stack.enter_context(connect(service)) for _ in range(count)]
+        for sock in socks:
+            sock.sendall(data)
+        yield socks
+
+
+def answers_at_once(service: Service) -> None:
+    with within(1):
+        assert requests.get(f"{service.url}/healthz", timeout=30).status_code == 200
+    with within(1):
+        assert service.notify().status_code == 200
+
+
+@pytest.mark.parametrize("data", [b"", b"G", HEAD[:-1], HEAD[: len(HEAD) // 2]])
+def test_callers_that_have_not_sent_a_whole_head_are_not_waited_for(
+    service: Service, data: bytes
+) -> None:
+    with callers(service, data):
+        answers_at_once(service)
+        assert service.stop() == 0
+    assert "Traceback" not in service.log.read_text()
+
+
+def test_a_head_may_come_in_pieces_and_the_next_request_with_it(service: Service) -> None:
+    with connect(service) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in HEAD:
+            sock.send(bytes([byte]))
+        sock.sendall(BODY + HEAD[:20])
+        assert sock.recv(65536).startswith(OK)
+        sock.sendall(HEAD[20:] + BODY + HEAD + BODY)
+        replies = b""
+        while replies.count(b"successfully") < 2:
+            replies += sock.recv(65536)
+        assert replies.count(OK) == 2
+    assert service.metric("notifications_total", outcome="delivered") == 3
+
+
+def test_a_head_that_drips_has_its_time(service: Service) -> None:
+    with connect(service) as sock, within(3 * REQUEST_SECONDS):
+        assert drip(sock, b"GET /healthz HTTP/1.1\r\n", b"X: y\r\n") == b""
+
+
+def test_a_body_that_drips_has_its_time(service: Service) -> None:
+    with connect(service) as sock, within(3 * REQUEST_SECONDS):
+        assert drip(sock, HEAD.replace(b"%d" % len(BODY), b"1000"), b" ").startswith(WRONG)
+        sock.settimeout(30)
+        until_the_end(sock)
+
+
+def until_the_end(sock: socket.socket) -> bytes:
+    """Return all that comes until the service closes, which must not be by a reset."""
+    data = b""
+    while chunk := sock.recv(65536):
+        data += chunk
+    return data
+
+
+def drip(sock: socket.socket, begin: bytes, then: bytes) -> bytes:
+    """Send a piece every now and then, until there is an answer."""
+    sock.sendall(begin)
+    sock.settimeout(0.2)
+    while True:
+        try:
+            return sock.recv(65536)
+        except TimeoutError:
+            sock.sendall(then)
+        except ConnectionResetError:
+            return b""
+
+
+def test_bodies_that_do_not_come_hold_places_for_a_while_and_no_operator_up(
+    service: Service,
+) -> None:
+    with callers(service, HEAD):
+        with within(3):  # the first of them wait a second, and what others left unread is awaited
+            assert requests.get(f"{service.url}/healthz", timeout=30).status_code == 200
+        eventually(lambda: service.metric("http_server_active_requests") == 2)
+        assert service.notify().status_code == 503
+        eventually(lambda: service.notify().status_code == 200)
+    assert service.metric("http_server_requests_total", http_status_code="422") == 2
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET /healthz HTTP/1.1\nHost: x\n\n", 400),
+        (b"GET /healthz\r\n\r\n", 400),
+        (b"GET /" + b"x" * HEAD_BYTES, 414),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * 9000 + b"\r\n\r\n", 431),
+    ],
+    ids=["bare line feeds", "no version", "long line", "long field"],
+)
+def test_a_head_that_is_none_is_refused(service: Service, head: bytes, status: int) -> None:
+    with connect(service) as sock:
+        sock.sendall(head)
+        assert sock.recv(65536).startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_callers_that_do_not_close_after_the_last_reply_hold_nobody_up(service: Service) -> None:
+    with callers(service, LAST) as socks:
+        for sock in socks:
+            assert until_the_end(sock).startswith(OK)
+        answers_at_once(service)
+        for sock in socks:
+            sock.sendall(b"x" * 1000)  # dropped without a reset
+        answers_at_once(service)
+        for sock in socks:
+            assert sock.recv(65536) == b""
+
+
+def test_connections_end_with_their_callers(service: Service) -> None:
+    (worker,) = service.booted()
+
+    def held() -> int:
+        ours = [each for each in worker.net_connections() if each.laddr.port == service.port]
+        return len(ours) - 1  # one listens
+
+    for data in (b"", HEAD[:20], HEAD, LAST, HEAD + BODY):
+        with callers(service, data, count=20):
+            eventually(lambda: held() >= 20)
+        eventually(lambda: held() == 0)
