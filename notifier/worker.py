@@ -60,7 +60,7 @@ class Caller(SocketUnreader):
         """Send nothing more, and wait for the caller's end: what it may still send would be
         answered with a reset, which can overtake our last reply (RFC 9112, section 9.6)."""
         self.leaving = True
-        self.take_buffered()
+        self.take_buffered()  # or a worker that stops would look there for another request
         self.ends_within(REQUEST_SECONDS)
         self.sock.shutdown(socket.SHUT_WR)
 
@@ -122,7 +122,7 @@ class Worker(ThreadWorker):
         if caller.leaving:
             caller.drop()
             return _DEFER
-        # A worker that stops gives no connection back to the poller with half a head.
+        # A worker that stops would not give half a head to the poller, but try again at once.
         if self.alive and not caller.has_head():
             return _DEFER
         if super().handle(conn):

@@ -1,4 +1,4 @@
-"""Loopback addresses where nobody answers, each in its own way."""
+"""Loopback addresses where nobody answers, each in its own way, and what one reads of others."""
 
 import socket
 from collections.abc import Iterator
@@ -35,3 +35,11 @@ def not_answering() -> Iterator[int]:
             except TimeoutError:
                 break
         yield listener.getsockname()[1]
+
+
+def until_the_end(sock: socket.socket) -> bytes:
+    """Return all that comes until the peer closes, which must not be by a reset."""
+    data = b""
+    while chunk := sock.recv(65536):
+        data += chunk
+    return data

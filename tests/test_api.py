@@ -18,11 +18,12 @@ from werkzeug.test import TestResponse
 
 from notifier import logs
 from notifier.api import MAX_BODY_BYTES
-from notifier.app import create_app
+from notifier.app import build, create_app
+from notifier.capacity import Capacity
 from notifier.delivery import ChannelResult, Report
 from notifier.models import Channel, Message, Recipient
-from notifier.settings import Settings
-from tests.conftest import Growth
+from notifier.settings import MIN_DEADLINE, Settings
+from tests.conftest import Growth, MakeSettings
 
 NOTIFY = "/api/v1.0/recipient/buyer/notify"
 GOOD = {"to": "buyer@example.com", "title": "Your order", "message": "It is on its way"}
@@ -406,6 +407,43 @@ def test_when_the_delivery_breaks_the_caller_is_not_told_why(
     delivery.act = fail
     response = client.post(NOTIFY, json=GOOD)
     assert error_of(response) == (500, "E102", "internal server error")
+
+
+def test_without_a_place_the_request_is_refused_before_its_body_is_read(
+    app: Flask, client: FlaskClient, delivery: FakeDelivery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capacity = Capacity(1, 0.0)
+    notifier = dataclasses.replace(app.extensions["notifier"], capacity=capacity)
+    monkeypatch.setitem(app.extensions, "notifier", notifier)
+    with capacity:
+        response = client.post(NOTIFY, data=b"{")
+        assert error_of(response) == (503, "E106", "too many requests, try again later")
+        assert response.headers["Retry-After"] == "1"
+        assert client.post("/api/v1.0/recipient/nobody/notify").status_code == 422
+        delivery.act = lambda: pytest.fail("it has no place")
+        client.post(NOTIFY, json=GOOD)
+    assert refusal(client, b"{").startswith(NO_JSON)  # the place is free again
+    assert refusal(client, b"{").startswith(NO_JSON)  # and was given back
+
+
+def test_the_deadline_counts_from_the_requests_begin(
+    app: Flask, client: FlaskClient, delivery: FakeDelivery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting for a place, and for the body, is part of it."""
+    clock = iter([100.0, 100.25])  # as it began and as it ended
+    monkeypatch.setattr("notifier.ops.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    client.post(NOTIFY, json=GOOD)
+    assert delivery.deadlines == [100.0 + app.extensions["notifier"].settings.notify_deadline]
+
+
+def test_whoever_has_waited_for_a_place_has_the_time_for_an_attempt(
+    make_settings: MakeSettings,
+) -> None:
+    for deadline, patience in ((15.0, 1.0), (1.0, 0.7), (MIN_DEADLINE, 0.0)):
+        settings = make_settings(notify_deadline=deadline, http_client_timeout=0.1)
+        notifier = build(settings)
+        assert notifier.capacity._patience == pytest.approx(patience)
+        notifier.close()
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])

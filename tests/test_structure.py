@@ -199,6 +199,14 @@ def test_gunicorn_is_shipped_with_threads_without_preload_and_without_a_control_
     assert issubclass(conf["worker_class"], ThreadWorker)
 
 
+@pytest.mark.parametrize("threads", [1, 32, 512])
+def test_however_many_threads_there_are_connections_can_be_kept_beside_them(
+    monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    conf = gunicorn_conf(monkeypatch, WEB_THREADS=str(threads))
+    assert conf["worker_connections"] >= 2 * conf["threads"]
+
+
 def test_every_shipped_value_is_one_that_gunicorn_knows_and_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,16 +1,19 @@
 """Callers who take their time cost a connection: neither a thread nor anybody else's time."""
 
 import json
+import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import requests
 
-from notifier.worker import HEAD_BYTES, REQUEST_SECONDS
+from notifier.worker import HEAD_BYTES, REQUEST_SECONDS, UNREAD_BODY_SECONDS
 from tests.conftest import MakeProvider
 from tests.service import MESSAGE, Service
+from tests.sockets import until_the_end
 from tests.timing import eventually, within
 
 StartService = Callable[..., Service]
@@ -71,40 +74,62 @@ def test_a_head_may_come_in_pieces_and_the_next_request_with_it(service: Service
         for byte in HEAD:
             sock.send(bytes([byte]))
         sock.sendall(BODY + HEAD[:20])
-        assert sock.recv(65536).startswith(OK)
+        assert until(b"successfully", sock).startswith(OK)
+        stays_open(sock, 2 * UNREAD_BODY_SECONDS)
         sock.sendall(HEAD[20:] + BODY + HEAD + BODY)
-        replies = b""
-        while replies.count(b"successfully") < 2:
-            replies += sock.recv(65536)
+        replies = until(b"successfully", sock, times=2)
         assert replies.count(OK) == 2
     assert service.metric("notifications_total", outcome="delivered") == 3
 
 
+def until(text: bytes, sock: socket.socket, times: int = 1) -> bytes:
+    """Return what comes until `text` has come so often, and the line that it is in."""
+    data = b""
+    while data.count(text) < times or not data.endswith(b"\n"):
+        chunk = sock.recv(65536)
+        assert chunk
+        data += chunk
+    return data
+
+
+def stays_open(sock: socket.socket, seconds: float) -> None:
+    sock.settimeout(seconds)
+    with pytest.raises(TimeoutError):
+        sock.recv(1)
+    sock.settimeout(30)
+
+
+def test_the_rest_of_a_head_that_comes_while_the_worker_stops_is_answered(service: Service) -> None:
+    with callers(service, HEAD[:20], count=3) as socks:
+        answers_at_once(service)  # after them: their heads have been looked at
+        service.process.send_signal(signal.SIGTERM)
+        eventually(lambda: "Handling signal: term" in service.log.read_text())
+        for sock in socks:
+            sock.sendall(HEAD[20:] + BODY)
+        for sock in socks:
+            assert until_the_end(sock).startswith(OK)
+    assert service.process.wait(30) == 0
+
+
 def test_a_head_that_drips_has_its_time(service: Service) -> None:
-    with connect(service) as sock, within(3 * REQUEST_SECONDS):
+    with connect(service) as sock:
         assert drip(sock, b"GET /healthz HTTP/1.1\r\n", b"X: y\r\n") == b""
 
 
 def test_a_body_that_drips_has_its_time(service: Service) -> None:
-    with connect(service) as sock, within(3 * REQUEST_SECONDS):
+    with connect(service) as sock:
         assert drip(sock, HEAD.replace(b"%d" % len(BODY), b"1000"), b" ").startswith(WRONG)
         sock.settimeout(30)
         until_the_end(sock)
 
 
-def until_the_end(sock: socket.socket) -> bytes:
-    """Return all that comes until the service closes, which must not be by a reset."""
-    data = b""
-    while chunk := sock.recv(65536):
-        data += chunk
-    return data
-
-
 def drip(sock: socket.socket, begin: bytes, then: bytes) -> bytes:
-    """Send a piece every now and then, until there is an answer."""
+    """Send a piece every now and then until there is an answer, which must come in time."""
+    give_up = time.monotonic() + 3 * REQUEST_SECONDS
     sock.sendall(begin)
     sock.settimeout(0.2)
     while True:
+        assert time.monotonic() < give_up
         try:
             return sock.recv(65536)
         except TimeoutError:
@@ -151,6 +176,22 @@ def test_callers_that_do_not_close_after_the_last_reply_hold_nobody_up(service: 
         answers_at_once(service)
         for sock in socks:
             assert sock.recv(65536) == b""
+
+
+def test_a_caller_that_goes_on_sending_after_the_last_reply_is_left_in_time(
+    service: Service,
+) -> None:
+    def is_cut(sock: socket.socket) -> bool:
+        try:
+            sock.sendall(b"x")
+        except OSError:
+            return True
+        return False
+
+    with connect(service) as sock:
+        sock.sendall(LAST)
+        assert until_the_end(sock).startswith(OK)
+        eventually(lambda: is_cut(sock), 3 * REQUEST_SECONDS)
 
 
 def test_connections_end_with_their_callers(service: Service) -> None:
