@@ -76,7 +76,9 @@ def test_a_head_may_come_in_pieces_and_the_next_request_with_it(service: Service
         sock.sendall(BODY + HEAD[:20])
         assert until(b"successfully", sock).startswith(OK)
         stays_open(sock, 2 * UNREAD_BODY_SECONDS)
-        sock.sendall(HEAD[20:] + BODY + HEAD + BODY)
+        sock.sendall(HEAD[20:-1])
+        stays_open(sock, UNREAD_BODY_SECONDS)
+        sock.sendall(HEAD[-1:] + BODY + HEAD + BODY)
         replies = until(b"successfully", sock, times=2)
         assert replies.count(OK) == 2
     assert service.metric("notifications_total", outcome="delivered") == 3
