@@ -26,12 +26,13 @@ class Received:
 
 
 class Peer:
-    """The provider's end of one connection, for scripts."""
+    """The provider's end of one connection, for scripts; `sent` counts bytes."""
 
     def __init__(self, sock: socket.socket, stopping: threading.Event) -> None:
         self._sock = sock
         self._reader = sock.makefile("rb")
         self._stopping = stopping
+        self.sent = 0
 
     def read_request(self) -> Received | None:
         """Return the next request, None when the caller has closed the connection."""
@@ -46,8 +47,13 @@ class Peer:
         method, path, _ = line.decode().split()
         return Received(path, headers, body, method)
 
+    def read_some(self) -> bytes:
+        """Return what has arrived, at least a byte; nothing when the caller has left."""
+        return self._reader.read1(65536)
+
     def send(self, data: bytes) -> None:
         self._sock.sendall(data)
+        self.sent += len(data)
 
     def drip(self, data: bytes, pause: float = 0.05) -> None:
         """Send `data` over and over, a byte at a time, until the caller leaves or the test ends.
@@ -59,7 +65,7 @@ class Peer:
             for byte in data:
                 if self._stopping.wait(pause):
                     return
-                self._sock.sendall(bytes([byte]))
+                self.send(bytes([byte]))
 
     def tunnel(self, host: str, port: int) -> None:
         """Say yes to a CONNECT and pass on what either side sends, until one of them leaves."""
@@ -78,11 +84,15 @@ class Peer:
         """Say nothing until the test ends."""
         self._stopping.wait()
 
+    def stop_sending(self) -> None:
+        """End what is sent, over TLS without saying so; go on listening."""
+        self._sock.shutdown(socket.SHUT_WR)
+
     def say_goodbye(self) -> None:
-        """Close as TLS wants it; without TLS, just close."""
+        """Close as TLS wants it, with a close_notify; a plain connection just ends."""
         if isinstance(self._sock, ssl.SSLSocket):
-            self._sock.settimeout(0.05)
-            with contextlib.suppress(OSError):  # the caller says none
+            self._sock.settimeout(0.1)  # the caller's own close_notify may never come
+            with contextlib.suppress(OSError):
                 self._sock.unwrap()
         self.close()
 
@@ -94,6 +104,64 @@ class Peer:
     def close(self) -> None:
         self._reader.close()
         self._sock.close()
+
+
+class TLSByHand:
+    """The provider's side of TLS over a bare connection: a script sends what it likes of it."""
+
+    def __init__(self, peer: Peer, context: ssl.SSLContext) -> None:
+        self._peer = peer
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+
+    def first_flight(self) -> bytes:
+        """Read the caller's hello, and return the answer to it."""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while True:
+                self._incoming.write(self._peer.read_some())
+                self._tls.do_handshake()
+        return self._outgoing.read()
+
+    def open(self) -> None:
+        """Shake hands and read the whole of a small request."""
+        self._peer.send(self.first_flight())
+        self._finish()
+        self._peer.send(self._outgoing.read())
+        request = b""
+        while not request.endswith(b"}"):
+            request += self._read()
+
+    def sealed(self, data: bytes) -> bytes:
+        """Return `data` as the caller would understand it."""
+        self._tls.write(data)
+        return self._outgoing.read()
+
+    def alert(self) -> bytes:
+        """Return the alert that follows a broken record."""
+        self._incoming.write(b"\x17\x03\x03\x00\x20" + bytes(32))
+        with contextlib.suppress(ssl.SSLError):
+            self._tls.read()
+        return self._outgoing.read()
+
+    def _finish(self) -> None:
+        while True:
+            try:
+                return self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                self._feed()
+
+    def _read(self) -> bytes:
+        while True:
+            try:
+                return self._tls.read(65536)
+            except ssl.SSLWantReadError:
+                self._feed()
+
+    def _feed(self) -> None:
+        data = self._peer.read_some()
+        if not data:
+            raise ConnectionError("the caller left")
+        self._incoming.write(data)
 
 
 def _pass_on(source: socket.socket, target: socket.socket) -> None:
@@ -129,12 +197,16 @@ class ScriptedProvider:
     """Serves `script` on a free loopback port, over TLS if `tls` is a context for it; set `script`
     to change its mind.
 
-    `received` holds the requests in the order of arrival, `connections` counts what was accepted.
+    `received` holds the requests in the order of arrival, `connections` counts what was accepted,
+    `sent` the bytes that went out. While `eager`, the script runs once for each connection, before
+    anything has been read from it.
     """
 
     def __init__(self, script: Script | None = None, *, tls: ssl.SSLContext | None = None) -> None:
         self.script = script or answer()
+        self.eager = False
         self._tls = tls
+        self._peers: list[Peer] = []
         self.received: list[Received] = []
         self.connections = 0
         self._stopping = threading.Event()
@@ -152,6 +224,16 @@ class ScriptedProvider:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    @property
+    def sent(self) -> int:
+        return sum(peer.sent for peer in self._peers)
+
+    def drop_connections(self) -> None:
+        """Leave the callers, as a provider does that restarts."""
+        for sock in list(self._serving.values()):
+            with contextlib.suppress(OSError):  # it has ended by itself
+                sock.shutdown(socket.SHUT_RDWR)
+
     def stop(self) -> None:
         """End every connection and the listener."""
         self._stopping.set()
@@ -162,9 +244,8 @@ class ScriptedProvider:
             socket.create_connection(("127.0.0.1", self.port)).close()  # macOS
         self._thread.join(5)
         self._listener.close()
-        for thread, sock in list(self._serving.items()):
-            with contextlib.suppress(OSError):  # it has ended by itself
-                sock.shutdown(socket.SHUT_RDWR)
+        self.drop_connections()
+        for thread in list(self._serving):
             thread.join(5)
 
     def serving(self) -> list[threading.Thread]:
@@ -188,9 +269,12 @@ class ScriptedProvider:
 
     def _serve(self, sock: socket.socket) -> None:
         peer = Peer(sock, self._stopping)
+        self._peers.append(peer)
         try:
             if isinstance(sock, ssl.SSLSocket):
                 sock.do_handshake()
+            if self.eager:
+                return self.script(peer, Received("", {}, b""))
             while not self._stopping.is_set() and (request := peer.read_request()):
                 self.received.append(request)
                 self.script(peer, request)
