@@ -1,0 +1,549 @@
+"""What no provider may do: hold an attempt past its deadline, fill memory, keep what it was lent.
+
+Each character is one way to misbehave. All of them meet the same assertions, over plain HTTP and
+over TLS. `test_transport` has those whose outcome alone is worth a test.
+"""
+
+import os
+import random
+import socket
+import ssl
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from notifier import exchange as exchange_module
+from notifier.breakers import Breakers, Policy
+from notifier.errors import AttemptFailed
+from notifier.models import Message, Provider
+from notifier.providers import Providers
+from notifier.transport import Transport
+from tests.conftest import MakeProvider, MakeTransport
+from tests.posting import post
+from tests.scripted_provider import (
+    Peer,
+    Received,
+    Script,
+    ScriptedProvider,
+    TLSByHand,
+    answer,
+    close,
+    hang,
+    reset,
+)
+from tests.sockets import LOOPBACK, not_answering
+from tests.test_transport import CHUNKED, ODD_ENDS, STATUS_LINE, drips, floods, sends
+from tests.timing import eventually, within
+
+SECONDS = 0.4  # that one attempt may take
+MARGIN = 2.0  # for a machine that is busy with something else
+MEMORY = 4 * 1024**2
+# What may leave the provider before it is left: 64 KiB are drained, the rest is the kernel's.
+SENT = 16 * 1024**2
+FOUR_GB = 4 * 1024**3
+
+# One failure opens the breaker: its state says what the attempt was taken for.
+POLICY = Policy(
+    max_half_open=1, open_seconds=60.0, min_calls=1, failure_percent=100, window_seconds=60.0
+)
+STATES = {"accepted": "closed", "rejected": "closed", "unknown": "open", "not_sent": "open"}
+
+Certificate = tuple[Path, ssl.SSLContext]
+Wire = tuple[Path | None, ssl.SSLContext | None]
+ByHand = Callable[[Peer, TLSByHand], None]
+
+
+@dataclass(frozen=True)
+class Character:
+    """A way to misbehave, and what the attempt at such a provider is."""
+
+    script: Script
+    outcome: str
+    body: int = 100  # bytes of text in the notification
+    eager: bool = False  # whether the script runs before the request has been read
+
+
+def status_line(status: int) -> bytes:
+    return f"HTTP/1.1 {status} X\r\n".encode()
+
+
+def says(text: bytes, then: Script = close, outcome: str = "unknown") -> Character:
+    return Character(sends(text, then), outcome)
+
+
+def reads_slowly(peer: Peer, _: Received) -> None:
+    while peer.read_some():
+        peer.pause(0.05)
+
+
+def early(text: bytes, then: Script, outcome: str) -> Character:
+    """Send `text` once the request begins, and never read the rest of it."""
+
+    def script(peer: Peer, received: Received) -> None:
+        peer.read_some()
+        peer.send(text)
+        then(peer, received)
+
+    return Character(script, outcome, BIG, eager=True)
+
+
+def accepted(character: str) -> Character:
+    """Take a character of `test_transport`'s, whose answers are all accepted."""
+    return Character(ODD_ENDS[character], "accepted")
+
+
+CONTINUE = status_line(100)
+REPLY = STATUS_LINE + b"Content-Length: 2\r\n\r\n{}"
+LAST = STATUS_LINE + b"Connection: close\r\nContent-Length: 2\r\n\r\n{}"
+BIG = 8 * 1024**2  # more than the kernel's buffers hold
+
+CAST = {
+    # Silence and slowness.
+    "takes the connection and says nothing": Character(hang, "unknown", eager=True),
+    "reads slowly": Character(reads_slowly, "unknown", BIG, eager=True),
+    "drips spaces into the status line": says(b"HTTP/1.1", drips(b" ")),
+    "drips the headers of a 500": says(status_line(500), drips(b"X-A: b\r\n")),
+    "drips the body of a 500": says(status_line(500) + b"\r\n", drips(b"x")),
+    "drips the body of a 429": says(status_line(429) + b"\r\n", drips(b"x"), "not_sent"),
+    "drips the body of a 404": says(status_line(404) + b"\r\n", drips(b"x"), "rejected"),
+    "drips chunk sizes": says(CHUNKED, drips(b"0"), "accepted"),
+    # Floods.
+    "announces 4 GB": accepted("announces 4 GB"),
+    "sends a body without end": accepted("sends a body without end"),
+    "sends chunks without end": accepted("sends chunks without end"),
+    "sends one chunk without end": accepted("sends one chunk without end"),
+    "sends 4 GB with a 500": says(
+        status_line(500) + f"Content-Length: {FOUR_GB}\r\n\r\n".encode(), floods(bytes(65536))
+    ),
+    "sends a 404 without end": says(
+        status_line(404) + b"\r\n", floods(bytes(65536)), outcome="rejected"
+    ),
+    "sends more than it announced": says(REPLY + bytes(65536), floods(bytes(65536)), "accepted"),
+    "sends headers without end": accepted("sends headers without end"),
+    "sends a header line without end": accepted("sends a header line without end"),
+    "sends headers of Continue without end": says(CONTINUE, floods(b"X-A: b\r\n" * 8192)),
+    "sends a header line of Continue without end": says(CONTINUE, floods(b"X" * 65536)),
+    "sends a status line without end": says(b"HTTP/1.1 200 ", floods(b"x" * 65536)),
+    "sends spaces without end": says(b"HTTP/1.1 ", floods(b" " * 65536)),
+    "sends empty lines without end": Character(floods(b"\r\n" * 8192), "unknown"),
+    "hints for ever": Character(floods(status_line(103) + b"\r\n"), "unknown"),
+    # The end in the middle.
+    "closes at once": Character(close, "unknown", eager=True),
+    "resets within the status line": says(b"HTTP/1.1 2", reset),
+    "closes after Continue": says(CONTINUE + b"\r\n"),
+    "resets after Continue": says(CONTINUE + b"\r\n", reset),
+    "closes within a header": says(STATUS_LINE + b"X-A", outcome="accepted"),
+    "resets within a header": says(STATUS_LINE + b"X-A", reset, "accepted"),
+    "closes within a chunk": says(CHUNKED + b"9\r\n{}", outcome="accepted"),
+    "resets within the body of a 500": says(
+        status_line(500) + b"Content-Length: 9\r\n\r\n{}", reset
+    ),
+    "stops sending within the headers": says(
+        STATUS_LINE + b"X-A: b\r\n", lambda peer, _: peer.stop_sending(), "accepted"
+    ),
+    "says goodbye before the status line": Character(lambda peer, _: peer.say_goodbye(), "unknown"),
+    "says goodbye after it": says(STATUS_LINE, lambda peer, _: peer.say_goodbye(), "accepted"),
+    # An answer before the request has been read.
+    "accepts before it reads": Character(sends(LAST, hang), "accepted", eager=True),
+    "fails early and reads no more": early(status_line(500) + b"\r\n", hang, "unknown"),
+    "fails early and closes": early(status_line(500) + b"\r\n", close, "unknown"),
+    "fails early and resets": early(status_line(500) + b"\r\n", reset, "unknown"),
+    "reads no more": early(b"", hang, "unknown"),
+    "closes before it has read all": early(b"", close, "unknown"),
+    "resets before it has read all": early(b"", reset, "unknown"),
+    # What is no answer.
+    "answers in HTTP/0.9": says(b"<html>Fine</html>"),
+    "answers with NULs": says(bytes(4096)),
+    "answers in UTF-16": says("HTTP/1.1 200 OK\r\n\r\n".encode("utf-16")),
+    "forgets the status": says(b"HTTP/1.1\r\n\r\n"),
+    "has a status of two digits": says(b"HTTP/1.1 20 OK\r\n\r\n"),
+    "has a status of four digits": says(b"HTTP/1.1 2000 OK\r\n\r\n"),
+    "has a status of five thousand digits": says(b"HTTP/1.1 " + b"2" * 5000 + b"\r\n\r\n"),
+    "has a status below zero": says(b"HTTP/1.1 -200 OK\r\n\r\n"),
+    "has a status in letters": says(b"HTTP/1.1 OK 200\r\n\r\n"),
+    "switches protocols": says(status_line(101) + b"Upgrade: h2c\r\n\r\n", hang),
+    "has a status line of 70 KB": says(b"HTTP/1.1 200 " + b"x" * 70_000 + b"\r\n\r\n"),
+    # What is an answer, if an odd one.
+    "has a version of its own": says(b"HTTP/9.9 200 OK\r\n\r\n", outcome="accepted"),
+    "has much to say after the status": says(
+        b"HTTP/1.1 200 " + b"x" * 60_000 + b"\r\n\r\n", outcome="accepted"
+    ),
+    "announces two lengths": says(
+        STATUS_LINE + b"Content-Length: 2\r\nContent-Length: 9\r\n\r\n{}", hang, "accepted"
+    ),
+    "announces a length and chunks": says(
+        STATUS_LINE + b"Content-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}",
+        hang,
+        "accepted",
+    ),
+    "announces less than nothing": says(
+        status_line(404) + b"Content-Length: -9\r\n\r\n", floods(bytes(65536)), "rejected"
+    ),
+    "announces a length of five thousand digits": says(
+        STATUS_LINE + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", hang, "accepted"
+    ),
+    "says that a chunk is smaller than nothing": says(CHUNKED + b"-9\r\n{}", hang, "accepted"),
+}
+
+# One TLS record, its length, and what it could hold.
+ALERT = b"\x15\x03\x03\x00\x02\x02\x28"  # fatal: no handshake
+HUGE_HELLO = b"\x16\x03\x03\x40\x00\x02\xff\xff\xff" + bytes(16380)
+NOISE = random.Random(5).randbytes(65536)
+
+
+def by_hand(act: ByHand, context: ssl.SSLContext) -> Script:
+    return lambda peer, _: act(peer, TLSByHand(peer, context))
+
+
+def greets(data: bytes, then: Script = hang) -> ByHand:
+    """Answer the caller's hello with `data`."""
+
+    def act(peer: Peer, _: TLSByHand) -> None:
+        peer.read_some()
+        peer.send(data)
+        then(peer, Received("", {}, b""))
+
+    return act
+
+
+def shakes_half(then: Script) -> ByHand:
+    """Send one half of the first flight of the handshake, and then do something else."""
+
+    def act(peer: Peer, tls: TLSByHand) -> None:
+        flight = tls.first_flight()
+        peer.send(flight[: len(flight) // 2])
+        then(peer, Received("", {}, b""))
+
+    return act
+
+
+def replies(reply: Callable[[TLSByHand], bytes], then: Script = hang) -> ByHand:
+    """Shake hands, read the request, and send what `reply` makes of it."""
+
+    def act(peer: Peer, tls: TLSByHand) -> None:
+        tls.open()
+        peer.send(reply(tls))
+        then(peer, Received("", {}, b""))
+
+    return act
+
+
+def drips_handshake(peer: Peer, tls: TLSByHand) -> None:
+    peer.drip(tls.first_flight(), pause=0.005)
+
+
+def drips_records(head: bytes, rest: bytes) -> ByHand:
+    """Send `head`, and drip the record of `rest`."""
+
+    def act(peer: Peer, tls: TLSByHand) -> None:
+        tls.open()
+        if head:
+            peer.send(tls.sealed(head))
+        peer.drip(tls.sealed(rest))
+
+    return act
+
+
+def corrupt(tls: TLSByHand) -> bytes:
+    record = tls.sealed(REPLY)
+    return record[:-1] + bytes([record[-1] ^ 1])
+
+
+BAD_TLS: dict[str, tuple[ByHand, str]] = {
+    "answers in plain HTTP": (greets(REPLY), "not_sent"),
+    "answers with noise": (greets(NOISE), "not_sent"),
+    "sends noise without end": (greets(b"", floods(NOISE)), "not_sent"),
+    "sends warnings without end": (
+        greets(b"", floods(b"\x15\x03\x03\x00\x02\x01\x5a" * 4096)),
+        "not_sent",
+    ),
+    "has an alert for a hello": (greets(ALERT), "not_sent"),
+    "announces a hello of 16 MB": (greets(HUGE_HELLO, floods(bytes(65536))), "not_sent"),
+    "hangs within the handshake": (shakes_half(hang), "not_sent"),
+    "closes within the handshake": (shakes_half(close), "not_sent"),
+    "resets within the handshake": (shakes_half(reset), "not_sent"),
+    "has an alert within the handshake": (shakes_half(sends(ALERT, hang)), "not_sent"),
+    "drips the handshake": (drips_handshake, "not_sent"),
+    "drips the record of the status line": (drips_records(b"", REPLY), "unknown"),
+    "drips the record of the body": (drips_records(STATUS_LINE + b"\r\n", b"{}"), "accepted"),
+    "sends noise after the handshake": (replies(lambda _: NOISE), "unknown"),
+    "sends noise after the status line": (
+        replies(lambda tls: tls.sealed(STATUS_LINE) + NOISE),
+        "accepted",
+    ),
+    "falls back to plain HTTP": (replies(lambda _: REPLY), "unknown"),
+    "has an alert for the request": (replies(lambda tls: tls.alert()), "unknown"),
+    "has an alert after the status line": (
+        replies(lambda tls: tls.sealed(STATUS_LINE) + tls.alert()),
+        "accepted",
+    ),
+    "corrupts its answer": (replies(corrupt), "unknown"),
+    "resets within a record": (replies(lambda tls: tls.sealed(REPLY)[:-9], reset), "unknown"),
+    "closes within a record": (replies(lambda tls: tls.sealed(REPLY)[:-9], close), "unknown"),
+}
+
+
+@contextmanager
+def nothing_kept(beyond: int = 0) -> Iterator[None]:
+    """Fail unless threads and descriptors end up as they were, and memory stayed in its bounds.
+
+    Args:
+        beyond: bytes that may be used besides.
+    """
+
+    def in_use() -> tuple[int, int]:
+        return len(os.listdir("/dev/fd")), threading.active_count()  # noqa: PTH208 a Path is slower
+
+    before = in_use()
+    tracemalloc.start()
+    try:
+        at_first, _ = tracemalloc.get_traced_memory()
+        yield
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak - at_first < MEMORY + beyond
+    eventually(lambda: in_use() == before, 5)
+
+
+def attempt(
+    transport: Transport, url: str, text: Message | None = None, seconds: float = SECONDS
+) -> str:
+    """Return the outcome of an attempt, which has to come in time."""
+    provider = Provider.from_row((1, "Email", "mailer", url, "secret"))
+    breakers = Breakers(POLICY)
+    outcome = "accepted"
+    with within(seconds + MARGIN):
+        try:
+            Providers(transport, breakers, seconds).send(
+                provider, text or message(), time.monotonic() + 60
+            )
+        except AttemptFailed as failure:
+            outcome = failure.outcome
+    assert breakers.of(provider.host or "").state == STATES[outcome]
+    return outcome
+
+
+def message(size: int = 100) -> Message:
+    return Message("buyer@example.com", "Hello", "x" * size)
+
+
+@pytest.fixture(params=["http", "https"])
+def wire(request: pytest.FixtureRequest) -> Wire:
+    """The CA bundle and the server's context, both None for plain HTTP."""
+    if request.param == "http":
+        return None, None
+    bundle, context = request.getfixturevalue("certificate")
+    return bundle, context
+
+
+@pytest.fixture
+def transport(make_transport: MakeTransport, wire: Wire) -> Transport:
+    return make_transport(wire[0])
+
+
+@pytest.fixture
+def provider(make_provider: MakeProvider, wire: Wire) -> ScriptedProvider:
+    return make_provider(tls=wire[1])
+
+
+def meet(
+    transport: Transport,
+    character: Character,
+    tls: ssl.SSLContext | None = None,
+    scheme: str | None = None,
+) -> None:
+    """Attempt to notify through `character`, and let nothing of it stay.
+
+    Args:
+        scheme: of the URL, if not that of what the provider serves.
+    """
+    text = message(character.body)
+    copies = 3 * character.body
+    with nothing_kept(copies), ScriptedProvider(character.script, tls=tls) as provider:
+        provider.eager = character.eager
+        url = f"{scheme}://{provider.host}/" if scheme else provider.url
+        seconds = 3 * SECONDS if character.body == BIG else SECONDS  # it takes time to write
+        assert attempt(transport, url, text, seconds) == character.outcome
+        assert provider.connections == 1
+        assert provider.sent < SENT
+        if not scheme:  # what is left of the connection harms nobody
+            provider.script, provider.eager = answer(202, b"{}", "Connection: close"), False
+            assert attempt(transport, url, seconds=5) == "accepted"
+
+
+@pytest.mark.parametrize("name", CAST)
+def test_a_hostile_provider_costs_an_attempt_and_no_more(
+    transport: Transport, wire: Wire, name: str
+) -> None:
+    meet(transport, CAST[name], wire[1])
+
+
+@pytest.mark.parametrize("name", BAD_TLS)
+def test_a_provider_that_speaks_tls_badly_costs_an_attempt_and_no_more(
+    make_transport: MakeTransport, certificate: Certificate, name: str
+) -> None:
+    bundle, context = certificate
+    act, outcome = BAD_TLS[name]
+    character = Character(by_hand(act, context), outcome, eager=True)
+    meet(make_transport(bundle), character, scheme="https")
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_body_that_drips_costs_a_second_of_a_longer_attempt(
+    transport: Transport, wire: Wire, status: int
+) -> None:
+    script = sends(status_line(status) + b"\r\n", drips(b"x"))
+    with nothing_kept(), ScriptedProvider(script, tls=wire[1]) as provider, within(1 + MARGIN):
+        outcome = attempt(transport, provider.url, seconds=5)
+    assert outcome == ("accepted" if status == 200 else "unknown")
+
+
+def test_many_hostile_providers_at_once_take_no_more_than_one(
+    transport: Transport, wire: Wire
+) -> None:
+    """Those that flood stay away: they would show how fast this machine is."""
+    names = [name for name in CAST if "without end" not in name and CAST[name].body != BIG]
+    outcomes: dict[str, str] = {}
+
+    def meet_one(name: str) -> None:
+        with ScriptedProvider(CAST[name].script, tls=wire[1]) as provider:
+            provider.eager = CAST[name].eager
+            outcomes[name] = attempt(transport, provider.url)
+
+    with nothing_kept(len(names) * 1024**2):
+        threads = [threading.Thread(target=meet_one, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        transport.close()  # who sends more than announced has an idle connection
+    assert outcomes == {name: CAST[name].outcome for name in names}
+
+
+LEAVING: dict[str, Callable[[Peer], None]] = {
+    "closes": Peer.close,
+    "resets": Peer.reset,
+    "says goodbye": Peer.say_goodbye,
+    "stops sending": Peer.stop_sending,
+    "sends what nobody asked for": lambda peer: peer.send(b"HTTP/1.1 408 Too late\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", LEAVING)
+def test_connections_that_the_provider_left_while_idle_fail_no_notification(
+    transport: Transport, provider: ScriptedProvider, name: str
+) -> None:
+    """Eight at a time, as when the provider starts again."""
+    together = threading.Barrier(8, timeout=20)
+    left: list[str] = []
+
+    def answer_and_leave(peer: Peer, received: Received) -> None:
+        together.wait()  # or one connection would serve all
+        answer(200)(peer, received)
+        answered.wait(20)
+        LEAVING[name](peer)
+        left.append(name)
+
+    def notify() -> None:
+        statuses.append(post(transport, provider.url))
+
+    provider.script = answer_and_leave
+    for round_ in range(1, 4):
+        answered = threading.Event()
+        statuses: list[int] = []
+        left.clear()
+        threads = [threading.Thread(target=notify) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        answered.set()
+        eventually(lambda: len(left) == 8)
+        assert statuses == [200] * 8
+        assert (provider.connections, len(provider.received)) == (8 * round_, 8 * round_)
+
+
+@pytest.mark.parametrize("leave", [close, reset], ids=["closes", "resets"])
+def test_a_notification_that_the_provider_has_read_is_not_sent_to_it_again(
+    transport: Transport, provider: ScriptedProvider, leave: Script
+) -> None:
+    """Over a connection that has been used before too, where a retry would be at hand."""
+    assert attempt(transport, provider.url) == "accepted"
+    provider.script = leave
+    assert attempt(transport, provider.url) == "unknown"
+    assert (provider.connections, len(provider.received)) == (1, 2)
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make every name resolve to what `look_up` returns; numeric addresses stay themselves."""
+    real = exchange_module.look_up
+
+    def use(look_up: Callable[[], list[Any]]) -> None:
+        def replaced(host: str, port: int, flags: int = 0) -> list[Any]:
+            return real(host, port, flags) if flags else look_up()
+
+        monkeypatch.setattr(exchange_module, "look_up", replaced)
+
+    return use
+
+
+def addresses(port: int, count: int = 1) -> list[Any]:
+    return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (LOOPBACK, port))] * count
+
+
+@pytest.mark.parametrize("count", [1, 50, 4000])
+def test_a_name_that_resolves_slowly_to_addresses_that_do_not_answer_has_one_deadline_for_all(
+    make_transport: MakeTransport, resolve: Callable[..., None], count: int
+) -> None:
+    transport, url = make_transport(), "http://mail.example.com/"
+
+    def look_up() -> list[Any]:
+        time.sleep(SECONDS / 2)
+        return addresses(port, count)
+
+    with not_answering() as port, nothing_kept():
+        resolve(look_up)
+        assert attempt(transport, url) == "not_sent"
+
+
+def test_a_name_that_resolves_slowly_leaves_the_rest_of_the_time_to_the_provider(
+    make_transport: MakeTransport, resolve: Callable[..., None], make_provider: MakeProvider
+) -> None:
+    provider, transport, url = make_provider(), make_transport(), "http://mail.example.com/"
+
+    def look_up() -> list[Any]:
+        time.sleep(SECONDS / 2)
+        return addresses(provider.port)
+
+    resolve(look_up)
+    provider.script = answer(200, b"", "Connection: close")
+    assert attempt(transport, url, seconds=5) == "accepted"
+    provider.script = hang
+    assert attempt(transport, url) == "unknown"
+
+
+def test_a_name_that_never_resolves_costs_a_thread_only_while_it_is_looked_up(
+    make_transport: MakeTransport, resolve: Callable[..., None]
+) -> None:
+    transport, released = make_transport(), threading.Event()
+
+    def look_up() -> list[Any]:
+        released.wait(30)
+        return []
+
+    resolve(look_up)
+    with nothing_kept():
+        try:
+            for _ in range(3):
+                assert attempt(transport, "http://mail.example.com/", seconds=0.2) == "not_sent"
+        finally:
+            released.set()
