@@ -4,8 +4,10 @@ Each character is one way to misbehave. All of them meet the same assertions, ov
 over TLS. `test_transport` has those whose outcome alone is worth a test.
 """
 
+import itertools
 import os
 import random
+import select
 import socket
 import ssl
 import threading
@@ -192,6 +194,45 @@ CAST = {
     "says that a chunk is smaller than nothing": says(CHUNKED + b"-9\r\n{}", hang, "accepted"),
 }
 
+
+def floods_for_a_while(data: bytes) -> Script:
+    """Flood for longer than an attempt may take, but not for as long as it may hang."""
+
+    def script(peer: Peer, _: Received) -> None:
+        give_up = time.monotonic() + 2 * (SECONDS + MARGIN)
+        while time.monotonic() < give_up:
+            peer.send(data)
+
+    return script
+
+
+MANY_IN_A_LINE = b"a:\r" * 21_000 + b"\n"  # email.parser ends a line at every CR
+
+CAST |= {
+    "sends headers of 5 MB and an end": says(
+        STATUS_LINE + (b"X-A: " + b"x" * 65_000 + b"\r\n") * 80 + b"\r\n", outcome="accepted"
+    ),
+    "sends 400,000 headers in 20 lines": says(
+        STATUS_LINE + MANY_IN_A_LINE * 20 + b"\r\n\r\n", outcome="accepted"
+    ),
+    "sends 400,000 headers of Continue": says(CONTINUE + MANY_IN_A_LINE * 20 + b"\r\n\r\n"),
+    "sends chunks of a byte": says(CHUNKED, floods(b"1\r\nx\r\n" * 8192), "accepted"),
+    "extends chunks without end": says(
+        CHUNKED, floods(b"1;" + b"x" * 60_000 + b"\r\nx\r\n"), "accepted"
+    ),
+    "sends trailers without end": says(
+        CHUNKED + b"0\r\n", floods(b"X-A: " + b"x" * 60_000 + b"\r\n"), "accepted"
+    ),
+    "accepts early and reads no more": early(LAST, hang, "accepted"),
+    "accepts early and closes": early(LAST, close, "accepted"),
+    "refuses early and reads no more": early(
+        status_line(413) + b"Content-Length: 0\r\n\r\n", hang, "rejected"
+    ),
+    "refuses early and closes": early(
+        status_line(413) + b"Content-Length: 0\r\n\r\n", close, "rejected"
+    ),
+}
+
 # One TLS record, its length, and what it could hold.
 ALERT = b"\x15\x03\x03\x00\x02\x02\x28"  # fatal: no handshake
 HUGE_HELLO = b"\x16\x03\x03\x40\x00\x02\xff\xff\xff" + bytes(16380)
@@ -286,6 +327,11 @@ BAD_TLS: dict[str, tuple[ByHand, str]] = {
     ),
     "corrupts its answer": (replies(corrupt), "unknown"),
     "resets within a record": (replies(lambda tls: tls.sealed(REPLY)[:-9], reset), "unknown"),
+    # A caller that has sent its own hello steps over these, whatever time it is.
+    "asks for a hello without end": (
+        greets(b"", floods_for_a_while(b"\x16\x03\x03\x00\x04\x00\x00\x00\x00" * 7000)),
+        "not_sent",
+    ),
     "closes within a record": (replies(lambda tls: tls.sealed(REPLY)[:-9], close), "unknown"),
 }
 
@@ -406,6 +452,15 @@ def test_a_body_that_drips_costs_a_second_of_a_longer_attempt(
     assert outcome == ("accepted" if status == 200 else "unknown")
 
 
+def test_who_talks_without_answering_is_not_listened_to_for_the_whole_of_a_long_attempt(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    """Reading without a pause, of interim answers say, takes the interpreter from all others."""
+    provider.script = floods(CONTINUE + b"\r\n" + status_line(103) + b"\r\n")
+    with within(1 + MARGIN):
+        assert attempt(transport, provider.url, seconds=10) == "unknown"
+
+
 def test_many_hostile_providers_at_once_take_no_more_than_one(
     transport: Transport, wire: Wire
 ) -> None:
@@ -480,6 +535,45 @@ def test_a_notification_that_the_provider_has_read_is_not_sent_to_it_again(
     provider.script = leave
     assert attempt(transport, provider.url) == "unknown"
     assert (provider.connections, len(provider.received)) == (1, 2)
+
+
+@pytest.mark.parametrize("by_reset", [False, True], ids=["FIN", "reset"])
+def test_a_provider_that_leaves_just_before_the_notification_is_sent_fails_it_no_more(
+    transport: Transport,
+    provider: ScriptedProvider,
+    monkeypatch: pytest.MonkeyPatch,
+    by_reset: bool,
+) -> None:
+    """After the last look at the idle connection, and before the first byte."""
+    leave, went = threading.Event(), threading.Event()
+
+    def answer_and_leave(peer: Peer, received: Received) -> None:
+        answer(200)(peer, received)
+        if len(provider.received) == 1:
+            leave.wait(20)
+            peer.reset() if by_reset else peer.close()
+            went.set()
+
+    def just_before(send: Callable[..., Any]) -> Callable[..., Any]:
+        def replaced(sock: socket.socket, *args: Any) -> Any:
+            to_provider = not went.is_set() and sock.getpeername()[1] == provider.port
+            if to_provider and len(provider.received) == 1:
+                leave.set()
+                assert went.wait(20)
+                select.select([sock], [], [], 20)  # its end has arrived
+            return send(sock, *args)
+
+        return replaced
+
+    provider.script = answer_and_leave
+    assert post(transport, provider.url) == 200
+    for kind, name in itertools.product(
+        (socket.socket, ssl.SSLSocket), ("send", "sendall", "sendmsg")
+    ):
+        monkeypatch.setattr(kind, name, just_before(getattr(kind, name)))
+    assert post(transport, provider.url) == 200
+    assert went.is_set()
+    assert (provider.connections, len(provider.received)) == (2, 2)
 
 
 @pytest.fixture
