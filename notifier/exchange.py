@@ -8,11 +8,12 @@ Here one deadline holds for the whole exchange: its sockets set what is left bef
 import socket
 import ssl
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.client import (
     BadStatusLine,
@@ -32,11 +33,8 @@ from urllib3.exceptions import NewConnectionError
 DRAIN_SECONDS = 1.0
 DRAIN_BYTES = 64 * 1024
 
-# The most that the fields of an answer may take.
-HEAD_BYTES = 64 * 1024
-
-# Enough for any length that is not too long.
-MOST_DIGITS = 18
+# The most that is read of an answer, with all that comes before and between its parts.
+ANSWER_BYTES = 2 * DRAIN_BYTES
 
 # Where tcpi_bytes_acked is in Linux's struct tcp_info.
 BYTES_ACKED = slice(120, 128)
@@ -46,14 +44,21 @@ BODILESS = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
 Address = tuple[Any, Any, int, str, Any]  # as getaddrinfo returns them
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Exchange:
-    """What the sockets of one exchange share. Used by one thread only."""
+    """What the sockets of one exchange share.
+
+    Used by one thread; others only cut it off. `_guard` sees to it that what they cut is the socket
+    of this exchange, and not yet another's.
+    """
 
     deadline: float  # time.monotonic()
     resolve: Callable[[str, int, float], list[Address]]  # host, port, seconds it may take
     stage: str = "url"  # how far it came: then dns, connect, tunnel (a proxy's), tls, sent
     unread: bool = False  # whether the connection was closed before the request reached the peer
+    _allowance: int = ANSWER_BYTES
+    _sock: socket.socket | None = None
+    _guard: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
@@ -75,6 +80,23 @@ class Exchange:
         if self.stage != "tunnel":
             self.stage = "sent"
         return self.time_left()
+
+    def received(self, count: int) -> None:
+        """Note that so many bytes of an answer have come."""
+        self._allowance -= count
+        if self._allowance < 0:
+            raise LineTooLong("an answer")
+
+    def uses(self, sock: socket.socket | None) -> None:
+        """Note which socket is used, or that none is any more."""
+        with self._guard:
+            self._sock = sock
+
+    def cut_off(self) -> None:
+        """End whatever the socket is doing, from another thread."""
+        with self._guard, suppress(OSError):
+            if self._sock:
+                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
     def answered(self) -> None:
         """Note that the status has come: there is little time for the rest."""
@@ -133,8 +155,11 @@ class _BoundedSocket(socket.socket):
         return super().recv(*args)
 
     def recv_into(self, *args: Any) -> int:
-        self.settimeout(_current.get().time_left())
-        return super().recv_into(*args)
+        exchange = _current.get()
+        self.settimeout(exchange.time_left())
+        count = super().recv_into(*args)
+        exchange.received(count)
+        return count
 
     def send(self, *args: Any) -> int:
         self.settimeout(_current.get().sending())
@@ -152,15 +177,27 @@ class BoundedTLSSocket(_BoundedSocket, ssl.SSLSocket):
     def do_handshake(self, block: bool = False) -> None:
         exchange = _current.get()
         exchange.stage = "tls"
+        exchange.uses(self)
         self.settimeout(exchange.time_left())
-        self.suppress_ragged_eofs = False
         super().do_handshake(block)
 
     def recv_into(self, *args: Any) -> int:
+        """Tell a connection that has ended from one that was reset, which OpenSSL does not."""
+        self.settimeout(_current.get().time_left())
+        if not self.pending() and socket.socket.recv(self, 1, socket.MSG_PEEK) == b"":
+            return 0
+        self.suppress_ragged_eofs = False
         try:
             return super().recv_into(*args)
-        except ssl.SSLEOFError as error:  # a reset too; neither is a proper end
+        except ssl.SSLEOFError as error:
+            _current.get().time_left()  # or it was cut off
             raise ConnectionResetError from error
+
+    def send(self, *args: Any) -> int:
+        try:
+            return super().send(*args)
+        except ssl.SSLEOFError as error:  # as a plain socket has it
+            raise BrokenPipeError from error
 
 
 class _Answer(HTTPResponse):
@@ -207,11 +244,9 @@ class _Answer(HTTPResponse):
 def _read_fields(lines: IO[bytes]) -> dict[str, str]:
     """Return the fields up to the empty line, by name in lower case."""
     fields: dict[str, str] = {}
-    left = HEAD_BYTES
-    while (line := lines.readline(left)) not in (b"\r\n", b"\n"):
-        left -= len(line)
+    while (line := lines.readline()) not in (b"\r\n", b"\n"):
         if not line.endswith(b"\n"):
-            raise LineTooLong("the fields of an answer")
+            raise RemoteDisconnected("within the fields of an answer")
         name, _, value = line.decode("latin-1").partition(":")
         name = name.lower()
         # Said twice, they are one list: RFC 9110 section 5.3.
@@ -224,7 +259,7 @@ def _length(fields: Mapping[str, str]) -> int | None:
     length = fields.get("content-length", "")
     if "transfer-encoding" in fields or not (length.isascii() and length.isdigit()):
         return None
-    return int(length[:MOST_DIGITS])
+    return int(length)
 
 
 class _Connection(HTTPConnection):
@@ -232,6 +267,7 @@ class _Connection(HTTPConnection):
 
     response_class = _Answer
     _kept = False  # whether it has served a request before
+    _sent = False  # whether the whole request went out
     _acknowledged = None  # of what was sent before this request
 
     def _new_conn(self) -> socket.socket:
@@ -251,9 +287,12 @@ class _Connection(HTTPConnection):
     def request(  # type: ignore[override]
         self, method: str, url: str, body: bytes, headers: Mapping[str, str], **_: object
     ) -> None:
+        _current.get().uses(self.sock)
         self._acknowledged = _acknowledged(self.sock) if self._kept else None
+        self._sent = False
         fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         self.send(f"{method} {url} HTTP/1.1\r\n{fields}\r\n".encode("latin-1") + body)
+        self._sent = True
 
     def close(self) -> None:
         super().close()
@@ -266,22 +305,24 @@ class _Connection(HTTPConnection):
             answer.begin()
             with suppress(OSError, HTTPException, ValueError):  # the status has decided
                 usable = answer.drained()
-        except RemoteDisconnected:
-            _current.get().unread = self._closed_before()
+        except ConnectionError as error:
+            ended = isinstance(error, RemoteDisconnected) or not self._sent
+            _current.get().unread = ended and self._nothing_arrived()
             raise
         finally:
+            _current.get().uses(None)
             answer.close()
             if not usable:
                 self.close()
         self._kept = usable
         return answer
 
-    def _closed_before(self) -> bool:
-        """Say whether the peer had closed the kept connection before the request arrived there.
+    def _nothing_arrived(self) -> bool:
+        """Say whether a kept connection had been closed before this request arrived.
 
-        It has ended the connection properly, which would have acknowledged all that had come by
-        then, and has acknowledged nothing of the request: nobody can have read that, and it may be
-        sent again (RFC 9110, section 9.2.2). A reset acknowledges nothing, and so tells nothing.
+        The peer has ended it, which acknowledges all that has come, or this end could not send the
+        whole; and nothing of the request is acknowledged. So nobody has read it, and it may be sent
+        again (RFC 9110, section 9.2.2). A reset after the whole acknowledges nothing either way.
         """
         before = self._acknowledged
         return before is not None and _acknowledged(self.sock) == before

@@ -24,6 +24,7 @@ from notifier.logs import causes
 from notifier.models import DEFAULT_PORTS
 from notifier.settings import trust
 from notifier.single_flight import SingleFlight
+from notifier.watchdog import Watchdog
 
 # Hosts whose idle connections are kept. Beyond that one host loses its own.
 POOLED_HOSTS = 100
@@ -41,6 +42,10 @@ class _Request(requests.PreparedRequest):
 
     pool: Any
     target: str
+
+    @property
+    def over_tls(self) -> bool:
+        return (self.url or "").startswith("https:")
 
     def with_body(self, body: bytes, headers: Mapping[str, str]) -> "_Request":
         """Return a request of this kind with `body`, and `headers` besides its own."""
@@ -135,11 +140,13 @@ class Transport:
             "Accept": "*/*",
         }
         self._adapter = _Adapter(tls_context(ca_bundle), connections)
+        self._watchdog = Watchdog()
         self._prepared = lru_cache(POOLED_HOSTS)(self._prepare)
 
     def close(self) -> None:
         """Close the idle connections."""
         self._adapter.close()
+        self._watchdog.close()
 
     def post(self, url: str, body: bytes, headers: Mapping[str, str], deadline: float) -> int:
         """Return the status of the answer to a POST; redirects are not followed.
@@ -153,7 +160,11 @@ class Transport:
         """
         current = Exchange(deadline, self._resolve)
         with current.under_way(), _no_library_errors(current):
-            return self._send(self._prepared(url).with_body(body, headers), current)
+            request = self._prepared(url).with_body(body, headers)
+            if not request.over_tls:
+                return self._send(request, current)
+            with self._watchdog.watching(current):
+                return self._send(request, current)
 
     def _send(self, request: _Request, current: Exchange) -> int:
         """Return the status; what nobody has read is sent again, at last over a new connection."""

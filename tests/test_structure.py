@@ -53,6 +53,7 @@ LEVELS = {
     "settings": 0,
     "single_flight": 0,
     "exchange": 0,
+    "watchdog": 0,
     "worker": 0,
 }
 FLASK_LEVEL = 4

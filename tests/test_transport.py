@@ -125,7 +125,7 @@ NO_STATUS_LINE: dict[str, tuple[Script, str]] = {
     "sends a line without end": (floods(b"H" * 65536), "protocol"),
     "drips the status line": (drips(b"HTTP/1.1 200 O"), "timeout"),
     "drips interim answers": (drips(b"HTTP/1.1 100 Continue\r\n\r\n"), "timeout"),
-    "says Continue for ever": (floods(b"HTTP/1.1 100 Continue\r\n\r\n"), "timeout"),
+    "says Continue for ever": (floods(b"HTTP/1.1 100 Continue\r\n\r\n"), "protocol"),
     "drips the headers of Continue": (
         sends(b"HTTP/1.1 100 Continue\r\n", drips(b"X-A: b\r\n")),
         "timeout",
