@@ -11,6 +11,8 @@ FLASK := $(BIN)/flask --app notifier.app
 .DEFAULT_GOAL := help
 .PHONY: help install run test lint measure chaos migrate rollback providers up down
 
+.PHONY: help install run test lint measure bench migrate rollback providers up down
+
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -38,6 +40,13 @@ measure: install ## Measure how late changes are seen and what outages cost; tak
 
 chaos: install ## Break everything around the service under load, and check what must hold; takes three minutes.
 	@exec $(BIN)/python -m notifier.dev.chaos
+
+bench: .venv/bench-installed ## Measure the service beside comparable stacks; takes ten minutes.
+	@exec $(BIN)/python -m notifier.dev.bench
+
+.venv/bench-installed: .venv/installed requirements-bench.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@touch $@
 
 migrate: install ## Bring the database's schema up to date.
 	@$(WITH_DATABASE) $(FLASK) migrate

@@ -1,0 +1,1 @@
+"""`make bench`: what the service costs, beside stacks that do the same with less care."""

@@ -1,0 +1,20 @@
+"""The floor of this stack: Flask, one prepared request, one adapter, and nothing else."""
+
+import os
+
+from flask import Flask, request
+from requests import Request
+from requests.adapters import HTTPAdapter
+
+URL = os.environ["PROVIDER_URL"]
+ADAPTER = HTTPAdapter(pool_maxsize=int(os.environ["THREADS"]))
+
+app = Flask(__name__, static_folder=None)
+
+
+@app.post("/notify")
+def notify() -> dict[str, str]:
+    """Send what has come on to the provider."""
+    prepared = Request("POST", URL, json=request.get_json()).prepare()
+    ADAPTER.send(prepared, timeout=5).content  # noqa: B018 reading it frees the connection
+    return {"message": "notification sent successfully"}

@@ -1,0 +1,19 @@
+"""The service with a cache that holds nothing: each look-up is the first one after a start."""
+
+from notifier import app as service
+from notifier.models import Channel, Provider
+from notifier.preferences import Preferences
+
+
+class ColdPreferences(Preferences):
+    """Asks PostgreSQL at every look-up, as a worker does that has just been started."""
+
+    def providers(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
+        """Return the active providers of `channel`, asked of PostgreSQL now."""
+        return Preferences(self._database, self.lifetime).providers(channel, deadline)
+
+
+def create_app() -> object:
+    """Return the WSGI application."""
+    service.Preferences = ColdPreferences  # type: ignore[attr-defined]
+    return service.create_app()
