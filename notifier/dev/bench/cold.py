@@ -1,5 +1,9 @@
 """The service with a cache that holds nothing: each look-up is the first one after a start."""
 
+from unittest.mock import patch
+
+from flask import Flask
+
 from notifier import app as service
 from notifier.models import Channel, Provider
 from notifier.preferences import Preferences
@@ -13,7 +17,7 @@ class ColdPreferences(Preferences):
         return Preferences(self._database, self.lifetime).providers(channel, deadline)
 
 
-def create_app() -> object:
+def create_app() -> Flask:
     """Return the WSGI application."""
-    service.Preferences = ColdPreferences  # type: ignore[attr-defined]
-    return service.create_app()
+    with patch.object(service, "Preferences", ColdPreferences):
+        return service.create_app()

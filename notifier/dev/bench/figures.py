@@ -1,10 +1,13 @@
-"""What the turns say: medians over rounds, ratios within a round, goals, tables."""
+"""What the turns say: medians over rounds, ratios within a round, and the goals."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from notifier.dev.bench.load import Turn
+
+# A machine that is busier limits the throughput by itself.
+CPU_LIMIT = 0.9
 
 
 class Figures(NamedTuple):
@@ -15,6 +18,25 @@ class Figures(NamedTuple):
     p50: float  # milliseconds
     p99: float
     refused: int
+    busy: float  # the share of the machine's CPUs that anybody used
+
+
+NO_FIGURES = Figures(0, 0, 0, 0, 0, 0)
+
+
+class Point(NamedTuple):
+    """Figures, and what was under which load; providers answer after `delay` milliseconds."""
+
+    stack: str
+    workers: int
+    threads: int
+    delay: int
+    callers: int = 0
+    figures: Figures = NO_FIGURES
+
+    def measured(self, callers: int, what: Figures) -> "Point":
+        """Return the point with figures."""
+        return self._replace(callers=callers, figures=what)
 
 
 class Spread(NamedTuple):
@@ -25,7 +47,32 @@ class Spread(NamedTuple):
     high: float
 
 
-def figures(turn: Turn) -> Figures:
+class Memory(NamedTuple):
+    """Megabytes of a service after so many notifications."""
+
+    notifications: int
+    workers: float
+    total: float
+
+
+class Goal(NamedTuple):
+    """A bound, and what was measured; None if it could not be."""
+
+    name: str
+    bound: float
+    measured: float | None
+    at_least: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """Say in a word or two whether the goal is met."""
+        if self.measured is None:
+            return "not measured"
+        within = self.measured >= self.bound if self.at_least else self.measured <= self.bound
+        return "met" if within else "NOT MET"
+
+
+def figures(turn: Turn, busy: float = 0.0) -> Figures:
     """Return what a turn with at least one reply says."""
     replies = len(turn.latencies)
     return Figures(
@@ -34,27 +81,29 @@ def figures(turn: Turn) -> Figures:
         p50=percentile(turn.latencies, 50),
         p99=percentile(turn.latencies, 99),
         refused=turn.refused,
+        busy=busy,
     )
 
 
 def percentile(values: Sequence[float], rank: int) -> float:
-    """Return the smallest value that `rank` percent of the values do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, -(-rank * len(ordered) // 100) - 1)]
+    """Return the smallest of the values that at least `rank` percent of them do not exceed."""
+    return sorted(values)[-(-rank * len(values) // 100) - 1]
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Return median and quartiles; of one value that value."""
+    """Return median and quartiles."""
     ordered = sorted(values)
     if len(ordered) == 1:
         return Spread(*(3 * ordered))
     return Spread(*statistics.quantiles(ordered, n=4, method="inclusive"))
 
 
-def ratios(
-    ours: Sequence[Figures], theirs: Sequence[Figures], of: Callable[[Figures], float]
+def ratio(
+    ours: Sequence[Figures],
+    theirs: Sequence[Figures],
+    of: Callable[[Figures], float] = lambda one: one.cpu,
 ) -> Spread:
-    """Compare two rows round by round: what slows the machine slows both."""
+    """Compare two rows round by round: what slows the machine down slows both."""
     return spread(of(one) / of(other) for one, other in zip(ours, theirs, strict=True))
 
 
@@ -63,23 +112,46 @@ def median(rounds: Iterable[Figures]) -> Figures:
     return Figures(*(statistics.median(values) for values in zip(*rounds, strict=True)))
 
 
-class Goal(NamedTuple):
-    """A bound, and what was measured."""
+def main_goals(rows: Mapping[str, Sequence[Figures]]) -> list[Goal]:
+    """Judge what a notification costs."""
+    bounds = (
+        ("notifier, buyer", "bare", 1.10),
+        ("notifier, buyer", "naive", 0.70),
+        ("notifier, buyer", "FastAPI + httpx", 0.45),
+        ("notifier, seller", "notifier, buyer", 1.75),
+        ("notifier, breaker open", "notifier, buyer", 1.03),
+    )
+    return [
+        Goal(f"CPU: {ours} / {theirs}", bound, ratio(rows[ours], rows[theirs]).median)
+        for ours, theirs, bound in bounds
+    ]
 
-    name: str
-    bound: float
-    measured: float
-    at_least: bool = False
 
-    @property
-    def met(self) -> bool:
-        """Say whether what was measured is within the bound."""
-        if self.at_least:
-            return self.measured >= self.bound
-        return self.measured <= self.bound
+def capacity_goals(points: Iterable[Point]) -> list[Goal]:
+    """Judge the worst of the throughputs that the machine's CPUs did not limit."""
+    shares = [
+        point.figures.rate * point.delay / 1000 / (point.threads * point.workers)
+        for point in points
+        if point.figures.busy < CPU_LIMIT
+    ]
+    worst = min(shares, default=None)
+    return [Goal("throughput / (threads x workers / 0.1 s)", 0.95, worst, at_least=True)]
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table in Markdown; its first column is text, the others are figures."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in cells)} |" for cells in lines)
+def latency_goals(points: Mapping[str, Point]) -> list[Goal]:
+    """Judge the time that the service adds to its slowest provider, and the tail."""
+    alone, seller, many = (points[name].figures for name in ("provider", "seller", "buyers"))
+    return [
+        Goal("seller p50 - slower provider's p50, ms", 3.0, seller.p50 - alone.p50),
+        Goal("seller p99 - slower provider's p99, ms", 3.0, seller.p99 - alone.p99),
+        Goal("p99 / p50 below saturation", 1.3, many.p99 / many.p50),
+    ]
+
+
+def memory_goals(samples: Sequence[Memory]) -> list[Goal]:
+    """Judge the last sample, and what was added since the first."""
+    first, last = samples[0], samples[-1]
+    return [
+        Goal(f"memory of two workers after {last.notifications}, MB", 100.0, last.workers),
+        Goal(f"the same / after {first.notifications}", 1.02, last.workers / first.workers),
+    ]

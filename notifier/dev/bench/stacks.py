@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from tempfile import TemporaryFile
 from typing import IO, NamedTuple
+from urllib.parse import urlsplit
 
 import psutil
 import requests
@@ -29,32 +31,43 @@ WORKERS, THREADS = 2, 32
 # What gunicorn has in gunicorn.conf.py too; the rest there is for metrics, logs and stops.
 GTHREAD = ("--worker-class", "gthread", "--keep-alive", "75", "--no-control-socket")
 
+OPENED = re.compile(r'^circuit_breaker_state_changes_total{.*to_state="open"} (\S+)$', re.MULTILINE)
+
 Environment = dict[str, str]
 
 
+class Use(NamedTuple):
+    """Megabytes of the workers, and with the master."""
+
+    workers: float
+    total: float
+
+
 class Stack(NamedTuple):
-    """A running stack: its port, and the process whose descendants it is."""
+    """A running stack: its port, and the process whose descendants it is, if it counts."""
 
     port: int
-    guard: int
+    guard: int | None = None
 
     def processes(self) -> list[psutil.Process]:
         """Return the master and the workers."""
-        descendants: list[psutil.Process] = psutil.Process(self.guard).children(recursive=True)
-        return descendants
+        return [*psutil.Process(self.guard).children(recursive=True)] if self.guard else []
 
     def pids(self) -> list[int]:
         """Return the processes whose CPU counts."""
         return [process.pid for process in self.processes()]
 
-    def memory(self) -> float:
-        """Return the megabytes of all processes: what they share counts once."""
-        return sum(_memory(process) for process in self.processes()) / 1e6
+    def memory(self) -> Use:
+        """Return the megabytes that the processes use now; what several share counts in part."""
+        processes = self.processes()
+        masters = psutil.Process(self.guard).children()
+        total, master = (sum(map(_megabytes, some)) for some in (processes, masters))
+        return Use(total - master, total)
 
 
-def _memory(process: psutil.Process) -> int:
+def _megabytes(process: psutil.Process) -> float:
     info = process.memory_full_info()
-    return int(getattr(info, "pss", info.uss))  # macOS has no PSS
+    return float(getattr(info, "pss", info.uss)) / 1e6  # macOS has no PSS
 
 
 @contextmanager
@@ -129,6 +142,18 @@ def _running(
         ) as guard,
     ):
         yield Stack(port, guard.pid), log
+
+
+def provider(url: str) -> Stack:
+    """Return a provider as if it were a stack; what it costs does not count."""
+    return Stack(port=urlsplit(url).port or 0)
+
+
+def breakers_opened(stack: Stack) -> int:
+    """Return how often a breaker of a worker has opened."""
+    page = requests.get(f"http://{HOST}:{stack.port}/metrics", timeout=10).text
+    count = OPENED.search(page)
+    return int(float(count[1])) if count else 0
 
 
 def free_port() -> int:

@@ -1,0 +1,400 @@
+"""`make bench`, as far as it can be tried without what it alone installs."""
+
+import importlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import psutil
+import psycopg
+import pytest
+import requests
+
+from notifier.db import Database
+from notifier.dev.bench import parts, report, stacks
+from notifier.dev.bench.cold import ColdPreferences
+from notifier.dev.bench.figures import (
+    Figures,
+    Goal,
+    Memory,
+    Point,
+    capacity_goals,
+    figures,
+    latency_goals,
+    main_goals,
+    median,
+    memory_goals,
+    percentile,
+    ratio,
+    spread,
+)
+from notifier.dev.bench.load import BODY, PAUSE, Order, Turn, cpu_seconds, take_turn
+from notifier.dev.bench.parts import Main, take
+from notifier.dev.measure import CannotMeasure
+from notifier.errors import PreferencesUnavailable
+from notifier.models import Channel
+from tests.conftest import MakeProvider
+from tests.scripted_provider import Peer, Received, Script, answer, close
+from tests.service import MESSAGE
+from tests.timing import eventually, within
+
+HEAD = b"POST /send HTTP/1.1\r\nHost: here\r\ncontent-length: 5\r\n\r\n"
+
+
+def some(**fields: float) -> Figures:
+    return Figures(**(dict.fromkeys(Figures._fields, 0.0) | fields))  # type: ignore[arg-type]
+
+
+# --- the sink
+
+
+@pytest.fixture(scope="module")
+def providers() -> Iterator[dict[str, str]]:
+    with stacks.sink() as urls:
+        yield urls
+
+
+def connected(url: str) -> socket.socket:
+    return socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=5)
+
+
+def test_the_sink_answers_on_a_kept_connection_each_request_once_it_is_complete(
+    providers: dict[str, str],
+) -> None:
+    with connected(providers["fast"]) as connection:
+        for _ in range(3):
+            connection.sendall(HEAD + b"12")
+            connection.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+            connection.settimeout(5)
+            connection.sendall(b"345")
+            reply = connection.recv(4096)
+            assert reply.startswith(b"HTTP/1.1 200 ")
+            assert reply.endswith(b"\r\nContent-Length: 2\r\n\r\n{}")
+
+
+def test_the_slow_provider_answers_in_time_those_who_wait_together(
+    providers: dict[str, str],
+) -> None:
+    first, second = connected(providers["slow"]), connected(providers["slow"])
+    with first, second:
+        for connection in (first, second):
+            connection.sendall(HEAD + b"12345")
+        began = time.monotonic()
+        for connection in (first, second):
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+        assert 0.095 < time.monotonic() - began < 0.19  # not one after the other
+
+
+def test_the_failing_provider_fails(providers: dict[str, str]) -> None:
+    assert requests.post(providers["failing"], json={}, timeout=5).status_code == 500
+
+
+def test_the_sink_outlives_a_caller_who_leaves_before_the_answer(providers: dict[str, str]) -> None:
+    with connected(providers["slow"]) as connection:
+        connection.sendall(HEAD + b"12345")
+    assert requests.post(providers["slow"], json={}, timeout=5).ok
+
+
+def test_the_sink_ends_with_its_block() -> None:
+    with stacks.sink() as urls:
+        pass
+    with pytest.raises(ConnectionRefusedError):
+        connected(urls["fast"])
+
+
+# --- the load generator
+
+
+def in_turn(*scripts: Script) -> Script:
+    """Return a script that does these one after the other, and the last for ever."""
+    following = chain(scripts, repeat(scripts[-1]))
+
+    def following_one(peer: Peer, received: Received) -> None:
+        next(following)(peer, received)
+
+    return following_one
+
+
+def in_pieces(peer: Peer, _: Received) -> None:
+    for piece in (b"HTTP/1.1 200 OK\r\nContent-", b"Length: 4\r\n\r\nfo", b"ur"):
+        peer.send(piece)
+        peer.pause(0.01)
+
+
+def last(peer: Peer, received: Received) -> None:
+    answer(200, b"{}", "Connection: close")(peer, received)
+    peer.close()
+
+
+def test_callers_keep_their_connections_and_every_reply_is_counted(
+    make_provider: MakeProvider,
+) -> None:
+    provider = make_provider(answer())
+    turn = take_turn(Order(provider.port, "/notify", callers=3, warm_up=5, count=20))
+    assert len(turn.latencies) in range(20, 23)  # replies that came together with the last
+    assert (turn.errors, turn.refused) == ({}, 0)
+    assert provider.connections == 3
+    assert len(provider.received) in range(25, 33)
+    assert {(one.path, one.body) for one in provider.received} == {("/notify", BODY)}
+
+
+def test_latencies_are_those_of_each_reply(make_provider: MakeProvider) -> None:
+    def slow(peer: Peer, received: Received) -> None:
+        peer.pause(0.05)
+        answer()(peer, received)
+
+    provider = make_provider(in_turn(*[answer()] * 4, slow, slow, answer()))
+    turn = take_turn(Order(provider.port, "/", callers=1, warm_up=2, count=10))
+    assert [latency >= 50 for latency in turn.latencies] == [False] * 2 + [True] * 2 + [False] * 6
+    assert 0.1 <= turn.seconds < 1
+    assert turn.seconds == pytest.approx(sum(turn.latencies) / 1000, rel=0.2)
+
+
+def test_a_reply_may_come_in_pieces(make_provider: MakeProvider) -> None:
+    turn = take_turn(Order(make_provider(in_pieces).port, "/", callers=1, warm_up=0, count=3))
+    assert len(turn.latencies) == 3
+    assert turn.errors == {}
+
+
+def test_who_is_refused_waits_a_moment_and_comes_again(make_provider: MakeProvider) -> None:
+    provider = make_provider(in_turn(answer(), *[answer(503)] * 2, answer()))
+    turn = take_turn(Order(provider.port, "/", callers=1, warm_up=1, count=4))
+    assert (len(turn.latencies), turn.refused, turn.errors) == (4, 2, {})
+    assert turn.seconds >= 2 * PAUSE
+    assert max(turn.latencies) < 1000 * PAUSE  # the pause is no latency
+
+
+@pytest.mark.parametrize(
+    ("script", "error"), [(answer(500), "500"), (answer(302), "302"), (close, "closed")]
+)
+def test_any_other_reply_is_an_error_in_the_warm_up_too(
+    make_provider: MakeProvider, script: Script, error: str
+) -> None:
+    provider = make_provider(in_turn(script, answer(), answer(), script, answer()))
+    turn = take_turn(Order(provider.port, "/", callers=1, warm_up=1, count=3))
+    assert len(turn.latencies) == 3
+    assert turn.errors == {error: 2}
+
+
+def test_a_connection_that_is_closed_after_a_reply_is_no_error(make_provider: MakeProvider) -> None:
+    provider = make_provider(in_turn(last, last, answer()))
+    turn = take_turn(Order(provider.port, "/", callers=1, warm_up=0, count=5))
+    assert (len(turn.latencies), turn.errors) == (5, {})
+    assert provider.connections == 3
+
+
+def test_a_turn_ends_in_time(make_provider: MakeProvider) -> None:
+    provider = make_provider(answer())
+    with within(5):
+        turn = take_turn(Order(provider.port, "/", callers=1, warm_up=0, seconds=0.2))
+    assert turn.latencies
+    assert 0.1 < turn.seconds <= 0.25
+
+
+def test_a_turn_without_a_right_reply_or_with_a_wrong_one_measures_nothing(
+    make_provider: MakeProvider,
+) -> None:
+    stack = stacks.Stack(make_provider(in_turn(answer(500), answer())).port)
+    with pytest.raises(CannotMeasure, match="'500': 1"):
+        take(stack, "/", 1, 0, count=3)
+
+
+def test_cpu_is_that_of_the_process_with_what_its_ended_threads_used() -> None:
+    assert cpu_seconds([os.getpid()]) == pytest.approx(time.process_time(), abs=0.05)
+    assert cpu_seconds([os.getpid(), os.getpid()]) > 1.5 * time.process_time()
+
+
+# --- the stacks
+
+
+def test_a_stack_is_measured_and_stopped(providers: dict[str, str]) -> None:
+    with stacks.compared("bare", providers["fast"], workers=1, threads=2) as stack:
+        processes = stack.processes()
+        measured = take(stack, "/notify", 2, 5, count=50)
+        use = stack.memory()
+    assert 50 < measured.cpu < 20_000
+    assert 1_000_000 / measured.rate > measured.cpu / psutil.cpu_count()
+    assert 5 < use.workers < use.total < 200
+    eventually(lambda: not any(process.is_running() for process in processes))
+
+
+def test_a_stack_that_cannot_start_is_told_with_its_last_words() -> None:
+    with pytest.raises(CannotMeasure, match="HTTP_SERVER_PORT"):  # noqa: SIM117
+        with stacks.service({"HTTP_SERVER_PORT": "none"}):
+            pass
+
+
+@pytest.mark.parametrize("name", ["bare", "naive"])
+def test_what_is_compared_sends_the_notification_on(
+    name: str, make_provider: MakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = make_provider(answer())
+    monkeypatch.setenv("PROVIDER_URL", provider.url)
+    monkeypatch.setenv("THREADS", "2")
+    client = importlib.import_module(f"notifier.dev.bench.{name}").app.test_client()
+    for _ in range(2):
+        assert client.post("/notify", json=MESSAGE).status_code == 200
+    assert [one.json() for one in provider.received] == [MESSAGE, MESSAGE]
+    assert provider.connections == {"bare": 1, "naive": 2}[name]
+
+
+def test_a_cold_cache_asks_at_every_look_up() -> None:
+    class Away:
+        wait, asked = 2.0, 0
+
+        def connect(self) -> None:
+            self.asked += 1
+            raise psycopg.OperationalError
+
+    database = Away()
+    preferences = ColdPreferences(cast(Database, database), lifetime=600)
+    for _ in range(3):
+        with pytest.raises(PreferencesUnavailable):
+            preferences.providers(Channel.EMAIL, time.monotonic() + 2)
+    assert database.asked == 3
+
+
+# --- figures
+
+
+@pytest.mark.parametrize(
+    ("values", "rank", "expected"),
+    [([7], 50, 7), ([7], 99, 7), ([3, 1, 2], 50, 2), ([4, 3, 1, 2], 50, 2), (range(100), 99, 98)],
+)
+def test_percentiles(values: list[float], rank: int, expected: float) -> None:
+    assert percentile(values, rank) == expected
+
+
+def test_figures_of_a_turn() -> None:
+    turn = Turn(seconds=2.0, cpu=0.004, latencies=[1.0, 2.0, 9.0, 3.0], refused=5)
+    assert figures(turn, busy=0.5) == Figures(cpu=1000, rate=2, p50=2, p99=9, refused=5, busy=0.5)
+
+
+def test_the_ratio_is_the_median_of_the_rounds_ratios() -> None:
+    """A slow machine doubles both in the second round; the third round is an outlier."""
+    ours = [some(cpu=11), some(cpu=24), some(cpu=90)]
+    theirs = [some(cpu=10), some(cpu=20), some(cpu=10)]
+    assert ratio(ours, theirs).median == pytest.approx(1.2)
+    with pytest.raises(ValueError, match="shorter"):
+        ratio(ours, theirs[:2])
+
+
+def test_medians_and_quartiles() -> None:
+    assert spread([5, 1, 3, 2, 4]) == (2, 3, 4)
+    assert spread([5]) == (5, 5, 5)
+    assert median([some(cpu=1, p50=9), some(cpu=3, p50=8), some(cpu=2, p50=7)]) == some(
+        cpu=2, p50=8
+    )
+
+
+# --- goals
+
+
+def verdicts(goals: list[Goal]) -> list[str]:
+    return [goal.verdict for goal in goals]
+
+
+@pytest.mark.parametrize(
+    ("goal", "verdict"),
+    [
+        (Goal("", 1.1, 1.1), "met"),
+        (Goal("", 1.1, 1.11), "NOT MET"),
+        (Goal("", 0.95, 0.95, at_least=True), "met"),
+        (Goal("", 0.95, 0.94, at_least=True), "NOT MET"),
+        (Goal("", 0.95, None), "not measured"),
+    ],
+)
+def test_a_goal_is_met_on_its_bound(goal: Goal, verdict: str) -> None:
+    assert goal.verdict == verdict
+
+
+def test_the_goals_of_cpu_compare_the_rows_that_they_name() -> None:
+    cpu = {"bare": 100, "naive": 200, "FastAPI + httpx": 300}
+    ours = {"buyer": 150, "seller": 300, "breaker open": 153}
+    rows = {name: [some(cpu=one)] for name, one in cpu.items()}
+    rows |= {f"notifier, {name}": [some(cpu=one)] for name, one in ours.items()}
+    measured = [goal.measured for goal in main_goals(rows)]
+    assert measured == pytest.approx([1.5, 0.75, 0.5, 2.0, 1.02])
+
+
+def test_the_goal_of_throughput_takes_the_worst_that_the_cpus_did_not_limit() -> None:
+    def point(rate: float, busy: float) -> Point:
+        return Point("notifier", 2, 16, 100, 64, some(rate=rate, busy=busy))
+
+    fine, worse, limited = point(315, 0.5), point(300, 0.5), point(200, 0.95)
+    assert verdicts(capacity_goals([fine, limited])) == ["met"]
+    (goal,) = capacity_goals([fine, worse, limited])
+    assert goal.measured == pytest.approx(300 / 320)
+    assert goal.verdict == "NOT MET"
+    assert verdicts(capacity_goals([limited])) == ["not measured"]
+
+
+def test_the_goals_of_latency_compare_with_the_provider_alone() -> None:
+    def point(p50: float, p99: float) -> Point:
+        return Point("notifier", 2, 32, 100, 4, some(p50=p50, p99=p99))
+
+    points = {"provider": point(100, 101), "seller": point(102, 105), "buyers": point(100, 131)}
+    assert [goal.measured for goal in latency_goals(points)] == pytest.approx([2, 4, 1.31])
+    assert verdicts(latency_goals(points)) == ["met", "NOT MET", "NOT MET"]
+
+
+def test_the_goals_of_memory_take_the_workers_last_and_first_sample() -> None:
+    samples = [Memory(20, 80, 95), Memory(40, 120, 135), Memory(60, 90, 105)]
+    assert [goal.measured for goal in memory_goals(samples)] == pytest.approx([90, 1.125])
+
+
+# --- the report
+
+
+def test_the_main_table_in_markdown() -> None:
+    rounds = {
+        "bare": [some(cpu=800, rate=2000, p50=3.04, p99=10), some(cpu=1000, rate=1000)],
+        "ours": [some(cpu=880.4, rate=1500), some(cpu=1000)],
+    }
+    shown = report.main_table(Main(rounds, {"bare": 59.4, "ours": 98.0})).splitlines()
+    assert shown[0].startswith("|  | CPU µs | / bare | quartiles |")
+    assert shown[1].startswith("| --- | --: | --: |")
+    assert shown[2] == "| bare | 900 | 1.00 | 1.00 to 1.00 | 1500 | 1.5 | 5.0 | 59 |"
+    assert shown[3].startswith("| ours | 940 | 1.05 | 1.03 to 1.08 | 750 |")
+    assert {line.count("|") for line in shown} == {9}
+
+
+def test_every_part_that_is_measured_is_shown_and_judged() -> None:
+    assert report.PARTS.keys() == parts.PARTS.keys()
+
+
+def test_the_tables_of_points_memory_and_goals_have_a_cell_for_each_head() -> None:
+    point = Point("notifier", 2, 32, 100, 64, some(cpu=850, rate=640, busy=0.5, refused=3))
+    shown = [
+        report.points_table([("notifier", point)]),
+        report.memory_table([Memory(20_000, 80.04, 95)]),
+        report.goals_table([Goal("a", 1.1, 1.234), Goal("b", 0.95, None, at_least=True)]),
+    ]
+    for one in shown:
+        assert len({line.count("|") for line in one.splitlines()}) == 1
+    assert "| notifier | 2 | 32 | 100 ms | 64 | 640 |" in shown[0]
+    assert shown[0].endswith("| 850 | 50 % | 3 |")
+    assert shown[1].endswith("| 20000 | 80.0 | 95.0 |")
+    assert "| a | at most 1.1 | 1.23 | NOT MET |" in shown[2]
+    assert "| b | at least 0.95 |  | not measured |" in shown[2]
+
+
+def test_the_json_has_every_figure_by_name(tmp_path: Path) -> None:
+    measured: dict[str, Any] = {
+        "main": Main({"bare": [some(cpu=812.3456)]}, {"bare": 59.0}),
+        "memory": [Memory(20, 80.0, 95.0)],
+    }
+    report.write(tmp_path / "docs", measured, [Goal("a", 1.1, 1.0)], "2 CPUs")
+    written = json.loads((tmp_path / "docs" / "bench.json").read_text())
+    assert written["machine"] == "2 CPUs"
+    assert written["main"]["rounds"]["bare"][0]["cpu"] == 812.3
+    assert written["memory"] == [{"notifications": 20, "workers": 80.0, "total": 95.0}]
+    assert written["goals"][0]["verdict"] == "met"
