@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from notifier.dev.measure import CannotMeasure
 
 FAILURES = (
     CannotMeasure,
+    PackageNotFoundError,
     OSError,  # TimeoutError too
     subprocess.SubprocessError,
     postgres.PostgresError,
