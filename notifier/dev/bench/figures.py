@@ -55,6 +55,14 @@ class Memory(NamedTuple):
     total: float
 
 
+class Summary(NamedTuple):
+    """A line of the main table: medians, CPU as a multiple of the bare stack's, megabytes."""
+
+    figures: Figures
+    to_bare: Spread
+    memory: float
+
+
 class Goal(NamedTuple):
     """A bound, and what was measured; None if it could not be."""
 

@@ -11,7 +11,7 @@ import psutil
 
 from notifier.dev import postgres
 from notifier.dev.bench import stacks
-from notifier.dev.bench.figures import Figures, Memory, Point, figures
+from notifier.dev.bench.figures import Figures, Memory, Point, figures, median
 from notifier.dev.bench.load import Order, take_turn
 from notifier.dev.bench.stacks import THREADS, WORKERS, Stack
 from notifier.dev.measure import CannotMeasure
@@ -22,6 +22,8 @@ COMPARED = {"bare": "bare", "naive": "naive", "asgi": "FastAPI + httpx"}
 CALLERS = 8
 DELAY = 100  # milliseconds, of the slow provider
 
+LATENCY_ROUNDS = 3
+
 COLD = "notifier.dev.bench.cold:create_app()"
 COLD_SHARE = 0.2  # of the replies that other rows get: each takes so long
 
@@ -31,7 +33,7 @@ class Plan(NamedTuple):
 
     rounds: int = 19
     replies: int = 800  # for each row and round
-    seconds: float = 2.0  # of the other turns; of those for latency twice as long
+    seconds: float = 2.0  # of the other turns
     workers: tuple[int, ...] = (1, 2, 4)
     callers: tuple[int, ...] = (1, 4, 16, 64, 256)
     notifications: int = 100_000
@@ -176,7 +178,7 @@ def measure_capacity(bench: Bench) -> list[Point]:
     for threads, workers in product((16, 32), bench.plan.workers):
         callers = 2 * threads * workers
         with bench.service("slow", "slow", workers=workers, threads=threads) as stack:
-            measured = take(stack, BUYER, callers, 2 * callers, seconds=bench.plan.seconds)
+            measured = take(stack, BUYER, callers, 2 * callers, seconds=2 * bench.plan.seconds)
         points.append(Point("notifier", workers, threads, DELAY).measured(callers, measured))
     return points
 
@@ -185,25 +187,24 @@ def measure_capacity(bench: Bench) -> list[Point]:
 
 
 def measure_latency(bench: Bench) -> dict[str, Point]:
-    """Let few callers wait for a slow provider: by itself, through the service, and beside email.
+    """Let few callers wait for a slow provider, and half as many as there are threads.
 
-    And then half as many as there are threads.
+    The few wait for it by itself, behind the service, and beside a fast one. Medians of rounds.
     """
-    seconds, few, half = 2 * bench.plan.seconds, 4, WORKERS * THREADS // 2
-
-    def point(stack: Stack, path: str, callers: int) -> Point:
-        measured = take(stack, path, callers, 2 * callers, seconds=seconds)
-        return Point("notifier", WORKERS, THREADS, DELAY).measured(callers, measured)
-
-    with ExitStack() as stack:
-        slow = stack.enter_context(bench.service("slow", "slow"))
-        mixed = stack.enter_context(bench.service("fast", "slow"))
-        return {
-            "provider": point(stacks.provider(bench.urls["slow"]), "/send", few),
-            "buyer": point(slow, BUYER, few),
-            "seller": point(mixed, SELLER, few),
-            "buyers": point(slow, BUYER, half),
+    few, half = 4, WORKERS * THREADS // 2
+    with bench.service("slow", "slow") as slow, bench.service("fast", "slow") as mixed:
+        rows = {
+            "provider": (stacks.provider(bench.urls["slow"]), "/send", few),
+            "buyer": (slow, BUYER, few),
+            "seller": (mixed, SELLER, few),
+            "buyers": (slow, BUYER, half),
         }
+        taken: dict[str, list[Figures]] = {name: [] for name in rows}
+        for _, (name, (stack, path, callers)) in product(range(LATENCY_ROUNDS), rows.items()):
+            one = take(stack, path, callers, 2 * callers, seconds=2 * bench.plan.seconds)
+            taken[name].append(one)
+    at = Point("notifier", WORKERS, THREADS, DELAY)
+    return {name: at.measured(row[2], median(taken[name])) for name, row in rows.items()}
 
 
 # --- memory

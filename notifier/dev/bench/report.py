@@ -12,6 +12,7 @@ from notifier.dev.bench.figures import (
     Goal,
     Memory,
     Point,
+    Summary,
     capacity_goals,
     latency_goals,
     main_goals,
@@ -46,24 +47,31 @@ def table(head: Text, rows: Iterable[Text]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def summarised(main: Main) -> dict[str, Summary]:
+    """Return the main table's lines by name."""
+    bare = main.rounds["bare"]
+    return {
+        name: Summary(median(rounds), ratio(rounds, bare), main.memory[name])
+        for name, rounds in main.rounds.items()
+    }
+
+
 def main_table(main: Main) -> str:
     """Compare each row with the bare stack."""
     head = ("", "CPU µs", "/ bare", "quartiles", "per second", "p50 ms", "p99 ms", "memory MB")
-    rows = []
-    for name, rounds in main.rounds.items():
-        usual, to_bare = median(rounds), ratio(rounds, main.rounds["bare"])
-        rows.append(
-            (
-                name,
-                f"{usual.cpu:.0f}",
-                f"{to_bare.median:.2f}",
-                f"{to_bare.low:.2f} to {to_bare.high:.2f}",
-                f"{usual.rate:.0f}",
-                f"{usual.p50:.1f}",
-                f"{usual.p99:.1f}",
-                f"{main.memory[name]:.0f}",
-            )
+    rows = [
+        (
+            name,
+            f"{usual.cpu:.0f}",
+            f"{to_bare.median:.2f}",
+            f"{to_bare.low:.2f} to {to_bare.high:.2f}",
+            f"{usual.rate:.0f}",
+            f"{usual.p50:.1f}",
+            f"{usual.p99:.1f}",
+            f"{memory:.0f}",
         )
+        for name, (usual, to_bare, memory) in summarised(main).items()
+    ]
     return table(head, rows)
 
 
@@ -153,6 +161,8 @@ def write(folder: Path, measured: Mapping[str, Any], goals: Sequence[Goal], abou
 
 def _plain(value: Any) -> Any:
     """Turn named tuples into objects; figures keep four digits."""
+    if isinstance(value, Main):
+        value = summarised(value)
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):
