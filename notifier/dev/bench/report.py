@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from notifier.dev.bench.figures import (
     Goal,
     Memory,
@@ -27,10 +29,11 @@ Text = Sequence[str]
 
 
 def machine() -> str:
-    """Return where it was measured, and with what."""
+    """Return where it is measured, with what, and how much others use of it."""
+    others = f"others use {psutil.cpu_percent(interval=1):.0f} % of them"
     packages = ("gunicorn", "flask", "requests", "fastapi", "httpx", "uvicorn")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    cpus = f"{available_cpus()} CPUs{_model()}"
+    cpus = f"{available_cpus()} CPUs{_model()}, {others}"
     return f"{cpus}, {platform.system()}, Python {platform.python_version()}; {versions}"
 
 
