@@ -9,9 +9,7 @@ WITH_DATABASE := $(BIN)/python -m notifier.dev.postgres
 FLASK := $(BIN)/flask --app notifier.app
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint measure chaos migrate rollback providers up down
-
-.PHONY: help install run test lint measure bench migrate rollback providers up down
+.PHONY: help install run test lint measure bench chaos migrate rollback providers up down
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

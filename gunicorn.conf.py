@@ -85,6 +85,8 @@ def on_starting(server):
     """Say once which variables of the Go service's environment are set in vain."""
     if server.cfg.preload_app:
         sys.exit("notifier cannot start: preload_app is set, but workers have to load the service")
+    if server.cfg.is_ssl:
+        sys.exit("notifier cannot start: certfile or keyfile is set, but it speaks plain HTTP only")
     ignored = [name for name in WITHOUT_EFFECT if os.environ.get(name, "").strip()]
     if ignored:
         message = "variables of the Go service that have no effect here"

@@ -232,6 +232,38 @@ def test_a_worker_that_a_reload_replaces_is_ready_to_its_end(start_service: Star
         eventually(is_the_old_workers_last)
 
 
+HELD_BACK = """
+import os, runpy, time
+
+shipped = runpy.run_path("gunicorn.conf.py")
+globals().update(shipped)
+
+def post_fork(server, worker):
+    while os.path.exists(os.environ["HOLD"]):
+        time.sleep(0.02)
+    shipped["post_fork"](server, worker)
+"""
+
+
+def test_old_workers_serve_until_the_new_ones_do(
+    start_service: StartService, tmp_path: Path
+) -> None:
+    config, hold = tmp_path / "held_back.py", tmp_path / "hold"
+    config.write_text(HELD_BACK)
+    service = start_service(GUNICORN_CMD_ARGS=f"--config {config}", HOLD=str(hold))
+    old = service.booted()
+    hold.touch()
+    service.process.send_signal(signal.SIGHUP)
+    eventually(lambda: len(service.booted()) == 2 * len(old))
+    for _ in range(10):  # over new connections
+        assert readiness(service)[0] == 200
+    assert all(worker.is_running() for worker in old)
+    hold.unlink()
+    psutil.wait_procs(old, timeout=30)
+    assert readiness(service)[0] == 200
+    assert len(service.booted()) == len(old)
+
+
 def test_without_a_drain_delay_a_stopping_worker_is_not_ready(start_service: StartService) -> None:
     service = start_service()
     with requests.Session() as kept:
@@ -480,6 +512,12 @@ def test_workers_that_would_not_count_are_not_started(
     service = Service(tmp_path, server | {"GUNICORN_CMD_ARGS": "--preload"})
     assert service.process.wait(30) == 1
     assert "notifier cannot start: preload_app is set" in service.log.read_text()
+
+
+def test_tls_of_gunicorns_own_is_refused(tmp_path: Path, server: dict[str, str]) -> None:
+    service = Service(tmp_path, server | {"GUNICORN_CMD_ARGS": f"--certfile {certifi.where()}"})
+    assert service.process.wait(30) == 1
+    assert "notifier cannot start: certfile or keyfile is set" in service.log.read_text()
 
 
 def test_a_command_ignores_where_others_count(server: dict[str, str]) -> None:
