@@ -4,9 +4,12 @@ import importlib
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, cast
@@ -35,7 +38,16 @@ from notifier.dev.bench.figures import (
     ratio,
     spread,
 )
-from notifier.dev.bench.load import BODY, PAUSE, Order, Turn, cpu_seconds, take_turn
+from notifier.dev.bench.load import (
+    ATTEMPTS,
+    BODY,
+    PAUSE,
+    Order,
+    Turn,
+    cpu_seconds,
+    evenness,
+    take_turn,
+)
 from notifier.dev.bench.parts import Main, take
 from notifier.dev.measure import CannotMeasure
 from notifier.errors import PreferencesUnavailable
@@ -204,6 +216,29 @@ def test_a_turn_without_a_right_reply_or_with_a_wrong_one_measures_nothing(
     stack = stacks.Stack(make_provider(in_turn(answer(500), answer())).port)
     with pytest.raises(CannotMeasure, match="'500': 1"):
         take(stack, "/", 1, 0, count=3)
+
+
+@pytest.mark.parametrize(
+    ("used", "workers", "expected"),
+    [([3, 0.1, 3], 2, 1), ([0.1, 2, 6], 2, 0.5), ([0, 8], 2, 0), ([4, 4, 4, 0], 4, 0), ([], 2, 1)],
+)
+def test_workers_share_evenly_what_each_uses_of_an_equal_share(
+    used: list[float], workers: int, expected: float
+) -> None:
+    assert evenness(used, workers) == pytest.approx(expected)
+
+
+def test_callers_connect_anew_while_a_worker_gets_none_of_them(make_provider: MakeProvider) -> None:
+    """We are the worker that gets all; the other is a process that does nothing."""
+    provider = make_provider(answer())
+    order = Order(provider.port, "/", callers=2, warm_up=4, count=5, evenness=0.5)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as idle:
+        eventually(lambda: psutil.Process(idle.pid).status() == psutil.STATUS_SLEEPING)
+        two = replace(order, pids=[os.getpid(), idle.pid], workers=2)
+        assert len(take_turn(two).latencies) in (5, 6)
+    assert provider.connections == 2 * (ATTEMPTS + 1)
+    assert take_turn(replace(order, pids=[os.getpid()])).errors == {}
+    assert provider.connections == 2 * (ATTEMPTS + 2)
 
 
 def test_cpu_is_that_of_the_process_with_what_its_ended_threads_used() -> None:

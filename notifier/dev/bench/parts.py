@@ -24,6 +24,9 @@ DELAY = 100  # milliseconds, of the slow provider
 
 LATENCY_ROUNDS = 3
 
+# How evenly the workers have to share the callers; see `Order`.
+EVEN, SATURATED = 0.5, 0.85
+
 COLD = "notifier.dev.bench.cold:create_app()"
 COLD_SHARE = 0.2  # of the replies that other rows get: each takes so long
 
@@ -143,7 +146,8 @@ def _rotated(names: list[str], by: int) -> list[str]:
 
 def _turn_of(row: Row, count: int) -> Figures:
     share = int(count * row.share)
-    return take(row.stack, row.path, CALLERS, share // 8, count=share)
+    even = {"workers": WORKERS, "evenness": EVEN}
+    return take(row.stack, row.path, CALLERS, share // 8, count=share, **even)
 
 
 # --- how it scales
@@ -178,7 +182,9 @@ def measure_capacity(bench: Bench) -> list[Point]:
     for threads, workers in product((16, 32), bench.plan.workers):
         callers = 2 * threads * workers
         with bench.service("slow", "slow", workers=workers, threads=threads) as stack:
-            measured = take(stack, BUYER, callers, 2 * callers, seconds=2 * bench.plan.seconds)
+            even = {"workers": workers, "evenness": SATURATED}
+            bounds = even | {"seconds": 2 * bench.plan.seconds}
+            measured = take(stack, BUYER, callers, 2 * callers, **bounds)
         points.append(Point("notifier", workers, threads, DELAY).measured(callers, measured))
     return points
 
