@@ -132,6 +132,7 @@ def main_goals(rows: Mapping[str, Sequence[Figures]]) -> list[Goal]:
         ("notifier, buyer", "bare", 1.10),
         ("notifier, buyer", "naive", 0.70),
         ("notifier, buyer", "FastAPI + httpx", 0.45),
+        ("notifier, buyer", "FastAPI + httpx, uvloop", 0.45),
         ("notifier, seller", "notifier, buyer", 1.75),
         ("notifier, breaker open", "notifier, buyer", 1.03),
     )

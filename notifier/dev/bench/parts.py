@@ -17,7 +17,12 @@ from notifier.dev.bench.stacks import THREADS, WORKERS, Stack
 from notifier.dev.measure import CannotMeasure
 
 BUYER, SELLER = (f"/api/v1.0/recipient/{who}/notify" for who in ("buyer", "seller"))
-COMPARED = {"bare": "bare", "naive": "naive", "asgi": "FastAPI + httpx"}
+COMPARED = {
+    "bare": stacks.BARE,
+    "naive": stacks.NAIVE,
+    "FastAPI + httpx": stacks.ASGI,
+    "FastAPI + httpx, uvloop": stacks.ASGI_UVLOOP,
+}
 
 CALLERS = 8
 DELAY = 100  # milliseconds, of the slow provider
@@ -115,8 +120,8 @@ def _rows(bench: Bench, stack: ExitStack) -> dict[str, Row]:
     healthy = stacks.database(bench.server, [fast], fast)
     broken = stacks.database(bench.server, [failing, fast], fast)
     rows = {
-        name: Row(stack.enter_context(stacks.compared(module, fast)), "/notify")
-        for module, name in COMPARED.items()
+        name: Row(stack.enter_context(stacks.compared(app, fast)), "/notify")
+        for name, app in COMPARED.items()
     }
     service = stack.enter_context(stacks.service(healthy))
     breaker_open = stack.enter_context(stacks.service(broken))
@@ -160,7 +165,7 @@ def measure_scaling(bench: Bench) -> list[Point]:
         with bench.service(provider, provider, workers=workers) as stack:
             points += _over_callers(bench, stack, Point("notifier", workers, THREADS, delay))
         if workers == WORKERS:
-            with stacks.compared("bare", bench.urls[provider]) as stack:
+            with stacks.compared(stacks.BARE, bench.urls[provider]) as stack:
                 points += _over_callers(bench, stack, Point("bare", workers, THREADS, delay))
     return points
 

@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from notifier.dev.bench.figures import Point, median
-from notifier.dev.bench.parts import DELAY, Main
+from notifier.dev.bench.parts import COMPARED, DELAY, Main
 
 OURS, THEIRS, INK = "#2563a8", "#9aa3ad", "#24292f"
 
@@ -25,9 +25,8 @@ def draw(path: Path, main: Main, scaling: Sequence[Point]) -> None:
 
 def _bars(axes: Any, main: Main) -> None:
     cpu = {name: median(rounds).cpu for name, rounds in main.rounds.items() if "cold" not in name}
-    compared = ("bare", "naive", "FastAPI + httpx")
     bars = axes.barh(
-        [*cpu], [*cpu.values()], color=[THEIRS if n in compared else OURS for n in cpu]
+        [*cpu], [*cpu.values()], color=[THEIRS if n in COMPARED else OURS for n in cpu]
     )
     axes.bar_label(bars, fmt="%.0f", padding=4)
     axes.invert_yaxis()

@@ -36,6 +36,22 @@ OPENED = re.compile(r'^circuit_breaker_state_changes_total{.*to_state="open"} (\
 Environment = dict[str, str]
 
 
+class App(NamedTuple):
+    """An app to compare with: its module in this package, and how its server is told to run it."""
+
+    module: str
+    options: tuple[str, ...]
+    by_uvicorn: bool = False
+
+
+BARE, NAIVE = App("bare", GTHREAD), App("naive", GTHREAD)
+
+# As `pip install uvicorn` has it, and with what its extra `standard` adds.
+QUIET = ("--log-level", "warning", "--no-access-log")
+ASGI = App("asgi", ("--loop", "asyncio", "--http", "h11", *QUIET), by_uvicorn=True)
+ASGI_UVLOOP = App("asgi", ("--loop", "uvloop", "--http", "httptools", *QUIET), by_uvicorn=True)
+
+
 class Use(NamedTuple):
     """Megabytes of the workers, and with the master."""
 
@@ -85,20 +101,16 @@ def sink() -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def compared(
-    name: str, url: str, workers: int = WORKERS, threads: int = THREADS
-) -> Iterator[Stack]:
-    """Run the module `name` of this package, which posts to `url`."""
-    app = f"notifier.dev.bench.{name}:app"
+def compared(app: App, url: str, workers: int = WORKERS, threads: int = THREADS) -> Iterator[Stack]:
+    """Run `app`, which posts to `url`."""
     variables = {"PROVIDER_URL": url, "THREADS": str(threads)}
     port = free_port()
-    address = f"{HOST}:{port}"
-    if name == "asgi":
-        quiet = ("--log-level", "warning", "--no-access-log")
-        command = ["uvicorn", app, "--port", str(port), "--workers", str(workers), *quiet]
-    else:
-        sizes = ("--workers", str(workers), "--threads", str(threads))
-        command = ["gunicorn", app, "--config", os.devnull, "--bind", address, *sizes, *GTHREAD]
+    target = f"notifier.dev.bench.{app.module}:app"
+    command = ["gunicorn", target, "--config", os.devnull, "--bind", f"{HOST}:{port}"]
+    command += ["--threads", str(threads)]
+    if app.by_uvicorn:
+        command = ["uvicorn", target, "--port", str(port)]
+    command += ["--workers", str(workers), *app.options]
     with _running(port, command, variables) as (stack, log):
         wait_until(lambda: _alive(stack, log) and len(stack.pids()) > workers and _answers(port))
         yield stack
