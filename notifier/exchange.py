@@ -179,6 +179,7 @@ class BoundedTLSSocket(_BoundedSocket, ssl.SSLSocket):
         exchange.stage = "tls"
         exchange.uses(self)
         self.settimeout(exchange.time_left())
+        self.suppress_ragged_eofs = False  # a reset would look like an end
         super().do_handshake(block)
 
     def recv_into(self, *args: Any) -> int:
@@ -186,7 +187,6 @@ class BoundedTLSSocket(_BoundedSocket, ssl.SSLSocket):
         self.settimeout(_current.get().time_left())
         if not self.pending() and socket.socket.recv(self, 1, socket.MSG_PEEK) == b"":
             return 0
-        self.suppress_ragged_eofs = False
         try:
             return super().recv_into(*args)
         except ssl.SSLEOFError as error:
@@ -228,7 +228,7 @@ class _Answer(HTTPResponse):
         if not self.chunked and (self.length is None or self.length > DRAIN_BYTES):
             return False
         self.read(DRAIN_BYTES + 1)
-        return self.isclosed() or self.length == 0
+        return self.isclosed()
 
     def _read_status(self) -> tuple[str, int, str]:
         """Step over interim answers, as RFC 9110, section 15.2 has it; http.client knows one."""
@@ -320,9 +320,10 @@ class _Connection(HTTPConnection):
     def _nothing_arrived(self) -> bool:
         """Say whether a kept connection had been closed before this request arrived.
 
-        The peer has ended it, which acknowledges all that has come, or this end could not send the
-        whole; and nothing of the request is acknowledged. So nobody has read it, and it may be sent
-        again (RFC 9110, section 9.2.2). A reset after the whole acknowledges nothing either way.
+        The peer has ended it, which acknowledges all that has come by then, or the whole could not
+        be sent; and nothing of the request is acknowledged. Nobody has it, then, and it may be sent
+        again (RFC 9110, section 9.2.2): who has ended its side only reads on to discard. A reset
+        after the whole went out tells nothing, since it acknowledges nothing.
         """
         before = self._acknowledged
         return before is not None and _acknowledged(self.sock) == before

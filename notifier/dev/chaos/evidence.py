@@ -57,6 +57,7 @@ class Line(NamedTuple):
     host: str | None = None
     reason: str | None = None  # why an attempt failed
     to_state: str | None = None
+    times: int | None = None  # what the line stands for
 
 
 class Absence(NamedTuple):
@@ -122,12 +123,12 @@ class Evidence:
         return [line for line in self.lines_with(CHANGED) if line.to_state == "open"]
 
     def refusals(self) -> int:
-        """Return how many attempts a breaker has refused."""
-        return sum(line.reason == "breaker" for line in self.lines_with(FAILED))
+        """Return how many attempts a breaker has refused, the last second's perhaps left out."""
+        return sum(line.times or 1 for line in self.lines_with(FAILED) if line.reason == "breaker")
 
     def fallbacks(self) -> int:
         """Return how many notifications were delivered although an attempt had failed."""
-        failed = {line.request_id for line in self.lines_with(FAILED)}
+        failed = {line.request_id for line in self.lines_with(FAILED) if line.reason != "breaker"}
         delivered = (one for one in self.replies if one.status == HTTPStatus.OK)
         return sum(reply.request_id in failed for reply in delivered)
 
@@ -155,7 +156,7 @@ def _read_log(path: Path) -> Iterator[Line]:
         if text.endswith("\n") and any(f'"{message}"' in text for message in MESSAGES):
             fields = json.loads(text)
             at = datetime.fromisoformat(fields["timestamp"]).timestamp()
-            names = ("message", "request_id", "host", "reason", "to_state")
+            names = ("message", "request_id", "host", "reason", "to_state", "times")
             yield Line(path.stem, at, *(fields.get(name) for name in names))
 
 
