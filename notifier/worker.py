@@ -18,6 +18,9 @@ from gunicorn.workers.gthread import _DEFER, ThreadWorker
 # For a request from its first byte to its last, however it drips.
 REQUEST_SECONDS = 5.0
 
+# Holds back what does not fill a packet; Linux has it.
+CORK = getattr(socket, "TCP_CORK", None)
+
 # For a body that its request was answered without, by a refusal say. Who is sending it can go on
 # using the connection; the others can read the answer.
 UNREAD_BODY_SECONDS = 0.2
@@ -130,6 +133,16 @@ class Worker(ThreadWorker):
             return True
         caller.leave()
         return _DEFER
+
+    def handle_request(self, req: Any, conn: Any) -> object:
+        """Send head and body of a reply together: gunicorn writes them one by one."""
+        if CORK is None:
+            return super().handle_request(req, conn)
+        conn.sock.setsockopt(socket.IPPROTO_TCP, CORK, 1)
+        try:
+            return super().handle_request(req, conn)
+        finally:
+            conn.sock.setsockopt(socket.IPPROTO_TCP, CORK, 0)
 
     def _keepalive_after(self, conn: Any, keepalive: object) -> bool:
         conn.parser.unreader.ends_within(UNREAD_BODY_SECONDS)
