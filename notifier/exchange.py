@@ -39,6 +39,9 @@ ANSWER_BYTES = 2 * DRAIN_BYTES
 # Where tcpi_bytes_acked is in Linux's struct tcp_info.
 BYTES_ACKED = slice(120, 128)
 
+# The fields that say where an answer ends, and whether another may follow.
+FRAMING = {"connection", "content-length", "transfer-encoding"}
+
 BODILESS = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
 
 Address = tuple[Any, Any, int, str, Any]  # as getaddrinfo returns them
@@ -151,8 +154,11 @@ class _BoundedSocket(socket.socket):
     """A socket whose every operation ends at the deadline of the exchange it serves."""
 
     def recv(self, *args: Any) -> bytes:
-        self.settimeout(_current.get().time_left())
-        return super().recv(*args)
+        exchange = _current.get()
+        self.settimeout(exchange.time_left())
+        data = super().recv(*args)
+        exchange.received(len(data))
+        return data
 
     def recv_into(self, *args: Any) -> int:
         exchange = _current.get()
@@ -242,16 +248,16 @@ class _Answer(HTTPResponse):
 
 
 def _read_fields(lines: IO[bytes]) -> dict[str, str]:
-    """Return the fields up to the empty line, by name in lower case."""
-    fields: dict[str, str] = {}
+    """Return the fields that matter here, up to the empty line, by name in lower case."""
+    fields: dict[str, list[str]] = {}
     while (line := lines.readline()) not in (b"\r\n", b"\n"):
         if not line.endswith(b"\n"):
             raise RemoteDisconnected("within the fields of an answer")
         name, _, value = line.decode("latin-1").partition(":")
-        name = name.lower()
-        # Said twice, they are one list: RFC 9110 section 5.3.
-        fields[name] = f"{fields[name]}, {value.strip()}" if name in fields else value.strip()
-    return fields
+        if (name := name.lower()) in FRAMING:
+            fields.setdefault(name, []).append(value.strip())
+    # Said twice, they are one list: RFC 9110, section 5.3.
+    return {name: ", ".join(values) for name, values in fields.items()}
 
 
 def _length(fields: Mapping[str, str]) -> int | None:
@@ -287,8 +293,9 @@ class _Connection(HTTPConnection):
     def request(  # type: ignore[override]
         self, method: str, url: str, body: bytes, headers: Mapping[str, str], **_: object
     ) -> None:
-        _current.get().uses(self.sock)
-        self._acknowledged = _acknowledged(self.sock) if self._kept else None
+        sock = _beneath(self.sock)
+        _current.get().uses(sock)
+        self._acknowledged = _acknowledged(sock) if self._kept else None
         self._sent = False
         fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         self.send(f"{method} {url} HTTP/1.1\r\n{fields}\r\n".encode("latin-1") + body)
@@ -326,7 +333,13 @@ class _Connection(HTTPConnection):
         after the whole went out tells nothing, since it acknowledges nothing.
         """
         before = self._acknowledged
-        return before is not None and _acknowledged(self.sock) == before
+        return before is not None and _acknowledged(_beneath(self.sock)) == before
+
+
+def _beneath(sock: Any) -> socket.socket:
+    """Return the socket itself: for TLS in a proxy's TLS urllib3 has something around it."""
+    beneath: socket.socket = getattr(sock, "socket", sock)
+    return beneath
 
 
 def _acknowledged(sock: socket.socket) -> int | None:

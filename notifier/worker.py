@@ -18,7 +18,10 @@ from gunicorn.workers.gthread import _DEFER, ThreadWorker
 # For a request from its first byte to its last, however it drips.
 REQUEST_SECONDS = 5.0
 
-# Holds back what does not fill a packet; Linux has it.
+# How often all connections are looked at for callers who have begun a request and fallen silent.
+LOOK_SECONDS = 1.0
+
+# Only Linux has it.
 CORK = getattr(socket, "TCP_CORK", None)
 
 # For a body that its request was answered without, by a refusal say. Who is sending it can go on
@@ -54,6 +57,8 @@ class Caller(SocketUnreader):
             head += self._come()
             self.buf = io.BytesIO(head)
         if _is_enough(head):
+            if len(head) > HEAD_BYTES:
+                self.ends_within(0)
             return True
         if head and self._time_left() < 0:
             raise NoMoreData
@@ -90,6 +95,10 @@ class Caller(SocketUnreader):
             raise NoMoreData from None
         return data
 
+    def is_late(self) -> bool:
+        """Say whether a request has begun, and had its time."""
+        return self._due is not None and time.monotonic() > self._due
+
     def _come(self) -> bytes:
         try:
             data: bytes = self.sock.recv(self.mxchunk, socket.MSG_DONTWAIT)
@@ -113,8 +122,16 @@ def _is_enough(head: bytes) -> bool:
     return head.count(b"\n") != head.count(b"\r\n")
 
 
+def _cork(sock: socket.socket, *, held: bool) -> None:
+    """Hold back what does not fill a packet, or let it go."""
+    if CORK is not None:
+        sock.setsockopt(socket.IPPROTO_TCP, CORK, held)
+
+
 class Worker(ThreadWorker):
     """gunicorn's gthread with the `Caller` of each connection in the place of its reader."""
+
+    _next_look = 0.0  # at all connections, on time.monotonic()
 
     def handle(self, conn: Any) -> object:
         """Answer the request of `conn` if its head is there; say what to do with the connection."""
@@ -135,14 +152,29 @@ class Worker(ThreadWorker):
         return _DEFER
 
     def handle_request(self, req: Any, conn: Any) -> object:
-        """Send head and body of a reply together: gunicorn writes them one by one."""
-        if CORK is None:
-            return super().handle_request(req, conn)
-        conn.sock.setsockopt(socket.IPPROTO_TCP, CORK, 1)
+        """Send head and body of a reply together, which gunicorn writes one by one, and wait for
+        a caller to read them, but not for long."""
+        conn.sock.settimeout(REQUEST_SECONDS)
+        _cork(conn.sock, held=True)
         try:
             return super().handle_request(req, conn)
+        except TimeoutError:
+            raise NoMoreData from None
         finally:
-            conn.sock.setsockopt(socket.IPPROTO_TCP, CORK, 0)
+            _cork(conn.sock, held=False)
+
+    def murder_pending(self) -> None:
+        """Now and then close connections whose time is up, though nothing more comes on them."""
+        super().murder_pending()
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_SECONDS
+        for conn in [conn for conn in self.pending_conns if conn.parser.unreader.is_late()]:
+            self.pending_conns.remove(conn)
+            self.poller.unregister(conn.sock)  # type: ignore[union-attr]
+            self.nr_conns -= 1
+            conn.close()
 
     def _keepalive_after(self, conn: Any, keepalive: object) -> bool:
         conn.parser.unreader.ends_within(UNREAD_BODY_SECONDS)

@@ -42,6 +42,17 @@ def tunnelled(
     return make_transport(certificate[0], {"https": f"http://{proxy.host}"})
 
 
+def test_tls_goes_through_a_proxys_tls_over_a_connection_that_is_used_again(
+    make_transport: MakeTransport, make_provider: MakeProvider, certificate: Certificate
+) -> None:
+    bundle, context = certificate
+    proxy, target = make_provider(connects, tls=context), make_provider(answer(201), tls=context)
+    transport = make_transport(bundle, {"https": f"https://{proxy.host}"})
+    for _ in range(3):
+        assert post(transport, target.url) == 201
+    assert (proxy.connections, len(target.received)) == (1, 3)
+
+
 @pytest.fixture
 def target(make_provider: MakeProvider, certificate: Certificate) -> ScriptedProvider:
     return make_provider(tls=certificate[1])

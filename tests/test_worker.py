@@ -5,7 +5,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 import requests
@@ -207,3 +207,36 @@ def test_connections_end_with_their_callers(service: Service) -> None:
         with callers(service, data, count=20):
             eventually(lambda: held() >= 20)
         eventually(lambda: held() == 0)
+
+
+def test_a_caller_who_falls_silent_within_a_head_has_its_time_and_no_more(
+    service: Service,
+) -> None:
+    with connect(service) as sock:
+        sock.sendall(HEAD[:20])
+        began = time.monotonic()
+        sock.settimeout(REQUEST_SECONDS + 10)
+        assert until_the_end(sock) == b""
+        assert time.monotonic() - began >= REQUEST_SECONDS
+
+
+def test_heads_that_are_too_long_and_not_whole_hold_no_thread(service: Service) -> None:
+    field = b"X: " + b"y" * 8000 + b"\r\n"
+    long = HEAD[:-2] + field * (HEAD_BYTES // len(field) + 1)
+    with callers(service, long, count=20):
+        answers_at_once(service)
+
+
+def test_callers_that_do_not_read_their_replies_are_not_waited_for(service: Service) -> None:
+    """More of them than threads, each with more replies than the kernel's buffers hold."""
+    page = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+    with ExitStack() as stack:
+        for _ in range(10):
+            sock = stack.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", service.port))
+            sock.settimeout(0.3)
+            with suppress(TimeoutError):
+                sock.sendall(page * 3000)
+        with within(REQUEST_SECONDS + 10):
+            assert requests.get(f"{service.url}/healthz", timeout=30).status_code == 200
