@@ -99,7 +99,8 @@ def when_ready(server):
     server.metrics_folder = _new_folder()
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(server.metrics_folder)
     server.handle_term = functools.partial(_drain, server, server.handle_term)
-    server.handle_hup = functools.partial(_reload, server.handle_hup)
+    server.replaced = frozenset()  # process ids of workers that a reload has made superfluous
+    server.handle_hup = functools.partial(_reload, server, server.handle_hup)
     server.manage_workers = functools.partial(_manage, server, server.manage_workers)
 
 
@@ -127,7 +128,7 @@ def _drain(server, stop):
     signal.setitimer(signal.ITIMER_REAL, settings.drain_delay)
 
 
-def _reload(reload):
+def _reload(server, reload):
     """Replace the workers, unless a file that a setting names has become unusable.
 
     gunicorn would end the service: the master reads the settings again, and so do the new workers.
@@ -138,23 +139,26 @@ def _reload(reload):
         fields = {"problem": str(error)}
         logging.getLogger("notifier").error("not reloaded", extra=fields)  # noqa: TRY400 no traceback
     else:
+        server.replaced = frozenset(server.WORKERS)
         reload()
 
 
 def _manage(server, manage):
-    """Let old workers serve until the new ones do.
+    """After a reload, let the old workers serve until as many new ones do.
 
-    gunicorn would end them at once, and nobody would take connections while the new ones boot.
+    gunicorn would end them at once, and nobody would take connections while the new ones boot. And
+    for a new one that dies meanwhile it would keep an old one.
     """
     give_up = time.monotonic() + BOOTING
-    while len(server.WORKERS) > server.num_workers and time.monotonic() < give_up:
-        newest = sorted(server.WORKERS.values(), key=lambda worker: worker.age)[
-            -server.num_workers :
-        ]
-        if all(worker.serving[0] for worker in newest):
+    while server.replaced & server.WORKERS.keys() and time.monotonic() < give_up:
+        new = [worker for pid, worker in server.WORKERS.items() if pid not in server.replaced]
+        if len(new) < server.num_workers:
+            server.spawn_worker()
+        elif all(worker.serving[0] for worker in new):
             break
         time.sleep(0.05)
         server.reap_workers()
+    server.replaced = frozenset()
     manage()
 
 

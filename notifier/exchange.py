@@ -5,6 +5,7 @@ late, each resolved address gets the full connect time-out, and a name look-up h
 Here one deadline holds for the whole exchange: its sockets set what is left before each operation.
 """
 
+import select
 import socket
 import ssl
 import sys
@@ -33,8 +34,16 @@ from urllib3.exceptions import NewConnectionError
 DRAIN_SECONDS = 1.0
 DRAIN_BYTES = 64 * 1024
 
-# The most that is read of an answer, with all that comes before and between its parts.
+# The most that is read of an answer, with all that comes before and between its parts. A reading
+# counts as this at least: single bytes, come they ever so fast, would keep a worker busy.
 ANSWER_BYTES = 2 * DRAIN_BYTES
+READING_BYTES = 256
+
+# What has lain idle for longer may have been forgotten on the way, by a firewall say.
+IDLE_SECONDS = 30.0
+
+# How long one waits to hear that a connection is gone for good.
+RESET_SECONDS = 0.25
 
 # Where tcpi_bytes_acked is in Linux's struct tcp_info.
 BYTES_ACKED = slice(120, 128)
@@ -86,7 +95,7 @@ class Exchange:
 
     def received(self, count: int) -> None:
         """Note that so many bytes of an answer have come."""
-        self._allowance -= count
+        self._allowance -= max(count, READING_BYTES)
         if self._allowance < 0:
             raise LineTooLong("an answer")
 
@@ -185,7 +194,7 @@ class BoundedTLSSocket(_BoundedSocket, ssl.SSLSocket):
         exchange.stage = "tls"
         exchange.uses(self)
         self.settimeout(exchange.time_left())
-        self.suppress_ragged_eofs = False  # a reset would look like an end
+        self.suppress_ragged_eofs = False  # a reset in between would look like an end
         super().do_handshake(block)
 
     def recv_into(self, *args: Any) -> int:
@@ -225,15 +234,16 @@ class _Answer(HTTPResponse):
 
     def drained(self) -> bool:
         """Read the rest, if it is not too long; say whether the next answer begins behind it."""
-        self.headers = fields = _read_fields(self.fp)
-        self.chunked = fields.get("transfer-encoding", "").lower() == "chunked"
+        fields = _read_fields(self.fp)
+        bodiless = self.status in BODILESS
+        self.chunked = fields.get("transfer-encoding", "").lower() == "chunked" and not bodiless
         self.chunk_left = None
-        self.length = 0 if self.status in BODILESS else _length(fields)
+        self.length = 0 if bodiless else _length(fields)
         if self.protocol != "HTTP/1.1" or "close" in fields.get("connection", "").lower():
             return False
         if not self.chunked and (self.length is None or self.length > DRAIN_BYTES):
             return False
-        self.read(DRAIN_BYTES + 1)
+        self.read(DRAIN_BYTES)
         return self.isclosed()
 
     def _read_status(self) -> tuple[str, int, str]:
@@ -273,7 +283,7 @@ class _Connection(HTTPConnection):
 
     response_class = _Answer
     _kept = False  # whether it has served a request before
-    _sent = False  # whether the whole request went out
+    _idle_since = 0.0  # on time.monotonic()
     _acknowledged = None  # of what was sent before this request
 
     def _new_conn(self) -> socket.socket:
@@ -286,20 +296,19 @@ class _Connection(HTTPConnection):
         _current.get().stage = "tunnel"
         super()._tunnel()
 
-    def connect(self) -> None:
-        super().connect()
-        _current.get().stage = "connect"  # behind a tunnel it is the provider's turn again
-
     def request(  # type: ignore[override]
         self, method: str, url: str, body: bytes, headers: Mapping[str, str], **_: object
     ) -> None:
         sock = _beneath(self.sock)
         _current.get().uses(sock)
         self._acknowledged = _acknowledged(sock) if self._kept else None
-        self._sent = False
         fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         self.send(f"{method} {url} HTTP/1.1\r\n{fields}\r\n".encode("latin-1") + body)
-        self._sent = True
+
+    @property
+    def is_connected(self) -> bool:
+        """Say whether a kept connection may be used again."""
+        return super().is_connected and time.monotonic() < self._idle_since + IDLE_SECONDS
 
     def close(self) -> None:
         super().close()
@@ -311,29 +320,37 @@ class _Connection(HTTPConnection):
         try:
             answer.begin()
             with suppress(OSError, HTTPException, ValueError):  # the status has decided
-                usable = answer.drained()
-        except ConnectionError as error:
-            ended = isinstance(error, RemoteDisconnected) or not self._sent
-            _current.get().unread = ended and self._nothing_arrived()
+                usable = answer.drained() and not _has_more(self.sock)
+        except RemoteDisconnected:
+            _current.get().unread = self._nothing_arrived()
             raise
         finally:
             _current.get().uses(None)
             answer.close()
             if not usable:
                 self.close()
-        self._kept = usable
+        self._kept, self._idle_since = usable, time.monotonic()
         return answer
 
     def _nothing_arrived(self) -> bool:
         """Say whether a kept connection had been closed before this request arrived.
 
-        The peer has ended it, which acknowledges all that has come by then, or the whole could not
-        be sent; and nothing of the request is acknowledged. Nobody has it, then, and it may be sent
-        again (RFC 9110, section 9.2.2): who has ended its side only reads on to discard. A reset
-        after the whole went out tells nothing, since it acknowledges nothing.
+        The peer ended it, and then refused the request by a reset, without having acknowledged any
+        of it: nobody has it, and it may be sent again (RFC 9110, section 9.2.2). Without the reset
+        the peer may only have ended its own side, and with a reset alone it may have read all.
         """
         before = self._acknowledged
-        return before is not None and _acknowledged(_beneath(self.sock)) == before
+        if before is None:
+            return False
+        sock, seconds = _beneath(self.sock), min(RESET_SECONDS, _current.get().time_left())
+        hang_up = select.poll()
+        hang_up.register(sock, 0)
+        return bool(hang_up.poll(1000 * seconds)) and _acknowledged(sock) == before
+
+
+def _has_more(sock: Any) -> bool:
+    """Say whether TLS holds more than has been asked for: what looks at the socket can't see it."""
+    return isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
 
 
 def _beneath(sock: Any) -> socket.socket:

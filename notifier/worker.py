@@ -24,8 +24,8 @@ LOOK_SECONDS = 1.0
 # Only Linux has it.
 CORK = getattr(socket, "TCP_CORK", None)
 
-# For a body that its request was answered without, by a refusal say. Who is sending it can go on
-# using the connection; the others can read the answer.
+# For a body that its request was answered without, by a refusal say, unless others wait for the
+# thread. Who is sending it can go on using the connection; the others can read the answer.
 UNREAD_BODY_SECONDS = 0.2
 
 # A head that is longer is the parser's, which knows what is too long.
@@ -100,8 +100,9 @@ class Caller(SocketUnreader):
         return self._due is not None and time.monotonic() > self._due
 
     def _come(self) -> bytes:
+        self.sock.setblocking(False)
         try:
-            data: bytes = self.sock.recv(self.mxchunk, socket.MSG_DONTWAIT)
+            data: bytes = self.sock.recv(self.mxchunk)
         except BlockingIOError:
             return b""
         if not data:
@@ -177,7 +178,8 @@ class Worker(ThreadWorker):
             conn.close()
 
     def _keepalive_after(self, conn: Any, keepalive: object) -> bool:
-        conn.parser.unreader.ends_within(UNREAD_BODY_SECONDS)
+        others_wait = self.tpool._work_queue.qsize()  # type: ignore[union-attr]  # noqa: SLF001
+        conn.parser.unreader.ends_within(0 if others_wait else UNREAD_BODY_SECONDS)
         return bool(super()._keepalive_after(conn, keepalive))
 
     def _cap_keepalive(self, deadline: float) -> None:

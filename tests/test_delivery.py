@@ -394,6 +394,14 @@ def test_when_every_provider_fails_each_has_been_asked_once(
     assert results() == [ChannelResult(Channel.EMAIL, "failed", None, 3)]
 
 
+def test_providers_that_are_skipped_are_no_attempts_when_all_fail_either(
+    make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[Any]]
+) -> None:
+    provider = make_provider(answer(404))
+    assert not make(Known(email=rows("ftp://a/", provider.url, "b"))).to(Recipient.BUYER)
+    assert results() == [ChannelResult(Channel.EMAIL, "failed", None, 1, skipped=2)]
+
+
 @pytest.mark.parametrize(
     ("statuses", "outcome", "channels", "fallbacks"),
     [

@@ -264,6 +264,35 @@ def test_old_workers_serve_until_the_new_ones_do(
     assert len(service.booted()) == len(old)
 
 
+FIRST_DIES = """
+import os, runpy, signal
+
+shipped = runpy.run_path("gunicorn.conf.py")
+globals().update(shipped)
+
+def post_fork(server, worker):
+    if os.path.exists(os.environ["DIE"]):
+        os.unlink(os.environ["DIE"])
+        os.kill(os.getpid(), signal.SIGKILL)
+    shipped["post_fork"](server, worker)
+"""
+
+
+def test_a_new_worker_that_dies_is_replaced_by_another_and_not_by_an_old_one(
+    start_service: StartService, tmp_path: Path
+) -> None:
+    config, die = tmp_path / "first_dies.py", tmp_path / "die"
+    config.write_text(FIRST_DIES)
+    service = start_service(GUNICORN_CMD_ARGS=f"--config {config}", DIE=str(die))
+    old = service.booted()
+    die.touch()
+    service.process.send_signal(signal.SIGHUP)
+    _, left = psutil.wait_procs(old, timeout=25)
+    assert left == []
+    assert readiness(service)[0] == 200
+    assert len(service.booted()) == len(old)
+
+
 def test_without_a_drain_delay_a_stopping_worker_is_not_ready(start_service: StartService) -> None:
     service = start_service()
     with requests.Session() as kept:

@@ -282,6 +282,12 @@ def test_what_has_expired_is_served_at_once_with_a_warning_until_it_is_replaced(
         clock.now += later
         assert ids(ask(known, seconds=-1)) == [first]
     assert (warnings(caplog), counting.connections) == (2, 1)
+    assert [
+        record.__dict__["times"] for record in caplog.records if "times" in record.__dict__
+    ] == [
+        1,
+        3,
+    ]
     second = add_provider("http://b/")
     reload(known, counting)
     assert ids(ask(known)) == [first, second]

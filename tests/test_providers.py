@@ -3,10 +3,12 @@
 import http.client
 import json
 import logging
+import math
 import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -328,9 +330,23 @@ def test_while_the_breaker_is_open_nothing_is_sent_and_no_call_counted(
     assert outcomes == ["unknown"] * 3 + ["skipped"] * 2
     assert len(answers.calls) == 3
     refused = [record for record in logged(caplog) if record.levelname == "ERROR"]
-    assert [record.__dict__["reason"] for record in refused] == ["breaker"]
+    assert [(one.__dict__["reason"], one.__dict__["times"]) for one in refused] == [("breaker", 1)]
     for name in ("http_client_requests_total", "http_client_duration_seconds_count"):
         assert growth(name) == {("POST", HOST, "503", ""): 3}
+
+
+def test_the_refusals_of_each_provider_are_logged(
+    transport: Transport, answers: responses.RequestsMock, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers.post(URL, status=503)
+    providers = Providers(transport, Breakers(POLICY), TIMEOUT)
+    for _ in range(3):
+        failure(providers)
+    for provider_id in (7, 8):
+        with pytest.raises(AttemptFailed):
+            providers.send(replace(make_provider(), id=provider_id), MESSAGE, math.inf)
+    refused = [record for record in logged(caplog) if record.levelname == "ERROR"]
+    assert [record.__dict__["provider_id"] for record in refused] == [7, 8]
 
 
 @pytest.mark.parametrize("kind", ["dns", "connect", "tls", "timeout", "reset", "protocol"])

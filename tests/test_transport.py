@@ -6,13 +6,16 @@ Every test runs over plain HTTP and over TLS.
 import gc
 import itertools
 import os
+import socket
 import ssl
 import sys
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -489,3 +492,154 @@ def test_a_request_whose_connection_is_closed_unread_by_a_reset_is_not_sent_agai
     threading.Timer(0.1, gone.set).start()
     assert failure(transport, provider.url) == "reset"
     assert (len(provider.received), provider.connections) == (1, 1)
+
+
+# --- when a connection is used again
+
+KEPT: dict[str, tuple[bytes, bool]] = {
+    "a length": (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", True),
+    "the same length twice": (STATUS_LINE + b"Content-Length: 2\r\n" * 2 + b"\r\n{}", False),
+    "two lengths": (STATUS_LINE + b"Content-Length: 9\r\nContent-Length: 2\r\n\r\n{}", False),
+    "chunks": (STATUS_LINE + b"Transfer-Encoding: Chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", True),
+    "another encoding": (
+        STATUS_LINE + b"Transfer-Encoding: gzip, chunked\r\nContent-Length: 2\r\n\r\n{}",
+        False,
+    ),
+    "no body": (b"HTTP/1.1 204 No Content\r\n\r\n", True),
+    "no body, in chunks": (
+        b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n",
+        True,
+    ),
+    "nothing new": (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 7\r\n\r\n", True),
+    "no length": (STATUS_LINE + b"\r\n", False),
+    "a farewell": (STATUS_LINE + b"Connection: x, Close\r\nContent-Length: 0\r\n\r\n", False),
+    "an old version": (b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n", False),
+    "an interim answer before": (
+        b"HTTP/1.1 103 Early Hints\r\nContent-Length: 7\r\n\r\n"
+        + STATUS_LINE
+        + b"Content-Length: 0\r\n\r\n",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_connection_is_used_again_if_it_is_clear_where_the_answer_ends(
+    transport: Transport, provider: ScriptedProvider, name: str
+) -> None:
+    text, kept = KEPT[name]
+    provider.script = sends(text, lambda *_: None)
+    statuses = [post(transport, provider.url) for _ in range(3)]
+    assert set(statuses) <= {200, 204, 304}
+    assert (len(provider.received), provider.connections) == (3, 1 if kept else 3)
+
+
+def test_what_follows_an_answer_is_not_taken_for_the_next_one(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    """Both in one TLS record: what is left of it lies where nobody sees it from outside."""
+    stray = STATUS_LINE + b"Content-Length: 0\r\n\r\n"
+    head = STATUS_LINE + b"Content-Length: 8000\r\nX-Fill: "
+    first = head + b"x" * (8192 - len(head) - 4 - 8000) + b"\r\n\r\n" + bytes(8000)
+    assert len(first) == 8192  # as much as is read at once
+    provider.script = sends(first + stray, lambda *_: None)
+    assert post(transport, provider.url) == 200
+    provider.script = answer(503)
+    assert post(transport, provider.url) == 503
+
+
+def test_a_connection_that_lay_idle_for_long_is_not_used_again(
+    transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange_module, "IDLE_SECONDS", 0.0)
+    assert [post(transport, provider.url) for _ in range(2)] == [200, 200]
+    assert (len(provider.received), provider.connections) == (2, 2)
+
+
+@pytest.mark.usefixtures("unseen_closing")
+def test_who_ends_its_side_and_reads_on_does_not_get_the_request_again(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    half_closed = threading.Event()
+
+    def answer_and_stop_sending(peer: Peer, received: Received) -> None:
+        if not half_closed.is_set():
+            answer()(peer, received)
+            peer.stop_sending()
+            half_closed.set()
+
+    provider.script = answer_and_stop_sending
+    assert post(transport, provider.url) == 200
+    assert half_closed.wait(10)
+    assert failure(transport, provider.url) == "reset"
+    assert provider.connections == 1
+
+
+def test_single_bytes_are_not_read_for_ever() -> None:
+    exchange = exchange_module.Exchange(0.0, lambda *_: [])
+    readings = exchange_module.ANSWER_BYTES // exchange_module.READING_BYTES
+    for _ in range(readings):
+        exchange.received(1)
+    with pytest.raises(HTTPException):
+        exchange.received(1)
+
+
+def test_what_a_new_connection_ends_without_an_answer_is_not_sent_again(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    provider.script = sends(STATUS_LINE + b"Connection: close\r\n\r\n")
+    assert post(transport, provider.url) == 200
+    provider.eager, provider.script = True, say_goodbye  # reads nothing
+    assert failure(transport, provider.url) == "reset"
+    assert provider.connections == 2
+
+
+@linux_only
+@pytest.mark.usefixtures("unseen_closing")
+def test_what_is_to_be_sent_again_fails_if_no_other_connection_can_be_made(
+    transport: Transport, wire: tuple[Path | None, ssl.SSLContext | None]
+) -> None:
+    with ScriptedProvider(one_answer_each, tls=wire[1]) as provider:
+        assert post(transport, provider.url) == 200
+        closed_by_now(provider)
+    assert failure(transport, provider.url) == "connect"
+
+
+def test_a_kept_connection_gives_the_next_request_no_more_time_than_it_has(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    def reads_one(peer: Peer, received: Received) -> None:
+        answer()(peer, received)
+        peer.hang()
+
+    provider.script = reads_one
+    assert post(transport, provider.url, seconds=30) == 200
+    assert failure(transport, provider.url, b"x" * 8 * 1024**2, seconds=0.4) == "timeout"
+
+
+def test_what_cuts_an_exchange_off_leaves_the_connection_alone_that_it_has_given_back() -> None:
+    ours, theirs = socket.socketpair()
+    exchange = exchange_module.Exchange(0.0, lambda *_: [])
+    with ours, theirs:
+        exchange.uses(ours)
+        exchange.uses(None)
+        exchange.cut_off()
+        ours.sendall(b"x")
+        assert theirs.recv(1) == b"x"
+        exchange.uses(ours)
+        exchange.cut_off()
+        assert theirs.recv(1) == b""
+
+
+def test_an_exchange_that_has_ended_uses_no_connection(
+    transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[Any] = []
+    uses = exchange_module.Exchange.uses
+    monkeypatch.setattr(
+        exchange_module.Exchange, "uses", lambda self, sock: used.append(sock) or uses(self, sock)
+    )
+    for _ in range(2):
+        assert post(transport, provider.url) == 200
+    assert used[-1] is None
+    assert any(sock is not None for sock in used)

@@ -42,17 +42,6 @@ def tunnelled(
     return make_transport(certificate[0], {"https": f"http://{proxy.host}"})
 
 
-def test_tls_goes_through_a_proxys_tls_over_a_connection_that_is_used_again(
-    make_transport: MakeTransport, make_provider: MakeProvider, certificate: Certificate
-) -> None:
-    bundle, context = certificate
-    proxy, target = make_provider(connects, tls=context), make_provider(answer(201), tls=context)
-    transport = make_transport(bundle, {"https": f"https://{proxy.host}"})
-    for _ in range(3):
-        assert post(transport, target.url) == 201
-    assert (proxy.connections, len(target.received)) == (1, 3)
-
-
 @pytest.fixture
 def target(make_provider: MakeProvider, certificate: Certificate) -> ScriptedProvider:
     return make_provider(tls=certificate[1])
@@ -111,6 +100,35 @@ def test_https_goes_through_a_tunnel_that_is_used_again(
     assert (connect.method, connect.path) == ("CONNECT", f"localhost:{target.port}")
     assert [(got.method, got.path) for got in target.received] == [("POST", "/send")] * 2
     assert proxy.connections == 1
+
+
+def test_tls_goes_through_a_proxys_tls_over_a_connection_that_is_used_again(
+    make_transport: MakeTransport, make_provider: MakeProvider, certificate: Certificate
+) -> None:
+    bundle, context = certificate
+    proxy, target = make_provider(connects, tls=context), make_provider(answer(201), tls=context)
+    transport = make_transport(bundle, {"https": f"https://{proxy.host}"})
+    for _ in range(3):
+        assert post(transport, target.url) == 201
+    assert (proxy.connections, len(target.received)) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("netloc", "host"),
+    [
+        ("mail.example.com", "mail.example.com"),
+        ("mail.example.com:80", "mail.example.com"),
+        ("mail.example.com:8080", "mail.example.com:8080"),
+        ("user:password@mail.example.com", "mail.example.com"),
+        ("[::1]:80", "[::1]"),
+    ],
+)
+def test_a_request_names_its_host_without_a_default_port_and_a_user(
+    make_transport: MakeTransport, proxy: ScriptedProvider, netloc: str, host: str
+) -> None:
+    transport = make_transport(proxies={"http": f"http://{proxy.host}"})
+    assert post(transport, f"http://{netloc}/send") == 200
+    assert proxy.received[0].headers["host"] == host
 
 
 BEHIND_A_TUNNEL: dict[str, tuple[Script, str]] = {

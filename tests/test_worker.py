@@ -240,3 +240,12 @@ def test_callers_that_do_not_read_their_replies_are_not_waited_for(service: Serv
                 sock.sendall(page * 3000)
         with within(REQUEST_SECONDS + 10):
             assert requests.get(f"{service.url}/healthz", timeout=30).status_code == 200
+
+
+def test_part_of_a_next_head_behind_a_body_holds_no_thread(service: Service) -> None:
+    with callers(service, HEAD, count=20) as socks:
+        for sock in socks:
+            sock.sendall(BODY + b"G")
+        for sock in socks:
+            assert sock.recv(65536)
+        answers_at_once(service)
