@@ -39,7 +39,7 @@ class Overloaded(ApiError):
 
     status = 503
     code = "E106"
-    headers: ClassVar = {"Retry-After": "1"}
+    headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
     message = "too many requests, try again later"
 
 

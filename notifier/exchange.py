@@ -333,14 +333,14 @@ class _Connection(HTTPConnection):
         return answer
 
     def _nothing_arrived(self) -> bool:
-        """Say whether a kept connection had been closed before this request arrived.
+        """Say whether a kept connection had been closed before this request arrived there.
 
         The peer ended it, and then refused the request by a reset, without having acknowledged any
         of it: nobody has it, and it may be sent again (RFC 9110, section 9.2.2). Without the reset
         the peer may only have ended its own side, and with a reset alone it may have read all.
         """
         before = self._acknowledged
-        if before is None:
+        if not before:  # not kept, or the system does not count
             return False
         sock, seconds = _beneath(self.sock), min(RESET_SECONDS, _current.get().time_left())
         hang_up = select.poll()

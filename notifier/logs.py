@@ -93,21 +93,24 @@ def log_dead_thread(ended: threading.ExceptHookArgs) -> None:
 class Sparing:
     """Says when something that happens for every request is logged: once a second, with a count.
 
-    Unguarded: where threads meet, one line more is written, or one time less is counted.
+    What is counted last is said with the next time, however late that comes. Shared: the times,
+    guarded by `_lock`.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._lock = threading.Lock()
         self._again_at: dict[Hashable, float] = {}
         self._times: dict[Hashable, int] = {}
 
     def times(self, key: Hashable) -> int:
         """Return how often it has happened to `key` since it was last logged, 0 to log nothing."""
-        times = self._times[key] = self._times.get(key, 0) + 1
         now = self._clock()
-        if now < self._again_at.get(key, now):
-            return 0
-        self._again_at[key], self._times[key] = now + SPARING_PAUSE, 0
+        with self._lock:
+            times = self._times[key] = self._times.get(key, 0) + 1
+            if now < self._again_at.get(key, now):
+                return 0
+            self._again_at[key], self._times[key] = now + SPARING_PAUSE, 0
         return times
 
 

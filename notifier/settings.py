@@ -297,7 +297,7 @@ class Settings:
     def server_threads(self) -> int:
         """Threads of a worker: notifications under way, as many that wait, and those beyond.
 
-        However many callers there are, these answer operators, and refuse at once who is too many.
+        These last answer operators and refuse whoever is one too many, however many there are.
         """
         return 2 * self.web_threads + SPARE_THREADS
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-# How often is looked, and how late an exchange may be that ends by itself; seconds.
+# How often it looks, and how late an exchange may be that ends by itself; seconds.
 PAUSE = 0.1
 GRACE = 0.1
 
 
-class Exchange(Protocol):
+class Watched(Protocol):
     """What is watched: something with a deadline on `time.monotonic()`, which can be cut off."""
 
     deadline: float
@@ -30,13 +30,13 @@ class Watchdog:
     """
 
     def __init__(self) -> None:
-        self._under_way: set[Exchange] = set()
+        self._under_way: set[Watched] = set()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
 
     @contextmanager
-    def watching(self, exchange: Exchange) -> Iterator[None]:
+    def watching(self, exchange: Watched) -> Iterator[None]:
         """Cut `exchange` off should the block outlive its deadline."""
         if self._thread is None:
             self._begin()

@@ -1,7 +1,7 @@
 """How a worker reads from its callers: gunicorn's gthread, with nobody waited for in its threads.
 
 gthread reads a head in a thread, however long that takes. And in the one thread that all of its
-connections depend on, it waits up to two seconds for a caller to close whom it said "close" to.
+connections depend on, it waits up to two seconds for a caller whom it has told "close" to do so.
 Here both are left to the poller, which waits for all at once: a head that has not come whole, and
 a caller that lingers, cost a connection and no thread. A body is read in a thread, within a time.
 """

@@ -426,7 +426,7 @@ def test_without_a_place_the_request_is_refused_before_its_body_is_read(
     assert refusal(client, b"{").startswith(NO_JSON)  # and was given back
 
 
-def test_the_deadline_counts_from_the_requests_begin(
+def test_the_deadline_counts_from_the_beginning_of_the_request(
     app: Flask, client: FlaskClient, delivery: FakeDelivery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Waiting for a place, and for the body, is part of it."""

@@ -27,7 +27,7 @@ from notifier.dev.chaos.evidence import (
     Size,
     read_logs,
 )
-from notifier.dev.chaos.providers import ACCEPTS, BEHAVIOURS, OK, Provider
+from notifier.dev.chaos.providers import ACCEPTS, BEHAVIOURS, LATE, OK, Provider
 from notifier.dev.chaos.report import report
 from notifier.dev.chaos.schedule import EVERYTHING, Kinds, plan
 from notifier.dev.chaos.stage import run
@@ -328,7 +328,7 @@ def test_a_provider_does_not_record_what_has_not_come_to_its_end() -> None:
 
 def caller(provider: Provider) -> socket.socket:
     host, _, port = provider.host.partition(":")
-    return socket.create_connection((host, int(port)), timeout=1.2)
+    return socket.create_connection((host, int(port)), timeout=LATE + 0.7)
 
 
 def answered(sock: socket.socket) -> bytes:
@@ -350,6 +350,13 @@ def test_of_a_killed_workers_log_the_line_that_it_did_not_end_is_left_out(tmp_pa
     (tmp_path / "worker-7.log").write_text(f"{text}\n{other}\n{text}")
     (tmp_path / "master.log").write_text(f"{text}\n")
     assert read_logs(tmp_path) == [Line("worker-7", 1.5, ADMITTED, "a", "mail:1")]
+
+
+def test_a_line_of_refusals_counts_for_all_that_it_stands_for_and_for_no_fallback() -> None:
+    refused = fails("a", "mail:1", 2.0, "breaker")._replace(times=4)
+    with_refusals = replace(SOUND, lines=[*SOUND.lines, refused])
+    assert with_refusals.refusals() == SOUND.refusals() + 4
+    assert with_refusals.fallbacks() == SOUND.fallbacks()
 
 
 def test_the_report_has_what_is_known_of_a_violation() -> None:

@@ -477,10 +477,14 @@ def test_a_request_that_was_read_is_never_sent_again(
 
 
 def test_a_request_whose_connection_is_closed_unread_by_a_reset_is_not_sent_again(
-    transport: Transport, provider: ScriptedProvider
+    transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reset may come from somebody who has read all of it."""
-    gone = threading.Event()
+    gone, send = threading.Event(), exchange_module._Connection.request
+
+    def send_and_let_go(*args: Any, **kwargs: Any) -> None:
+        send(*args, **kwargs)
+        gone.set()
 
     def stop_reading(peer: Peer, _: Received) -> None:
         peer.send(STATUS_LINE + b"Content-Length: 2\r\n\r\n{}")
@@ -489,7 +493,7 @@ def test_a_request_whose_connection_is_closed_unread_by_a_reset_is_not_sent_agai
 
     provider.script = stop_reading
     assert post(transport, provider.url) == 200
-    threading.Timer(0.1, gone.set).start()
+    monkeypatch.setattr(exchange_module._Connection, "request", send_and_let_go)
     assert failure(transport, provider.url) == "reset"
     assert (len(provider.received), provider.connections) == (1, 1)
 

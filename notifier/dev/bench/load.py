@@ -123,7 +123,7 @@ class Load:
         self._paused: deque[tuple[float, Caller]] = deque()
 
     def run(self) -> Turn:
-        """Return what was counted; at the begin and at the end of it as much is under way."""
+        """Return what was counted; at its beginning and at its end as much is under way."""
         order = self._order
         for _ in range(ATTEMPTS):
             if self._warm_up() >= order.evenness:
