@@ -103,13 +103,10 @@ class Main(NamedTuple):
 def measure_main(bench: Bench) -> Main:
     """Let all stacks run, idle but for the one whose turn it is.
 
-    Each round begins one row later; what comes first is not counted. Before, all of them have many
-    callers once: threads that have begun stay, and to take turns among more of them costs more.
+    Each round begins one row later; what comes first is not counted.
     """
     with ExitStack() as stack:
         rows = _rows(bench, stack)
-        for row in rows.values():
-            take(row.stack, row.path, WORKERS * THREADS, 0, count=4 * THREADS)
         taken: dict[str, list[Figures]] = {name: [] for name in rows}
         for number in range(bench.plan.rounds + 1):
             for name in _rotated([*rows], number):
@@ -139,9 +136,12 @@ def _rows(bench: Bench, stack: ExitStack) -> dict[str, Row]:
 
 
 def _open_breakers(stack: Stack) -> None:
-    """Call until the provider that fails has failed in every worker: one may get all callers."""
+    """Call until the provider that fails has failed in every worker: one may get all callers.
+
+    No more callers than later: threads that have begun stay, and more of them cost more.
+    """
     for _ in range(20):
-        take(stack, BUYER, THREADS, 0, count=4 * THREADS)
+        take(stack, BUYER, CALLERS, 0, count=4 * CALLERS)
         if stacks.breakers_opened(stack) >= WORKERS:
             return
     raise CannotMeasure("a worker got no notification")
