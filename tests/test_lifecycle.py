@@ -271,10 +271,12 @@ shipped = runpy.run_path("gunicorn.conf.py")
 globals().update(shipped)
 
 def post_fork(server, worker):
-    if os.path.exists(os.environ["DIE"]):
-        os.unlink(os.environ["DIE"])
+    try:
+        os.unlink(os.environ["DIE"])  # one worker finds it
+    except FileNotFoundError:
+        shipped["post_fork"](server, worker)
+    else:
         os.kill(os.getpid(), signal.SIGKILL)
-    shipped["post_fork"](server, worker)
 """
 
 
