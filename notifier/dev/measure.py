@@ -192,11 +192,23 @@ def load(url: str) -> Iterator[list[Reply]]:
             while not enough.wait(CALLERS_PAUSE):
                 replies.append(_notify(session if keep else requests, url, recipient))
 
-    with ThreadPoolExecutor(CALLERS) as pool:
-        kinds = product(("buyer", "seller"), (True, False))
-        calls = [pool.submit(call, *kind) for kind in islice(cycle(kinds), CALLERS)]
+    with at_once(CALLERS, call, enough):
+        yield replies
+
+
+@contextmanager
+def at_once(
+    count: int, call: Callable[[str, bool], None], enough: threading.Event
+) -> Iterator[None]:
+    """Let `count` threads call, for a recipient and over kept connections or not, until `enough`.
+
+    That is set at the end of the block, which raises what any of them has raised.
+    """
+    kinds = product(("buyer", "seller"), (True, False))
+    with ThreadPoolExecutor(count) as pool:
+        calls = [pool.submit(call, *kind) for kind in islice(cycle(kinds), count)]
         try:
-            yield replies
+            yield
         finally:
             enough.set()
     for done in calls:

@@ -4,12 +4,12 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import requests
 
 from notifier.dev.chaos.evidence import Reply
+from notifier.dev.measure import at_once
 
 CALLERS = 8  # no more than a worker has threads: none has to wait for one
 PAUSE = 0.06  # seconds from a reply to the next request
@@ -24,24 +24,15 @@ def load(url: str) -> Iterator[list[Reply]]:
     enough = threading.Event()
     numbers = itertools.count(1)
 
-    def call(recipient: str, connection: str) -> None:
+    def call(recipient: str, keep: bool) -> None:
         with requests.Session() as session:
             session.trust_env = False
-            session.headers["Connection"] = connection
+            session.headers["Connection"] = "keep-alive" if keep else "close"
             while not enough.wait(PAUSE):
                 replies.append(_notify(session, url, recipient, f"chaos-{next(numbers)}"))
 
-    kinds = itertools.product(("buyer", "seller"), ("keep-alive", "close"))
-    with ThreadPoolExecutor(CALLERS) as pool:
-        calls = [
-            pool.submit(call, *kind) for kind in itertools.islice(itertools.cycle(kinds), CALLERS)
-        ]
-        try:
-            yield replies
-        finally:
-            enough.set()
-    for done in calls:
-        done.result()
+    with at_once(CALLERS, call, enough):
+        yield replies
 
 
 def _notify(session: requests.Session, url: str, recipient: str, request_id: str) -> Reply:

@@ -166,18 +166,8 @@ def run(
             time.sleep(ATTEMPT + OPEN + ATTEMPT)  # the last breakers open, and close again
             after = here.period(calm)
         lines = read_logs(logs)
-    limits = Limits(
-        deadline=DEADLINE,
-        margin=MARGIN,
-        open_seconds=OPEN,
-        threads=THREADS,
-        callers=callers.CALLERS,
-        hosts=PROVIDERS * len(Channel),
-        kinds=kinds.all(),
-        requests=int(LEAST_RATE * seconds),
-    )
     return Evidence(
-        limits,
+        _limits(seconds, kinds),
         replies,
         deliveries,
         lines,
@@ -186,4 +176,17 @@ def run(
         here.faults,
         before,
         after,
+    )
+
+
+def _limits(seconds: float, kinds: Kinds) -> Limits:
+    return Limits(
+        deadline=DEADLINE,
+        margin=MARGIN,
+        open_seconds=OPEN,
+        threads=THREADS,
+        callers=callers.CALLERS,
+        hosts=PROVIDERS * len(Channel),
+        kinds=kinds.all(),
+        requests=int(LEAST_RATE * seconds),
     )
