@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 # Runs a command on the DB_* of the environment, on `make run`'s own database when DB_HOST is unset.
-WITH_DATABASE := $(BIN)/python -m notifier.dev.postgres
+WITH_DATABASE := $(BIN)/python -m tools.dev.postgres
 FLASK := $(BIN)/flask --app notifier.app
 
 .DEFAULT_GOAL := help
@@ -23,7 +23,7 @@ install: .venv/installed ## Create .venv and install what is pinned.
 	@touch $@
 
 run: install ## Start the service, PostgreSQL and four mock providers; Ctrl-C stops all.
-	@exec $(BIN)/python -m notifier.dev.run
+	@exec $(BIN)/python -m tools.dev.run
 
 test: install lint ## Check the style and types, and run every test.
 	$(BIN)/python -m pytest
@@ -34,13 +34,13 @@ lint: install ## Check style, format and types.
 	$(BIN)/mypy
 
 measure: install ## Measure how late changes are seen and what outages cost; takes two minutes.
-	@exec $(BIN)/python -m notifier.dev.measure
+	@exec $(BIN)/python -m tools.measure
 
 chaos: install ## Break everything around the service under load, and check what must hold; takes three minutes.
-	@exec $(BIN)/python -m notifier.dev.chaos
+	@exec $(BIN)/python -m tools.chaos
 
 bench: .venv/bench-installed ## Measure the service beside comparable stacks; takes ten minutes.
-	@exec $(BIN)/python -m notifier.dev.bench
+	@exec $(BIN)/python -m tools.bench
 
 .venv/bench-installed: .venv/installed requirements-bench.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt

@@ -20,8 +20,8 @@ from pathlib import Path
 from gunicorn.glogging import Logger
 
 from notifier import logs
+from notifier.serving.worker import Worker
 from notifier.settings import WITHOUT_EFFECT, Settings, SettingsError, settings_or_exit
-from notifier.worker import Worker
 
 settings = settings_or_exit()
 

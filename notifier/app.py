@@ -7,16 +7,18 @@ from urllib.request import getproxies_environment
 
 from flask import Flask
 
-from notifier import __version__, api, cli, cli_providers, error_handlers, metrics, ops
+from notifier import __version__, metrics
+from notifier.attempts import Attempts
 from notifier.breakers import Breakers, Policy
 from notifier.capacity import Capacity
-from notifier.db import Database
+from notifier.cli import migrate, providers
 from notifier.delivery import Delivery
-from notifier.preferences import Preferences
-from notifier.providers import Providers
-from notifier.refresher import Refresher
 from notifier.settings import MIN_DEADLINE, Settings, settings_or_exit
-from notifier.transport import Transport
+from notifier.store.db import Database
+from notifier.store.preferences import Preferences
+from notifier.store.refresher import Refresher
+from notifier.web import body, errors, notify, ops, requests
+from notifier.wire.transport import Transport
 
 # Seconds that a notification may wait for its turn: a quick refusal beats a growing queue.
 PATIENCE = 1.0
@@ -34,7 +36,7 @@ class Notifier:
     settings: Settings
     preferences: Preferences
     refresher: Refresher
-    providers: Providers
+    attempts: Attempts
     delivery: Delivery
     capacity: Capacity
     stopping: Callable[[], bool] = lambda: False
@@ -47,7 +49,7 @@ class Notifier:
 
     def close(self) -> None:
         """Undo the making in reverse; one failure is logged and the rest still close."""
-        for close in (self.delivery.close, self.providers.close, self.refresher.close):
+        for close in (self.delivery.close, self.attempts.close, self.refresher.close):
             _close(close)
 
 
@@ -62,14 +64,15 @@ def create_app(settings: Settings | None = None) -> Flask:
     """Return the WSGI application; without `settings` they are read from the environment."""
     settings = settings or settings_or_exit()
     app = Flask("notifier", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = api.READ_LIMIT
+    app.config["MAX_CONTENT_LENGTH"] = body.READ_LIMIT
     app.url_map.merge_slashes = False  # a doubled slash is no such path, not a redirect to HTML
     app.extensions["notifier"] = build(settings)
-    app.register_blueprint(api.blueprint)
-    ops.register(app)
-    error_handlers.register(app)
-    cli.register(app)
-    cli_providers.register(app)
+    app.register_blueprint(notify.blueprint)
+    app.register_blueprint(ops.blueprint)
+    requests.register(app)
+    errors.register(app)
+    migrate.register(app)
+    providers.register(app)
     return app
 
 
@@ -91,12 +94,12 @@ def build(settings: Settings) -> Notifier:
         connections=2 * settings.web_threads,
         user_agent=f"notifier/{__version__}",
     )
-    providers = Providers(transport, breakers, settings.http_client_timeout)
-    delivery = Delivery(preferences, providers, settings.web_threads)
+    attempts = Attempts(transport, breakers, settings.http_client_timeout)
+    delivery = Delivery(preferences, attempts, settings.web_threads)
     # Whoever has waited still has the time for an attempt.
     patience = min(PATIENCE, settings.notify_deadline - MIN_DEADLINE)
     capacity = Capacity(settings.web_threads, patience)
-    return Notifier(settings, preferences, refresher, providers, delivery, capacity)
+    return Notifier(settings, preferences, refresher, attempts, delivery, capacity)
 
 
 def _policy(settings: Settings) -> Policy:

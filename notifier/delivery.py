@@ -10,11 +10,11 @@ from itertools import product
 from typing import NamedTuple
 
 from notifier import metrics
+from notifier.attempts import Attempts
 from notifier.errors import AttemptFailed, PreferencesUnavailable
 from notifier.models import Channel, Message, Provider, Recipient
-from notifier.preferences import Preferences
-from notifier.providers import Providers
 from notifier.settings import MIN_ATTEMPT
+from notifier.store.preferences import Preferences
 
 CHANNELS = {
     Recipient.BUYER: (Channel.EMAIL,),
@@ -61,9 +61,9 @@ class Delivery:
         threads: how many channels beyond each request's first may be under way at once.
     """
 
-    def __init__(self, preferences: Preferences, providers: Providers, threads: int) -> None:
+    def __init__(self, preferences: Preferences, attempts: Attempts, threads: int) -> None:
         self._preferences = preferences
-        self._providers = providers
+        self._attempts = attempts
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fan-out")
         _start_at_zero()
 
@@ -111,7 +111,7 @@ class Delivery:
 
     def _try(self, channel: Channel, message: Message, deadline: float) -> ChannelResult:
         try:
-            providers = self._preferences.providers(channel, deadline)
+            providers = self._preferences.for_channel(channel, deadline)
         except PreferencesUnavailable:
             log.error("preferences unavailable", extra={"channel": channel})  # noqa: TRY400
             return ChannelResult(channel, "failed")
@@ -129,7 +129,7 @@ class Delivery:
                 log.error("deadline passed", extra={"channel": channel})
                 break
             try:
-                self._providers.send(provider, message, deadline)
+                self._attempts.send(provider, message, deadline)
             except AttemptFailed as failure:
                 attempts += failure.outcome != "skipped"
                 skipped += failure.outcome == "skipped"

@@ -2,13 +2,29 @@
 
 import json
 import os
-import re
-import ssl
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from notifier.environ import (
+    CA_BUNDLE,
+    COUNT,
+    DELAY,
+    DURATION,
+    FILE,
+    HOSTS,
+    LISTEN_PORT,
+    PORTS,
+    ROOT_CERT,
+    SWITCH,
+    TEXT,
+    Kind,
+    Secret,
+    one_of,
+    secret_text,
+    whole_number,
+)
 
 # Variables of the Go service's cache and framework that have no counterpart here.
 WITHOUT_EFFECT = ("GIN_MODE", "CACHE_NUM_COUNTERS", "CACHE_MAX_COST", "CACHE_BUFFER_ITEMS")
@@ -21,20 +37,6 @@ MIN_DEADLINE = 0.3
 
 # Threads of a worker for those that are refused, and for its operators.
 SPARE_THREADS = 4
-
-# Go takes the micro sign and the Greek letter mu.
-_UNITS = {
-    "ns": 1e-9,
-    "us": 1e-6,
-    "\u00b5s": 1e-6,
-    "\u03bcs": 1e-6,
-    "ms": 1e-3,
-    "s": 1.0,
-    "m": 60.0,
-    "h": 3600.0,
-}
-_TERM = re.compile(rf"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)({'|'.join(_UNITS)})")
-_MAX_DURATION = 24 * 3600.0
 
 # Python's names and those of zap, which the Go service logged with.
 _LOG_LEVELS = {
@@ -55,138 +57,6 @@ class SettingsError(Exception):
     """The environment cannot be used; the message is one line that names every wrong variable."""
 
 
-class Kind(NamedTuple):
-    """How a variable's text becomes a value; `parse` raises ValueError where it can't."""
-
-    expected: str
-    parse: Callable[[str], Any]
-
-
-def parse_duration(text: str, shortest: float = 0.001) -> float:
-    """Return the seconds of a duration written as in Go (`1m30s`).
-
-    Source: the grammar of Go's `time.ParseDuration`, without a sign.
-
-    Raises:
-        ValueError: not in that form, or not within `shortest` seconds and 24h.
-    """
-    terms = _TERM.findall(text)
-    if not terms or "".join(number + unit for number, unit in terms) != text:
-        raise ValueError(text)
-    seconds = sum(float(number) * _UNITS[unit] for number, unit in terms)
-    if not shortest <= seconds <= _MAX_DURATION:
-        raise ValueError(text)
-    return seconds
-
-
-def _list_of(kind: "Kind") -> "Kind":
-    """Take one or several with commas between them, as libpq does."""
-
-    def parse(text: str) -> str:
-        return ",".join(str(kind.parse(part.strip())) for part in text.split(","))
-
-    return Kind(f"{kind.expected}, or several with commas between them", parse)
-
-
-def _parse_delay(text: str) -> float:
-    return 0.0 if text == "0" else parse_duration(text, shortest=0.0)
-
-
-def _whole_number(low: int, high: int) -> Kind:
-    def parse(text: str) -> int:
-        # int() also takes signs, underscores and other scripts' digits.
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
-            raise ValueError(text)
-        return int(text)
-
-    return Kind(f"a whole number from {low} to {high}", parse)
-
-
-def _one_of(choices: Mapping[str, str]) -> Kind:
-    def parse(text: str) -> str:
-        try:
-            return choices[text.lower()]
-        except KeyError:
-            raise ValueError(text) from None
-
-    return Kind(f"one of {', '.join(choices)}", parse)
-
-
-def trust(context: ssl.SSLContext, ca_bundle: str) -> None:
-    """Let `context` trust the authorities in a PEM file, or in a folder of them by hash.
-
-    Raises:
-        OSError: it can't be read, or is no PEM file of certificates.
-    """
-    where = "capath" if Path(ca_bundle).is_dir() else "cafile"
-    context.load_verify_locations(**{where: ca_bundle})
-
-
-def _ca_bundle(text: str) -> str:
-    try:
-        trust(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), text)
-    except OSError:  # SSLError is one
-        raise ValueError(text) from None
-    return text
-
-
-def _readable(text: str) -> str:
-    try:
-        with open(text, "rb"):  # noqa: PTH123 which libpq will do with it
-            return text
-    except OSError:
-        raise ValueError(text) from None
-
-
-def _filled(text: str) -> str:
-    if not text.strip():
-        raise ValueError(text)
-    return text
-
-
-_TEXT = Kind("a text", str)
-_FILE = Kind("a readable file", _readable)
-_HOSTS = _list_of(Kind("a host", _filled))
-_SWITCH = _one_of({"on": "on", "off": "off"})
-_DURATION = Kind("a duration such as 500ms, 5s or 1m30s, from 1ms to 24h", parse_duration)
-_DELAY = Kind("0s or a duration such as 500ms or 5s, up to 24h", _parse_delay)
-_COUNT = _whole_number(1, 1_000_000)
-_PORT = _whole_number(1, 65_535)
-_PORTS = _list_of(_PORT)
-_LISTEN_PORT = Kind(
-    "a port such as 8080 or :8080", lambda text: _PORT.parse(text.removeprefix(":"))
-)
-_CA_BUNDLE = Kind("a readable PEM file, or folder, of certificates", _ca_bundle)
-_ROOT_CERT = Kind("a readable PEM file of certificates", lambda text: _ca_bundle(_readable(text)))
-
-
-def _secret(text: str) -> str:
-    """Return `text`; libpq would take what is before a NUL for the whole."""
-    if "\0" in text:
-        raise ValueError
-    text.encode()  # an environment's bytes may be no UTF-8
-    return _filled(text)
-
-
-@dataclass(frozen=True, slots=True)
-class Secret:
-    """A secret's text, or the file that holds it, so that it can change while we run."""
-
-    text: str = field(default="", repr=False)
-    file: str = ""
-
-    def read(self) -> str:
-        """Return the secret; a file is read each time, and a line end after it is no part of it.
-
-        Raises:
-            ValueError: the file is empty, or no text in UTF-8.
-            OSError: it can't be read.
-        """
-        if not self.file:
-            return self.text
-        return _secret(Path(self.file).read_bytes().decode().rstrip("\r\n"))
-
-
 def _variable(kind: Kind, default: Any = ..., *, secret: bool = False) -> Any:
     """Declare a field that is read from the variable of its name in capitals."""
     given = {} if default is ... else {"default": default}
@@ -204,48 +74,48 @@ def available_cpus() -> int:
 class Settings:
     """Every field is the environment variable of the same name; durations are in seconds."""
 
-    app_name: str = _variable(_TEXT, "notification-service")
-    log_level: str = _variable(_one_of(_LOG_LEVELS), "INFO")
+    app_name: str = _variable(TEXT, "notification-service")
+    log_level: str = _variable(one_of(_LOG_LEVELS), "INFO")
 
-    http_server_port: int = _variable(_LISTEN_PORT, 8080)
-    web_concurrency: int = _variable(_whole_number(1, 256), min(4, available_cpus()))
-    web_threads: int = _variable(_whole_number(1, 512), 32)
+    http_server_port: int = _variable(LISTEN_PORT, 8080)
+    web_concurrency: int = _variable(whole_number(1, 256), min(4, available_cpus()))
+    web_threads: int = _variable(whole_number(1, 512), 32)
 
-    drain_delay: float = _variable(_DELAY, 0.0)
+    drain_delay: float = _variable(DELAY, 0.0)
 
-    http_client_timeout: float = _variable(_DURATION, 5.0)
-    notify_deadline: float = _variable(_DURATION, 0.0)  # 0: three attempts, see __post_init__
+    http_client_timeout: float = _variable(DURATION, 5.0)
+    notify_deadline: float = _variable(DURATION, 0.0)  # 0: three attempts, see __post_init__
 
-    circuit_breaker_max_half_open_requests: int = _variable(_COUNT, 5)
-    circuit_breaker_open_state_timeout: float = _variable(_DURATION, 60.0)
-    circuit_breaker_min_requests_before_trip: int = _variable(_COUNT, 3)
-    circuit_breaker_failure_threshold_percent: int = _variable(_whole_number(1, 100), 60)
-    circuit_breaker_window: float = _variable(_DURATION, 60.0)
+    circuit_breaker_max_half_open_requests: int = _variable(COUNT, 5)
+    circuit_breaker_open_state_timeout: float = _variable(DURATION, 60.0)
+    circuit_breaker_min_requests_before_trip: int = _variable(COUNT, 3)
+    circuit_breaker_failure_threshold_percent: int = _variable(whole_number(1, 100), 60)
+    circuit_breaker_window: float = _variable(DURATION, 60.0)
 
-    cache_expired_time: float = _variable(_DURATION, 600.0)
+    cache_expired_time: float = _variable(DURATION, 600.0)
 
-    cache_invalidation: str = _variable(_SWITCH, "on")
+    cache_invalidation: str = _variable(SWITCH, "on")
 
-    db_host: str = _variable(_HOSTS)
-    db_port: str = _variable(_PORTS)
-    db_name: str = _variable(_TEXT)
-    db_username: str = _variable(_TEXT)
-    db_password: Secret = _variable(_TEXT, secret=True)
-    db_sslmode: str = _variable(_one_of({mode: mode for mode in _SSL_MODES}), "disable")
-    db_sslrootcert: str | None = _variable(_ROOT_CERT, None)
-    db_sslcert: str | None = _variable(_FILE, None)
-    db_sslkey: str | None = _variable(_FILE, None)
+    db_host: str = _variable(HOSTS)
+    db_port: str = _variable(PORTS)
+    db_name: str = _variable(TEXT)
+    db_username: str = _variable(TEXT)
+    db_password: Secret = _variable(TEXT, secret=True)
+    db_sslmode: str = _variable(one_of({mode: mode for mode in _SSL_MODES}), "disable")
+    db_sslrootcert: str | None = _variable(ROOT_CERT, None)
+    db_sslcert: str | None = _variable(FILE, None)
+    db_sslkey: str | None = _variable(FILE, None)
 
     # Where they are unset, see the properties below.
-    db_listen_host: str | None = _variable(_HOSTS, None)
-    db_listen_port: str | None = _variable(_PORTS, None)
-    db_read_host: str | None = _variable(_HOSTS, None)
-    db_read_port: str | None = _variable(_PORTS, None)
-    db_migration_username: str | None = _variable(_TEXT, None)
-    db_migration_password: Secret | None = _variable(_TEXT, None, secret=True)
+    db_listen_host: str | None = _variable(HOSTS, None)
+    db_listen_port: str | None = _variable(PORTS, None)
+    db_read_host: str | None = _variable(HOSTS, None)
+    db_read_port: str | None = _variable(PORTS, None)
+    db_migration_username: str | None = _variable(TEXT, None)
+    db_migration_password: Secret | None = _variable(TEXT, None, secret=True)
 
-    requests_ca_bundle: str | None = _variable(_CA_BUNDLE, None)
-    curl_ca_bundle: str | None = _variable(_CA_BUNDLE, None)
+    requests_ca_bundle: str | None = _variable(CA_BUNDLE, None)
+    curl_ca_bundle: str | None = _variable(CA_BUNDLE, None)
 
     def __post_init__(self) -> None:
         if not self.notify_deadline:
@@ -355,7 +225,7 @@ def _read(spec: Field[Any], environ: Mapping[str, str], values: dict[str, Any]) 
             raise SettingsError(f"{name} is missing: expected {kind.expected}{instead}")
         return
     try:
-        values[spec.name] = Secret(_secret(text)) if secret else kind.parse(text.strip())
+        values[spec.name] = Secret(secret_text(text)) if secret else kind.parse(text.strip())
     except ValueError:
         shown = "no text in UTF-8" if secret else json.dumps(text[:100])
         raise SettingsError(f"{name} is {shown}: expected {kind.expected}") from None

@@ -19,15 +19,17 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from notifier import metrics, schema
-from notifier.db import Database
-from notifier.dev import postgres
-from notifier.settings import Secret, Settings
-from notifier.transport import Transport
+from notifier import metrics
+from notifier.environ import Secret
+from notifier.settings import Settings
+from notifier.store import migrations
+from notifier.store.db import Database
+from notifier.wire.transport import Transport
 from tests import pgbouncer, system_postgres
 from tests.certificates import make_certificate
 from tests.scripted_provider import Script, ScriptedProvider
 from tests.service import Service
+from tools.dev import postgres
 
 Environment = dict[str, str]
 MakeSettings = Callable[..., Settings]
@@ -119,7 +121,7 @@ def create_database(server: Environment, template: str = "template1") -> Environ
 @pytest.fixture(scope="session")
 def _migrated(server: Environment) -> Environment:
     environment = create_database(server)
-    schema.migrate(Settings.from_env(environment))
+    migrations.migrate(Settings.from_env(environment))
     return environment
 
 

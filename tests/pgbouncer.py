@@ -8,11 +8,11 @@ from pathlib import Path
 
 import psycopg
 
-from notifier.db import Database
-from notifier.dev import cluster
 from notifier.settings import Settings
+from notifier.store.db import Database
 from tests.service import free_port
 from tests.timing import eventually
+from tools.dev import cluster
 
 # Debian's servers are where only root's path leads.
 PATH = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin"

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from notifier.errors import TransportError
-from notifier.transport import Transport
+from notifier.wire.transport import Transport
 from tests.timing import within
 
 

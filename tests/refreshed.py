@@ -4,11 +4,11 @@ import threading
 from typing import Any
 
 from notifier import metrics
-from notifier.db import Database
 from notifier.models import Channel
-from notifier.preferences import Preferences
-from notifier.refresher import Refresher
 from notifier.settings import Settings
+from notifier.store.db import Database
+from notifier.store.preferences import Preferences
+from notifier.store.refresher import Refresher
 from tests.timing import eventually
 
 NAME = "the-refresher"  # of its connections, in the server's list
@@ -36,7 +36,7 @@ class Refreshed:
         """Return the rows that are held for the channel; -1 while nothing is."""
         if not self.preferences.held():
             return [-1]
-        return [provider.id for provider in self.preferences.providers(channel, 0)]
+        return [provider.id for provider in self.preferences.for_channel(channel, 0)]
 
 
 def refreshers() -> int:

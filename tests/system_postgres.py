@@ -16,9 +16,9 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from notifier.dev import cluster
 from tests.service import free_port
 from tests.timing import eventually
+from tools.dev import cluster
 
 ADMIN = "postgres"
 START_SECONDS = 30

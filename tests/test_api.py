@@ -17,12 +17,12 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from notifier import logs
-from notifier.api import MAX_BODY_BYTES
 from notifier.app import build, create_app
 from notifier.capacity import Capacity
 from notifier.delivery import ChannelResult, Report
 from notifier.models import Channel, Message, Recipient
 from notifier.settings import MIN_DEADLINE, Settings
+from notifier.web.body import MAX_BODY_BYTES
 from tests.conftest import Growth, MakeSettings
 
 NOTIFY = "/api/v1.0/recipient/buyer/notify"
@@ -351,7 +351,7 @@ def test_a_path_that_is_none_is_404(
     caplog.set_level(logging.INFO, logger="notifier")
     response = client.open(path, method=method, data=body())
     assert error_of(response) == (404, "E103", "no such path")
-    (record,) = [record for record in caplog.records if record.name == "notifier.ops"]
+    (record,) = [record for record in caplog.records if record.name == "notifier.web.requests"]
     assert record.__dict__["route"] == "unmatched"
 
 
@@ -431,7 +431,9 @@ def test_the_deadline_counts_from_the_beginning_of_the_request(
 ) -> None:
     """Waiting for a place, and for the body, is part of it."""
     clock = iter([100.0, 100.25])  # as it began and as it ended
-    monkeypatch.setattr("notifier.ops.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(
+        "notifier.web.requests.time", SimpleNamespace(monotonic=lambda: next(clock))
+    )
     client.post(NOTIFY, json=GOOD)
     assert delivery.deadlines == [100.0 + app.extensions["notifier"].settings.notify_deadline]
 
@@ -519,7 +521,7 @@ def request_line(caplog: pytest.LogCaptureFixture) -> RequestLine:
     caplog.set_level(logging.DEBUG, logger="notifier")
 
     def line() -> dict[str, Any]:
-        (record,) = [record for record in caplog.records if record.name == "notifier.ops"]
+        (record,) = [record for record in caplog.records if record.name == "notifier.web.requests"]
         assert record.getMessage() == "request"
         return record.__dict__
 
@@ -550,7 +552,9 @@ def test_the_line_says_how_many_milliseconds_the_request_took(
     client: FlaskClient, request_line: RequestLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([100.0, 100.25])  # as it began and as it ended
-    monkeypatch.setattr("notifier.ops.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(
+        "notifier.web.requests.time", SimpleNamespace(monotonic=lambda: next(clock))
+    )
     client.get("/healthz")
     assert request_line()["duration_ms"] == 250
 

@@ -20,10 +20,16 @@ import psycopg
 import pytest
 import requests
 
-from notifier.db import Database
-from notifier.dev.bench import parts, report, stacks
-from notifier.dev.bench.cold import ColdPreferences
-from notifier.dev.bench.figures import (
+from notifier.errors import PreferencesUnavailable
+from notifier.models import Channel
+from notifier.store.db import Database
+from tests.conftest import MakeProvider
+from tests.scripted_provider import Peer, Received, Script, answer, close
+from tests.service import MESSAGE
+from tests.timing import eventually, within
+from tools.bench import parts, report, stacks
+from tools.bench.cold import ColdPreferences
+from tools.bench.figures import (
     Figures,
     Goal,
     Memory,
@@ -38,7 +44,7 @@ from notifier.dev.bench.figures import (
     ratio,
     spread,
 )
-from notifier.dev.bench.load import (
+from tools.bench.load import (
     ATTEMPTS,
     BODY,
     PAUSE,
@@ -48,14 +54,8 @@ from notifier.dev.bench.load import (
     evenness,
     take_turn,
 )
-from notifier.dev.bench.parts import Main, take
-from notifier.dev.measure import CannotMeasure
-from notifier.errors import PreferencesUnavailable
-from notifier.models import Channel
-from tests.conftest import MakeProvider
-from tests.scripted_provider import Peer, Received, Script, answer, close
-from tests.service import MESSAGE
-from tests.timing import eventually, within
+from tools.bench.parts import Main, take
+from tools.measure import CannotMeasure
 
 HEAD = b"POST /send HTTP/1.1\r\nHost: here\r\ncontent-length: 5\r\n\r\n"
 
@@ -273,7 +273,7 @@ def test_what_is_compared_sends_the_notification_on(
     provider = make_provider(answer())
     monkeypatch.setenv("PROVIDER_URL", provider.url)
     monkeypatch.setenv("THREADS", "2")
-    client = importlib.import_module(f"notifier.dev.bench.{name}").app.test_client()
+    client = importlib.import_module(f"tools.bench.{name}").app.test_client()
     for _ in range(2):
         assert client.post("/notify", json=MESSAGE).status_code == 200
     assert [one.json() for one in provider.received] == [MESSAGE, MESSAGE]

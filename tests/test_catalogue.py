@@ -11,13 +11,13 @@ from typing import Any, cast
 import psycopg
 import pytest
 
-from notifier import catalogue
-from notifier.catalogue import Entry, Values
-from notifier.db import Database
 from notifier.errors import Refused
 from notifier.models import Channel
-from notifier.preferences import Preferences
 from notifier.settings import Settings
+from notifier.store import catalogue
+from notifier.store.catalogue import Entry, Values
+from notifier.store.db import Database
+from notifier.store.preferences import Preferences
 from tests.conftest import Environment, connect, one_role
 from tests.timing import eventually, within
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from notifier.dev.chaos import __main__ as command
-from notifier.dev.chaos import invariants
-from notifier.dev.chaos.evidence import (
+from notifier.models import Channel
+from tests.timing import eventually
+from tools.chaos import __main__ as command
+from tools.chaos import invariants
+from tools.chaos.evidence import (
     ADMITTED,
     CHANGED,
     FAILED,
@@ -27,12 +29,10 @@ from notifier.dev.chaos.evidence import (
     Size,
     read_logs,
 )
-from notifier.dev.chaos.providers import ACCEPTS, BEHAVIOURS, LATE, OK, Provider
-from notifier.dev.chaos.report import report
-from notifier.dev.chaos.schedule import EVERYTHING, Kinds, plan
-from notifier.dev.chaos.stage import run
-from notifier.models import Channel
-from tests.timing import eventually
+from tools.chaos.providers import ACCEPTS, BEHAVIOURS, LATE, OK, Provider
+from tools.chaos.report import report
+from tools.chaos.schedule import EVERYTHING, Kinds, plan
+from tools.chaos.stage import run
 
 SEED = 2830
 SMALL = Kinds(
@@ -381,4 +381,4 @@ def test_the_exit_code_says_whether_all_held(
     monkeypatch.setattr(sys, "argv", ["chaos", "--seed", "3", "--seconds", "9"])
     monkeypatch.setattr(command, "run", lambda seed, seconds: {(3, 9.0): evidence}[seed, seconds])
     assert command.main() == code
-    assert capsys.readouterr().out.startswith("python -m notifier.dev.chaos --seed 3 --seconds 9\n")
+    assert capsys.readouterr().out.startswith("python -m tools.chaos --seed 3 --seconds 9\n")

@@ -21,7 +21,7 @@ from click.testing import Result
 
 from notifier import logs
 from notifier.app import create_app
-from notifier.cli_providers import providers
+from notifier.cli.providers import providers
 from notifier.settings import Settings
 from tests.conftest import Environment, MakeProvider, connect, one_role
 from tests.scripted_provider import Peer, Received, Script, answer, hang, reset

@@ -188,7 +188,7 @@ def test_the_seed_adds_four_rows_once(say: Say) -> None:
 def test_the_service_may_read_the_providers_and_nothing_else(say: Say) -> None:
     code = """
 import os, sys
-from notifier.db import Database
+from notifier.store.db import Database
 from notifier.settings import Settings
 with Database(Settings.from_env(os.environ)).connect() as connection:
     connection.execute(sys.argv[1])

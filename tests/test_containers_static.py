@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from notifier.dev.seed import PROVIDERS
-from notifier.settings import Settings, parse_duration
+from notifier.environ import parse_duration
+from notifier.settings import Settings
 from tests.service import ROOT
 from tests.test_structure import gunicorn_conf
+from tools.dev.seed import PROVIDERS
 
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
@@ -104,7 +105,7 @@ def ignored(path: str) -> bool:
         "docker-compose.yml",
         "requirements-dev.txt",
         "notifier/__pycache__/api.pyc",
-        *[str(path.relative_to(ROOT)) for path in (ROOT / "notifier/dev").glob("*.py")],
+        *[str(path.relative_to(ROOT)) for path in (ROOT / "tools").rglob("*.py")],
     ],
 )
 def test_what_production_does_not_need_is_kept_out_of_the_build(path: str) -> None:
@@ -113,7 +114,7 @@ def test_what_production_does_not_need_is_kept_out_of_the_build(path: str) -> No
 
 def test_what_production_needs_is_let_into_the_build() -> None:
     wanted = [ROOT / "requirements.txt", ROOT / "gunicorn.conf.py"]
-    wanted += [*(ROOT / "notifier").glob("*.py"), *(ROOT / "migrations").glob("*.sql")]
+    wanted += [*(ROOT / "notifier").rglob("*.py"), *(ROOT / "migrations").glob("*.sql")]
     assert len(wanted) > 20
     assert [path for path in wanted if ignored(str(path.relative_to(ROOT)))] == []
 
@@ -236,9 +237,9 @@ def test_a_stopping_container_has_time_for_the_drain_and_for_requests_under_way(
 
 def test_the_mock_providers_run_where_their_rows_say() -> None:
     *_, module, bind, first, second, third, fourth = SERVICES["providers"]["command"]
-    assert (module, bind) == ("notifier.dev.mock_provider", "--bind=0.0.0.0")
+    assert (module, bind) == ("tools.dev.mock_provider", "--bind=0.0.0.0")
     assert [first, second, third, fourth] == [f"{mock.name}={mock.port}" for mock in PROVIDERS]
-    assert SERVICES["seed"]["command"][-2:] == ["notifier.dev.seed", "providers"]
+    assert SERVICES["seed"]["command"][-2:] == ["tools.dev.seed", "providers"]
 
 
 def test_the_database_keeps_its_data_where_its_image_does() -> None:

@@ -15,8 +15,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from notifier.db import Connection, Database, cut_off, reason, transaction
 from notifier.settings import Settings
+from notifier.store.db import Connection, Database, cut_off, reason, transaction
 from tests.certificates import make_certificate
 from tests.conftest import Environment, connect, one_role
 from tests.pgbouncer import PgBouncer

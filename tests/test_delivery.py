@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 
-from notifier import exchange, logs
+from notifier import logs
+from notifier.attempts import Attempts
 from notifier.breakers import Breakers, Policy
-from notifier.db import Database
 from notifier.delivery import OUTCOMES, ChannelResult, Delivery, Report
 from notifier.errors import PreferencesUnavailable
 from notifier.models import Channel, Message, Provider, Recipient
-from notifier.preferences import Preferences
-from notifier.providers import Providers
 from notifier.settings import MIN_DEADLINE, Settings
+from notifier.store.db import Database
+from notifier.store.preferences import Preferences
+from notifier.wire import exchange
 from tests.conftest import Environment, Growth, MakeProvider, MakeTransport
 from tests.scripted_provider import (
     Peer,
@@ -53,7 +54,7 @@ class Known:
     def __init__(self, **providers: tuple[Provider, ...]) -> None:
         self._providers = providers
 
-    def providers(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
+    def for_channel(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
         try:
             return self._providers[channel.name.lower()]
         except KeyError:
@@ -95,8 +96,8 @@ def make(make_transport: MakeTransport, reports: list[Report]) -> Iterator[Calla
             preferences: Any, *, timeout: float = 5, deadline: float = 20, min_calls: int = 1000
         ) -> Made:
             breakers = Breakers(Policy(1, 60, min_calls, 50, 60))
-            providers = Providers(make_transport(), breakers, timeout)
-            delivery = Delivery(preferences, providers, threads=8)
+            attempts = Attempts(make_transport(), breakers, timeout)
+            delivery = Delivery(preferences, attempts, threads=8)
             stack.callback(delivery.close)
             return Made(delivery, breakers, reports, deadline)
 
@@ -440,10 +441,10 @@ def test_what_was_delivered_is_counted_though_something_unforeseen_ends_the_rest
     make: Callable[..., Made], make_provider: MakeProvider, growth: Growth
 ) -> None:
     class Broken(Known):
-        def providers(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
+        def for_channel(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
             if channel is Channel.PUSH:
                 raise RuntimeError
-            return super().providers(channel, deadline)
+            return super().for_channel(channel, deadline)
 
     made = make(Broken(email=rows(make_provider().url)))
     with pytest.raises(RuntimeError):

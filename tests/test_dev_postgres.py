@@ -17,11 +17,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from notifier.dev import cluster, postgres
 from tests.timing import eventually
+from tools.dev import cluster, postgres
 
 ROOT = Path(__file__).parent.parent
-COMMAND_LINE = [sys.executable, "-m", "notifier.dev.postgres"]
+COMMAND_LINE = [sys.executable, "-m", "tools.dev.postgres"]
 TELL_PORT_AND_WAIT = "import os, sys; print(os.environ['DB_PORT'], flush=True); sys.stdin.read()"
 
 StartUser = Callable[..., "subprocess.Popen[str]"]
@@ -500,7 +500,7 @@ def test_a_missing_command_is_one_line_and_starts_nothing(base: Path) -> None:
 def test_no_command_is_one_line() -> None:
     done = run()
     assert done.returncode == 2
-    assert lines_of(done) == ["postgres: usage: python -m notifier.dev.postgres COMMAND [ARG...]"]
+    assert lines_of(done) == ["postgres: usage: python -m tools.dev.postgres COMMAND [ARG...]"]
 
 
 # --- errors: one line, and no server left

@@ -11,7 +11,7 @@ from tests.service import ROOT, clean_environment
 
 def seed(environment: Environment) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "notifier.dev.seed", "mocks.example"],
+        [sys.executable, "-m", "tools.dev.seed", "mocks.example"],
         cwd=ROOT,
         env=clean_environment() | environment,
         capture_output=True,

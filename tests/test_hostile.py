@@ -21,12 +21,12 @@ from typing import Any
 
 import pytest
 
-from notifier import exchange as exchange_module
+from notifier.attempts import Attempts
 from notifier.breakers import Breakers, Policy
 from notifier.errors import AttemptFailed
 from notifier.models import Message, Provider
-from notifier.providers import Providers
-from notifier.transport import Transport
+from notifier.wire import exchange as exchange_module
+from notifier.wire.transport import Transport
 from tests.conftest import MakeProvider, MakeTransport
 from tests.posting import failure, post
 from tests.scripted_provider import (
@@ -369,7 +369,7 @@ def attempt(
     outcome = "accepted"
     with within(seconds + MARGIN):
         try:
-            Providers(transport, breakers, seconds).send(
+            Attempts(transport, breakers, seconds).send(
                 provider, text or message(), time.monotonic() + 60
             )
         except AttemptFailed as failure:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import requests
 
-from notifier.dev.mock_provider import MAX_BODY_BYTES, MAX_MESSAGES, PAGE, MockProvider, main
+from tools.dev.mock_provider import MAX_BODY_BYTES, MAX_MESSAGES, PAGE, MockProvider, main
 
 ROOT = Path(__file__).parent.parent
 NOTIFICATION = {
@@ -531,7 +531,7 @@ class TestConnections:
 
 
 def run(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "error", "-m", "notifier.dev.mock_provider", *arguments]
+    command = [sys.executable, "-W", "error", "-m", "tools.dev.mock_provider", *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from notifier.dev import cluster
 from tests import system_postgres
 from tests.service import ROOT
+from tools.dev import cluster
 
 TESTS = """
 import pytest

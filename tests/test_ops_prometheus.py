@@ -15,9 +15,9 @@ import requests
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from notifier import schema
-from notifier.cli_providers import providers
+from notifier.cli.providers import providers
 from notifier.settings import Settings
+from notifier.store import migrations
 from tests.conftest import Environment, MakeProvider, connect
 from tests.prometheus import SHIPPED, Prometheus
 from tests.scripted_provider import ScriptedProvider, answer
@@ -225,7 +225,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, server: Environment) -> It
 def _make_database(environment: Environment, urls: list[str]) -> None:
     with connect(environment | {"DB_NAME": "postgres"}) as connection:
         connection.execute("CREATE DATABASE watched")
-    schema.migrate(Settings.from_env(environment))
+    migrations.migrate(Settings.from_env(environment))
     with connect(environment) as connection:
         for priority, url in enumerate(urls):
             connection.execute(

@@ -18,13 +18,14 @@ import psutil
 import pytest
 import requests
 
-from notifier.dev import faults, measure, postgres
-from notifier.dev.measure import FAULTS, LISTENING, REFRESHED, WORKERS, Fault
-from notifier.dev.mock_provider import MockProvider
 from notifier.models import Channel
 from tests.service import Service
 from tests.sockets import LOOPBACK
 from tests.timing import eventually
+from tools import faults, measure
+from tools.dev import postgres
+from tools.dev.mock_provider import MockProvider
+from tools.measure import FAULTS, LISTENING, REFRESHED, WORKERS, Fault
 
 # Nobody waits for PostgreSQL, which hangs for longer.
 REPLIED_WITHIN = 1.5

@@ -13,12 +13,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from notifier import preferences as preferences_module
-from notifier.db import DATABASE_WAIT, Connection, Database
 from notifier.errors import PreferencesUnavailable
 from notifier.logs import SPARING_PAUSE
 from notifier.models import Channel, Provider
-from notifier.preferences import (
+from notifier.settings import Settings
+from notifier.store import preferences as preferences_module
+from notifier.store.db import DATABASE_WAIT, Connection, Database
+from notifier.store.preferences import (
     FIRST_LOAD_PAUSE,
     QUERY,
     REPLAYED,
@@ -26,7 +27,6 @@ from notifier.preferences import (
     WRITTEN,
     Preferences,
 )
-from notifier.settings import Settings
 from tests.conftest import Environment, Growth, connect, one_role
 from tests.sockets import LOOPBACK, refusing, silent
 from tests.timing import eventually, within
@@ -62,7 +62,7 @@ class Counting(Database):
 def ask(
     known: Preferences, channel: Channel = Channel.EMAIL, *, seconds: float = 10
 ) -> tuple[Provider, ...]:
-    return known.providers(channel, time.monotonic() + seconds)
+    return known.for_channel(channel, time.monotonic() + seconds)
 
 
 def reload(known: Preferences, database: Database) -> bool:

@@ -15,13 +15,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from notifier import refresher, schema
 from notifier.app import build
-from notifier.db import DATABASE_WAIT, Connection, Database
 from notifier.models import Channel
-from notifier.preferences import CHANGES, Preferences
-from notifier.refresher import LONGEST_PAUSE, SHORTEST_PAUSE, SPACING
 from notifier.settings import Settings
+from notifier.store import migrations, refresher
+from notifier.store.db import DATABASE_WAIT, Connection, Database
+from notifier.store.preferences import CHANGES, Preferences
+from notifier.store.refresher import LONGEST_PAUSE, SHORTEST_PAUSE, SPACING
 from tests.conftest import Environment, Growth, MakeSettings, connect
 from tests.refreshed import NAME, Refreshed, listening, refreshers, wait_until_listening
 from tests.sockets import LOOPBACK, refusing, silent
@@ -212,7 +212,7 @@ def test_a_migration_lets_what_came_with_the_table_be_seen(
     added = add_provider("http://a/")
     execute("ALTER TABLE notification_preferences ENABLE TRIGGER USER")
     assert made.ids() == []
-    schema.migrate(Settings.from_env(database))
+    migrations.migrate(Settings.from_env(database))
     eventually(lambda: made.ids() == [added])
 
 

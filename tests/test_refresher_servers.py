@@ -11,11 +11,11 @@ import certifi
 import pytest
 from psycopg import ConnectionInfo
 
-from notifier import schema
-from notifier.db import Connection, Database
-from notifier.preferences import Preferences, _Load
-from notifier.refresher import PROBES
 from notifier.settings import Settings
+from notifier.store import migrations
+from notifier.store.db import Connection, Database
+from notifier.store.preferences import Preferences, _Load
+from notifier.store.refresher import PROBES
 from tests.conftest import Environment, Growth, MakeProvider, connect
 from tests.pgbouncer import PgBouncer
 from tests.refreshed import Refreshed, listening, wait_until_listening
@@ -56,7 +56,7 @@ def add(environment: Environment) -> int:
 @pytest.fixture(scope="module")
 def primary() -> Iterator[SystemPostgres]:
     with SystemPostgres() as primary:
-        schema.migrate(Settings.from_env(primary.environment))
+        migrations.migrate(Settings.from_env(primary.environment))
         yield primary
 
 
@@ -150,7 +150,7 @@ def test_changes_are_heard_over_tls_and_an_impostor_is_not_listened_to(
             "DB_SSLMODE": "verify-full",
             "DB_SSLROOTCERT": str(certificate[0]),
         }
-        schema.migrate(Settings.from_env(verified))
+        migrations.migrate(Settings.from_env(verified))
         with Refreshed(verified, LONG) as made:
             wait_until_listening()
             added = add(verified)

@@ -10,13 +10,13 @@ import psycopg
 import pytest
 from psycopg.errors import InsufficientPrivilege
 
-from notifier import roles, schema
 from notifier.app import create_app
-from notifier.db import Database
 from notifier.models import Channel
-from notifier.preferences import Preferences
-from notifier.roles import NotGranted
 from notifier.settings import Settings
+from notifier.store import migrations, roles
+from notifier.store.db import Database
+from notifier.store.preferences import Preferences
+from notifier.store.roles import NotGranted
 from tests.conftest import Environment, connect, create_database
 from tests.test_schema import NAMES, execute, migrating, rows, run, waiting
 from tests.timing import eventually
@@ -56,7 +56,7 @@ def serving(environment: Environment) -> psycopg.Connection[Any]:
 def can_read(environment: Environment) -> bool:
     """Log in as the role that serves, and do its work."""
     database = Database(Settings.from_env(environment))
-    found = Preferences(database, 60).providers(Channel.EMAIL, time.monotonic() + 10)
+    found = Preferences(database, 60).for_channel(Channel.EMAIL, time.monotonic() + 10)
     return found == ()
 
 
@@ -72,7 +72,7 @@ def may(environment: Environment, statement: str) -> bool:
 
 def migrate(environment: Environment) -> list[str]:
     """Migrate; return what was told besides the line that says what is granted."""
-    granted, *notices = schema.migrate(Settings.from_env(environment)).notices
+    granted, *notices = migrations.migrate(Settings.from_env(environment)).notices
     assert granted == f"role {environment['DB_USERNAME']} may read {TABLE}"
     return notices
 
@@ -268,8 +268,8 @@ def test_whoever_serves_while_it_is_granted_anew_never_lacks_it(
 )
 def test_its_name_may_have_any_characters(empty_database: Environment, name: str) -> None:
     environment = with_role(empty_database, name)
-    schema.migrate(Settings.from_env(environment))
-    schema.migrate(Settings.from_env(environment))
+    migrations.migrate(Settings.from_env(environment))
+    migrations.migrate(Settings.from_env(environment))
     assert can_read(environment)
     assert not may(environment, ROW)
 
@@ -364,7 +364,7 @@ def test_where_one_role_of_a_long_name_does_both_nothing_is_granted(fresh: Envir
     execute_as_superuser(fresh, f"ALTER DATABASE {fresh['DB_NAME']} OWNER TO {name}")
     both = with_role(fresh, name, "both")
     owner = {"DB_MIGRATION_USERNAME": name, "DB_MIGRATION_PASSWORD": "both"}
-    assert schema.migrate(Settings.from_env(both | owner)).notices == []
+    assert migrations.migrate(Settings.from_env(both | owner)).notices == []
 
 
 def test_a_database_whose_one_user_owned_everything_is_adopted(
@@ -374,7 +374,7 @@ def test_a_database_whose_one_user_owned_everything_is_adopted(
     old = with_role(new, new["DB_MIGRATION_USERNAME"], new["DB_MIGRATION_PASSWORD"])
     for name in ("DB_MIGRATION_USERNAME", "DB_MIGRATION_PASSWORD"):
         del old[name]
-    assert schema.migrate(Settings.from_env(old)).notices == []
+    assert migrations.migrate(Settings.from_env(old)).notices == []
     assert can_read(old)
     assert migrate(new) == []
     assert can_read(new)
@@ -517,7 +517,7 @@ def test_a_role_that_owns_everything_is_told_of_and_loses_nothing(
     old = make_migrator()
     migrator, database = old["DB_MIGRATION_USERNAME"], old["DB_NAME"]
     owner = with_role(old, migrator, "migrates")
-    schema.migrate(Settings.from_env(owner))
+    migrations.migrate(Settings.from_env(owner))
     swapped = superuser(owner)
     (notice,) = migrate(swapped)
     assert notice == (
@@ -642,7 +642,7 @@ def test_a_migration_overtaken_by_another_databases_waits_for_it_and_succeeds(
         other.execute(f"{verb} ROLE \"{name}\" LOGIN PASSWORD 'overtaken'")
         with migrating(fresh) as process:
             eventually(lambda: waiting(fresh) == 1)
-            assert rows(fresh, f"SELECT pg_try_advisory_lock({schema.LOCK_KEY})") == [(False,)]
+            assert rows(fresh, f"SELECT pg_try_advisory_lock({migrations.LOCK_KEY})") == [(False,)]
             other.execute("COMMIT")
             output, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")

@@ -23,7 +23,7 @@ from tests.service import MESSAGE, ROOT, clean_environment, free_port
 # The launcher as make runs it, with ports that are free here instead of the documented ones.
 LAUNCHER = """
 import sys
-from notifier.dev import run
+from tools.dev import run
 ports = map(int, sys.argv[1:])
 run.PROVIDERS = tuple(local._replace(port=next(ports)) for local in run.PROVIDERS)
 sys.exit(run.main())
@@ -255,7 +255,7 @@ def _rows(launcher: Launcher) -> list[str]:
 
 
 def test_the_guard_ends_with_its_command_and_its_exit_code():
-    command = [sys.executable, "-m", "notifier.dev.guard", sys.executable, "-c", "exit(7)"]
+    command = [sys.executable, "-m", "tools.dev.guard", sys.executable, "-c", "exit(7)"]
     guard = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE)
     with guard:
         assert guard.wait(20) == 7  # with its input still open
@@ -263,7 +263,7 @@ def test_the_guard_ends_with_its_command_and_its_exit_code():
 
 def test_the_guard_ends_its_command_with_its_input():
     sleeper = "import time; print('up', flush=True); time.sleep(60)"
-    command = [sys.executable, "-m", "notifier.dev.guard", sys.executable, "-c", sleeper]
+    command = [sys.executable, "-m", "tools.dev.guard", sys.executable, "-c", sleeper]
     guard = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with guard:
         assert guard.stdout

@@ -12,17 +12,17 @@ import psycopg
 import pytest
 from click.testing import Result
 
-from notifier import roles, schema
 from notifier.app import create_app
-from notifier.db import Database
-from notifier.dev.cluster import SERVING
 from notifier.models import Channel
-from notifier.preferences import Preferences
 from notifier.settings import Settings
+from notifier.store import migrations, roles
+from notifier.store.db import Database
+from notifier.store.preferences import Preferences
 from tests.conftest import Environment, connect
 from tests.service import ROOT, clean_environment
 from tests.sockets import LOOPBACK, refusing, silent
 from tests.timing import eventually
+from tools.dev.cluster import SERVING
 
 NAMES = [
     "0001_create_notification_provider_type",
@@ -191,7 +191,7 @@ def test_the_type_takes_the_two_channels_and_nothing_else(
 def test_a_rollback_undoes_the_last_migration_only_and_at_last_there_is_nothing_left(
     empty_database: Environment,
 ) -> None:
-    schema.migrate(settings_of(empty_database))
+    migrations.migrate(settings_of(empty_database))
     table = [TABLE, f"{TABLE}_id_seq", f"{TABLE}_pkey"]
     left = [
         [INDEX, *table, TRIGGERS[0], FUNCTION],
@@ -208,7 +208,7 @@ def test_a_rollback_undoes_the_last_migration_only_and_at_last_there_is_nothing_
         assert ours(empty_database) == sorted(expected + enum)
     result = run(empty_database, "rollback")
     assert (result.exit_code, result.output) == (0, "nothing to undo\n")
-    assert schema.migrate(settings_of(empty_database)).applied == NAMES
+    assert migrations.migrate(settings_of(empty_database)).applied == NAMES
     assert_complete(empty_database)
 
 
@@ -248,9 +248,9 @@ def test_a_run_that_is_killed_within_a_step_leaves_nothing_that_blocks_the_next(
 ) -> None:
     conflict, done = CONFLICTS[step]
     settings = settings_of(empty_database)
-    schema.migrate(settings)
+    migrations.migrate(settings)
     for _ in NAMES[done:]:
-        schema.rollback(settings)
+        migrations.rollback(settings)
     with connect(empty_database) as other, migrating(empty_database) as killed:
         other.execute("BEGIN")
         other.execute(conflict)
@@ -292,15 +292,17 @@ def test_a_lock_row_that_a_killed_process_left_blocks_nobody(
     empty_database: Environment, applied: bool
 ) -> None:
     if applied:
-        schema.migrate(settings_of(empty_database))
-        schema.rollback(settings_of(empty_database))
+        migrations.migrate(settings_of(empty_database))
+        migrations.rollback(settings_of(empty_database))
     execute(
         empty_database,
         "CREATE TABLE IF NOT EXISTS yoyo_lock"
         " (locked INT DEFAULT 1 PRIMARY KEY, ctime TIMESTAMP, pid INT NOT NULL);"
         "INSERT INTO yoyo_lock VALUES (1, now(), 99999)",
     )
-    assert schema.migrate(settings_of(empty_database)).applied == (NAMES[-1:] if applied else NAMES)
+    assert migrations.migrate(settings_of(empty_database)).applied == (
+        NAMES[-1:] if applied else NAMES
+    )
     assert_complete(empty_database)
     assert rows(empty_database, "SELECT FROM yoyo_lock") == []
 
@@ -310,10 +312,10 @@ def test_a_step_that_was_applied_and_not_marked_can_be_run_again(
     empty_database: Environment, names: list[str]
 ) -> None:
     settings = settings_of(empty_database)
-    schema.migrate(settings)
+    migrations.migrate(settings)
     for name in names:
         execute(empty_database, f"DELETE FROM _yoyo_migration WHERE migration_id = '{name}'")
-    assert schema.migrate(settings).applied == names
+    assert migrations.migrate(settings).applied == names
     assert_complete(empty_database)
 
 
@@ -323,8 +325,8 @@ def test_a_step_that_was_undone_and_is_still_marked_can_be_undone_again(
 ) -> None:
     """The same kill, in a rollback."""
     settings = settings_of(empty_database)
-    schema.migrate(settings)
-    while (undone := schema.rollback(settings)) != name:
+    migrations.migrate(settings)
+    while (undone := migrations.rollback(settings)) != name:
         assert undone
     execute(
         empty_database,
@@ -332,8 +334,8 @@ def test_a_step_that_was_undone_and_is_still_marked_can_be_undone_again(
         f" SELECT DISTINCT migration_hash, migration_id, now() FROM _yoyo_log"
         f" WHERE migration_id = '{name}'",
     )
-    assert schema.rollback(settings) == name
-    assert schema.migrate(settings).applied
+    assert migrations.rollback(settings) == name
+    assert migrations.migrate(settings).applied
     assert_complete(empty_database)
 
 
@@ -346,7 +348,7 @@ def test_a_database_of_the_go_service_is_adopted_with_its_rows(
         " ('Email', 'one', 'http://a/', NULL), ('PushNotification', 'two', 'http://b/', now())",
     )
     before = rows(empty_database, f"SELECT * FROM {TABLE} ORDER BY id")
-    assert schema.migrate(settings_of(empty_database)).applied == NAMES
+    assert migrations.migrate(settings_of(empty_database)).applied == NAMES
     assert_complete(empty_database)
     assert rows(empty_database, f"SELECT * FROM {TABLE} ORDER BY id") == before
     assert len(before) == 2
@@ -358,7 +360,7 @@ def test_a_database_without_an_encoding_works_too(empty_database: Environment) -
     create = f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' TEMPLATE template0 LOCALE 'C'"
     execute(empty_database, f"{create} LOCALE_PROVIDER libc")
     ascii_database = empty_database | {"DB_NAME": name}
-    assert schema.migrate(settings_of(ascii_database)).applied == NAMES
+    assert migrations.migrate(settings_of(ascii_database)).applied == NAMES
     row = " (provider_type, provider_name, host) VALUES ('Email', 'Grüße', 'http://a/')"
     execute(ascii_database, f"INSERT INTO {TABLE}{row}")
     preferences = Preferences(Database(settings_of(ascii_database)), 60)
@@ -371,7 +373,7 @@ def test_who_waits_too_long_for_another_migration_says_so_in_one_line(
 ) -> None:
     monkeypatch.setattr(roles, "LOCK_WAIT", "200ms")
     with connect(empty_database) as other:
-        other.execute("SELECT pg_advisory_lock(%s)", (schema.LOCK_KEY,))
+        other.execute("SELECT pg_advisory_lock(%s)", (migrations.LOCK_KEY,))
         for command in ("migrate", "rollback"):
             result = run(empty_database, command)
             assert result.exit_code == 1

@@ -105,7 +105,7 @@ def test_the_request_id_reaches_providers_and_every_log_line_from_pool_threads_t
     assert email.received[0].headers["x-request-id"] == "order 4711"
     assert push.received[0].headers["x-request-id"] == "order 4711"
     of_request = [line for line in service.lines() if line["request_id"] == "order 4711"]
-    assert {"notifier.ops", "notifier.preferences", "notifier.providers"} <= {
+    assert {"notifier.web.requests", "notifier.store.preferences", "notifier.attempts"} <= {
         line["logger"] for line in of_request
     }
     assert any(line.get("channel") == "PushNotification" for line in of_request)

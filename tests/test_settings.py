@@ -12,14 +12,13 @@ import certifi
 import pytest
 
 from notifier import settings as settings_module
+from notifier.environ import Secret, parse_duration
 from notifier.settings import (
     MIN_DEADLINE,
     WITHOUT_EFFECT,
-    Secret,
     Settings,
     SettingsError,
     available_cpus,
-    parse_duration,
     settings_or_exit,
 )
 

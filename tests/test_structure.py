@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from itertools import chain
 from pathlib import Path
@@ -21,44 +22,38 @@ import pytest
 from gunicorn.config import Config
 from gunicorn.workers.gthread import ThreadWorker
 
-from notifier.db import DATABASE_WAIT
 from notifier.settings import WITHOUT_EFFECT, Settings
+from notifier.store.db import DATABASE_WAIT
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "notifier"
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+TOOLS = ROOT / "tools"
+CONFIGURATION = ROOT / "gunicorn.conf.py"
 
-# A module imports only from strictly lower levels.
+# What imports from what: a module imports from strictly lower levels, or from its own folder, where
+# imports go one way too. A folder has the level of all that is in it.
 LEVELS = {
-    "app": 5,
-    "api": 4,
-    "cli": 4,
-    "cli_providers": 4,
-    "error_handlers": 4,
-    "ops": 4,
-    "cli_errors": 3,
-    "delivery": 3,
-    "refresher": 3,
-    "schema": 3,
-    "catalogue": 2,
-    "preferences": 2,
-    "providers": 2,
-    "roles": 2,
-    "breakers": 1,
-    "capacity": 1,
-    "db": 1,
-    "transport": 1,
-    "errors": 0,
-    "logs": 0,
-    "metrics": 0,
-    "models": 0,
-    "settings": 0,
-    "single_flight": 0,
-    "exchange": 0,
-    "watchdog": 0,
-    "worker": 0,
+    "app": 8,
+    "web": 7,
+    "cli": 5,
+    "delivery": 5,
+    "attempts": 4,
+    "serving": 3,
+    "store": 3,
+    "breakers": 2,
+    "capacity": 2,
+    "settings": 2,
+    "wire": 2,
+    "environ": 1,
+    "errors": 1,
+    "logs": 1,
+    "metrics": 1,
+    "models": 1,
+    "single_flight": 1,
 }
-FLASK_LEVEL = 4
+
+# Flask, werkzeug included, lives here.
+FLASK = {"app", "web", "cli"}
 
 REQUIRED = {
     "DB_HOST": "127.0.0.1",
@@ -87,45 +82,70 @@ def imported_packages(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in imported_names(path)}
 
 
+def module_of(path: Path) -> str:
+    """Return the dotted name of a file below `notifier/`, without the package's own: `web.ops`."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = [name for name in FILES if name != "__init__"]
+
+
+def place_of(module: str) -> str:
+    """Return what has the level of a module: its folder, or itself at the top."""
+    return module.partition(".")[0]
+
+
 def imported_modules(path: Path) -> set[str]:
-    """Return which of our modules a file imports; the whole of `notifier.dev` is `dev`."""
-    inside = {name.split(".")[1] for name in imported_names(path) if name.startswith("notifier.")}
-    return {name for name in inside if name in MODULES or (PACKAGE / name).is_dir()}
+    """Return which of our modules and folders a file imports."""
+    ours = {name.removeprefix("notifier.") for name in imported_names(path)}
+    return ours & FILES.keys() - {"__init__"}
 
 
 def test_every_module_has_a_level() -> None:
-    assert sorted(LEVELS) == MODULES
+    assert {place_of(module) for module in MODULES} == LEVELS.keys()
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_from_lower_levels_only(module: str) -> None:
-    lower = {name for name, level in LEVELS.items() if level < LEVELS[module]}
-    assert imported_modules(PACKAGE / f"{module}.py") <= lower
+def test_a_module_imports_from_lower_levels_or_its_own_folder_only(module: str) -> None:
+    place = place_of(module)
+    for imported in imported_modules(FILES[module]):
+        target = place_of(imported)
+        assert target == place or LEVELS[target] < LEVELS[place], imported
 
 
-def test_what_developers_run_is_imported_by_nothing_in_the_service() -> None:
-    assert (PACKAGE / "dev").is_dir()
-    for path in [*PACKAGE.glob("*.py"), ROOT / "gunicorn.conf.py"]:
-        assert "dev" not in imported_modules(path)
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {module: imported_modules(FILES[module]) for module in MODULES}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names them
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if LEVELS[name] < FLASK_LEVEL])
-def test_plain_modules_know_no_flask(module: str) -> None:
-    assert imported_packages(PACKAGE / f"{module}.py").isdisjoint({"flask", "werkzeug"})
+@pytest.mark.parametrize("module", MODULES)
+def test_flask_is_known_where_http_and_commands_are_only(module: str) -> None:
+    if place_of(module) not in FLASK:
+        assert imported_packages(FILES[module]).isdisjoint({"flask", "werkzeug"})
 
 
-def test_the_package_itself_imports_nothing() -> None:
-    assert list(imported_names(PACKAGE / "__init__.py")) == []
+def test_nothing_in_the_service_imports_what_developers_run() -> None:
+    assert (TOOLS / "dev").is_dir()
+    for path in [*FILES.values(), CONFIGURATION]:
+        assert "tools" not in imported_packages(path), path
+
+
+@pytest.mark.parametrize(
+    "package", [path for path in FILES.values() if path.name == "__init__.py"], ids=module_of
+)
+def test_a_package_itself_imports_nothing(package: Path) -> None:
+    assert list(imported_names(package)) == []
 
 
 def test_gunicorns_configuration_imports_only_the_settings_the_logs_and_the_worker() -> None:
-    assert imported_modules(ROOT / "gunicorn.conf.py") == {"logs", "settings", "worker"}
+    assert imported_modules(CONFIGURATION) == {"logs", "settings", "serving.worker"}
 
 
 def test_gunicorns_configuration_loads_nothing_that_belongs_to_the_workers() -> None:
     code = "import json, runpy, sys; runpy.run_path(sys.argv[1]); print(json.dumps([*sys.modules]))"
     loaded = subprocess.run(
-        [sys.executable, "-c", code, ROOT / "gunicorn.conf.py"],
+        [sys.executable, "-c", code, CONFIGURATION],
         cwd=ROOT,
         env=REQUIRED,
         capture_output=True,
@@ -162,7 +182,7 @@ def test_no_requirement_is_pinned_twice() -> None:
 
 
 def test_what_the_service_imports_is_among_its_own_requirements() -> None:
-    files = [*PACKAGE.glob("*.py"), ROOT / "gunicorn.conf.py"]
+    files = [*FILES.values(), CONFIGURATION]
     packages = set().union(*(imported_packages(path) for path in files))
     distributions = packages_distributions()
     for package in packages - {"notifier"} - sys.stdlib_module_names:
@@ -184,7 +204,7 @@ def test_migrations_are_numbered_without_gaps_and_each_can_be_undone() -> None:
 def gunicorn_conf(monkeypatch: pytest.MonkeyPatch, **environ: str) -> dict[str, Any]:
     for name, value in (REQUIRED | environ).items():
         monkeypatch.setenv(name, value)
-    return runpy.run_path(str(ROOT / "gunicorn.conf.py"))
+    return runpy.run_path(str(CONFIGURATION))
 
 
 def test_gunicorn_is_shipped_with_threads_without_preload_and_without_a_control_socket(

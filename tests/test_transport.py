@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from notifier import exchange as exchange_module
 from notifier.errors import TransportError
-from notifier.exchange import DRAIN_BYTES, DRAIN_SECONDS
-from notifier.transport import Transport
+from notifier.wire import exchange as exchange_module
+from notifier.wire.exchange import DRAIN_BYTES, DRAIN_SECONDS
+from notifier.wire.transport import Transport
 from tests.conftest import MakeProvider, MakeTransport
 from tests.posting import failure, post
 from tests.scripted_provider import (

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from notifier import exchange as exchange_module
-from notifier.transport import Transport
+from notifier.wire import exchange as exchange_module
+from notifier.wire.transport import Transport
 from tests.certificates import make_certificate, name_in_folder
 from tests.conftest import MakeProvider, MakeTransport
 from tests.posting import failure, post

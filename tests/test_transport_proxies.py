@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from notifier import exchange as exchange_module
-from notifier.transport import Transport
+from notifier.wire import exchange as exchange_module
+from notifier.wire.transport import Transport
 from tests.conftest import MakeProvider, MakeTransport
 from tests.posting import failure, post
 from tests.scripted_provider import Peer, Received, Script, ScriptedProvider, answer, close, hang

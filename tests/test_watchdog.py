@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from notifier.watchdog import GRACE, Watchdog
+from notifier.wire.watchdog import GRACE, Watchdog
 from tests.timing import eventually
 
 

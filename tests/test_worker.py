@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import pytest
 import requests
 
-from notifier.worker import HEAD_BYTES, REQUEST_SECONDS, UNREAD_BODY_SECONDS
+from notifier.serving.worker import HEAD_BYTES, REQUEST_SECONDS, UNREAD_BODY_SECONDS
 from tests.conftest import MakeProvider
 from tests.service import MESSAGE, Service
 from tests.sockets import until_the_end

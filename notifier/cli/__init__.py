@@ -1,0 +1,1 @@
+"""What operators run: `flask --app notifier.app COMMAND`."""

@@ -1,0 +1,54 @@
+"""How operators act: `flask --app notifier.app COMMAND`."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import click
+import psycopg
+from flask import Flask, current_app
+from flask.cli import with_appcontext
+
+from notifier.cli.explained import explained
+from notifier.errors import Refused
+from notifier.settings import Settings
+from notifier.store import migrations, roles
+from notifier.store.roles import NotGranted
+
+Result = TypeVar("Result")
+
+
+def register(app: Flask) -> None:
+    """Add the commands to `app`."""
+    app.cli.add_command(_migrate)
+    app.cli.add_command(_rollback)
+
+
+@click.command("migrate", help="Bring the database's schema and the service's role up to date.")
+@with_appcontext
+def _migrate() -> None:
+    migrated = _with_database(migrations.migrate)
+    for name in migrated.applied:
+        click.echo(f"applied {name}")
+    if not migrated.applied:
+        click.echo("nothing to apply, the schema is up to date")
+    for notice in migrated.notices:
+        click.echo(notice)
+
+
+@click.command("rollback", help="Undo the last migration.")
+@with_appcontext
+def _rollback() -> None:
+    name = _with_database(migrations.rollback)
+    click.echo(f"undid {name}" if name else "nothing to undo")
+
+
+@explained()
+def _with_database(act: Callable[[Settings], Result]) -> Result:
+    try:
+        return act(current_app.extensions["notifier"].settings)
+    except psycopg.errors.LockNotAvailable:
+        raise Refused(
+            f"another migration has been running for {roles.LOCK_WAIT}; try again when it is done"
+        ) from None
+    except NotGranted as error:
+        raise Refused(f"the schema is up to date, but {error}") from None

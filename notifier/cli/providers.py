@@ -1,0 +1,350 @@
+"""How operators see and change the providers: `flask --app notifier.app providers COMMAND`."""
+
+import json
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import click
+from flask import Flask, current_app
+from flask.cli import AppGroup
+
+from notifier import logs
+from notifier.attempts import Attempts
+from notifier.cli.explained import explained
+from notifier.errors import AttemptFailed
+from notifier.models import Channel, Message, Provider
+from notifier.store import catalogue
+from notifier.store.catalogue import Entry, Values
+from notifier.store.db import Database
+
+SECRET_SOURCES = ("secret_prompt", "secret_stdin", "secret_file", "no_secret")
+
+NO_TEXT = "the secret is no text in UTF-8"
+
+# A domain that nobody has, RFC 2606 section 3.
+NOBODY = "notifier-test@example.com"
+
+Command = Callable[..., None]
+
+
+def register(app: Flask) -> None:
+    """Add the commands to `app`."""
+    app.cli.add_command(providers)
+
+
+providers = AppGroup(
+    "providers",
+    short_help="List, add, edit, remove, restore and test providers.",
+    help="""List, add, edit, remove, restore and test providers.
+
+    A row of notification_preferences is a provider. Running services see a change by themselves.
+
+    The commands connect as DB_MIGRATION_USERNAME or, if that is unset, as DB_USERNAME. To list and
+    to test, the role needs SELECT; to change, INSERT and UPDATE too.
+
+    \b
+    Exit codes: 0 done
+                1 refused or failed
+                2 the command line could not be understood""",
+    epilog="""Examples:
+
+    \b
+      flask --app notifier.app providers list
+      flask --app notifier.app providers add --help""",
+)
+
+
+def _channel_option(text: str, *, required: bool = False) -> Callable[[Command], Command]:
+    def full_name(_: click.Context, __: click.Parameter, given: str | None) -> str | None:
+        return Channel.PUSH.value if given == "push" else given
+
+    return click.option(
+        "--channel",
+        "provider_type",
+        type=click.Choice([*(channel.value for channel in Channel), "push"], case_sensitive=False),
+        metavar="CHANNEL",
+        callback=full_name,
+        required=required,
+        help=text,
+    )
+
+
+_entry_id = click.argument("entry_id", metavar="ID", type=int)
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _values_options(*, required: bool) -> Callable[[Command], Command]:
+    options: list[Callable[[Command], Command]] = [
+        _channel_option("Email or PushNotification.", required=required),
+        click.option("--name", "provider_name", required=required, help="What people call it."),
+        click.option("--host", metavar="URL", required=required, help="Where messages are posted."),
+        click.option("--priority", type=int, help="The lowest is tried first. A new row has 0."),
+        click.option("--secret-prompt", is_flag=True, help="Ask for the secret, twice, unseen."),
+        click.option("--secret-stdin", is_flag=True, help="Read the secret from standard input."),
+        click.option(
+            "--secret-file",
+            metavar="PATH",
+            help="Read the secret from a file.",
+        ),
+    ]
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@providers.command(
+    "list",
+    help="""List the providers.
+
+    By channel, the active ones first, in the order they are tried.""",
+    epilog="""Examples:
+
+    \b
+      flask --app notifier.app providers list
+      flask --app notifier.app providers list --active --channel email
+      flask --app notifier.app providers list --json | jq '.[] | select(.has_secret | not)'""",
+)
+@click.option("--active", is_flag=True, help="Leave out the removed ones.")
+@_channel_option("Email or PushNotification: leave out the other.")
+@_as_json
+@explained()
+def _list(*, active: bool, provider_type: str | None, as_json: bool) -> None:
+    found = catalogue.entries(_database(), channel=provider_type, active=active)
+    if as_json:
+        click.echo(json.dumps([asdict(entry) for entry in found], indent=2))
+    elif found:
+        click.echo(_table(map(_shown, found)))
+    else:
+        click.echo("no providers", err=True)
+
+
+@providers.command(
+    "add",
+    help="""Add a provider, and show its row.
+
+    Without one of the --secret options it has no secret. A line end after the secret is no part of
+    it. An active provider with the same channel and URL is in the way.""",
+    epilog="""Examples:
+
+    \b
+      flask --app notifier.app providers add --channel email --name 'Acme Mail' \\
+          --host https://mail.acme.example/v1/send --secret-prompt
+      flask --app notifier.app providers add --channel push --name 'Acme Push' \\
+          --host https://push.acme.example/v1/send --priority 1 --secret-stdin < acme.key""",
+)
+@_values_options(required=True)
+@_as_json
+@explained()
+def _add(*, as_json: bool, **given: Any) -> None:
+    _show(catalogue.add(_database(), _values(given)), as_json=as_json)
+
+
+@providers.command(
+    "edit",
+    help="""Change what is given of a provider, and show its row.""",
+    epilog="""Examples:
+
+    \b
+      flask --app notifier.app providers edit 3 --priority -1
+      flask --app notifier.app providers edit 3 --secret-file /run/secrets/acme
+      flask --app notifier.app providers edit 3 --name 'Acme Mail' --no-secret""",
+)
+@_entry_id
+@_values_options(required=False)
+@click.option("--no-secret", is_flag=True, help="Take the secret away.")
+@_as_json
+@explained()
+def _edit(*, entry_id: int, as_json: bool, **given: Any) -> None:
+    _show(catalogue.edit(_database(), entry_id, _values(given)), as_json=as_json)
+
+
+@providers.command(
+    "remove",
+    help="""Take a provider out of use, and show its row.
+
+    The row stays and can be restored.""",
+    epilog="""Example:
+
+    \b
+      flask --app notifier.app providers remove 3""",
+)
+@_entry_id
+@_as_json
+@explained()
+def _remove(*, entry_id: int, as_json: bool) -> None:
+    _show(catalogue.remove(_database(), entry_id), as_json=as_json)
+
+
+@providers.command(
+    "restore",
+    help="""Put a removed provider into use again, and show its row.""",
+    epilog="""Example:
+
+    \b
+      flask --app notifier.app providers restore 3""",
+)
+@_entry_id
+@_as_json
+@explained()
+def _restore(*, entry_id: int, as_json: bool) -> None:
+    _show(catalogue.restore(_database(), entry_id), as_json=as_json)
+
+
+@providers.command(
+    "test",
+    help="""Send a real message to one provider, and show the outcome.
+
+    The provider gets what it would get from the service, within the same time and through the same
+    proxy; no circuit breaker keeps it from being asked, and a removed one can be tested too. The
+    outcome is one of accepted, not_sent, unknown (it may have the message), rejected and skipped
+    (its URL cannot be called); only the first exits with 0. Without a status from the provider,
+    error says how far the attempt came.""",
+    epilog="""Examples:
+
+    \b
+      flask --app notifier.app providers test 3
+      flask --app notifier.app providers test 3 --to me@example.com --json""",
+)
+@_entry_id
+@click.option("--to", default=NOBODY, show_default=True, help="Whom the message is for.")
+@_as_json
+@click.pass_context
+@explained()
+def _test(context: click.Context, *, entry_id: int, to: str, as_json: bool) -> None:
+    if "@" not in to or not to.isprintable():
+        raise click.BadParameter("expected an e-mail address", param_hint="--to")
+    entry, provider = catalogue.provider(_database(), entry_id)
+    message = Message(to, "Test", "This is a test of the notifier: there is nothing to do.")
+    with closing(current_app.extensions["notifier"].attempts) as sender:
+        result = _sent(sender, provider, message)
+    shown = {name: getattr(entry, name) for name in ("id", "channel", "name", "host", "state")}
+    shown |= result
+    click.echo(json.dumps(shown, indent=2) if as_json else _table([shown]))
+    if result["outcome"] != "accepted":
+        context.exit(1)
+
+
+def _sent(sender: Attempts, provider: Provider, message: Message) -> dict[str, Any]:
+    """Make one attempt, with a request id as every message has; return what came of it."""
+    outcome, status, error = "accepted", None, None
+    request_id = uuid.uuid4().hex
+    token = logs.request_id.set(request_id)
+    began = time.monotonic()
+    try:
+        status = sender.send_unguarded(provider, message)
+    except AttemptFailed as failure:
+        outcome, status = failure.outcome, failure.status
+        error = failure.reason if status is None else None
+    finally:
+        logs.request_id.reset(token)
+    return {
+        "outcome": outcome,
+        "status": status,
+        "error": error,
+        "duration_ms": round(1000 * (time.monotonic() - began), 1),
+        "request_id": request_id,
+    }
+
+
+def _database() -> Database:
+    return Database.migrating(current_app.extensions["notifier"].settings)
+
+
+def _values(given: dict[str, Any]) -> Values:
+    """Return the columns of the options that were given."""
+    sources = [source for source in SECRET_SOURCES if given.get(source) not in (None, False)]
+    if len(sources) > 1:
+        options = " and ".join(f"--{source.replace('_', '-')}" for source in sources)
+        raise click.UsageError(f"{options} exclude each other")
+    values = {
+        name: value
+        for name, value in given.items()
+        if name not in SECRET_SOURCES and value is not None
+    }
+    if sources:
+        values["secret_key"] = _secret(given)
+    return cast("Values", values)
+
+
+def _secret(given: Mapping[str, Any]) -> str | None:
+    if given["secret_prompt"]:
+        return _prompted()
+    if given["secret_stdin"]:
+        if sys.stdin.isatty():
+            raise click.UsageError("standard input is a terminal: use --secret-prompt")
+        return _read_secret(sys.stdin.buffer)
+    if given["secret_file"] is not None:
+        try:
+            with Path(given["secret_file"]).open("rb") as file:
+                return _read_secret(file)
+        except OSError as error:
+            # Without its name, which may be the secret itself, given by mistake.
+            raise click.ClickException(f"--secret-file cannot be read: {error.strerror}") from None
+    return None
+
+
+def _prompted() -> str:
+    if not sys.stdin.isatty():
+        raise click.UsageError("--secret-prompt needs a terminal: use --secret-stdin")
+    try:
+        return str(click.prompt("Secret", hide_input=True, confirmation_prompt=True, err=True))
+    except UnicodeDecodeError:
+        raise click.ClickException(NO_TEXT) from None
+
+
+def _read_secret(source: BinaryIO) -> str:
+    """Return all of it but one line end; not much more than a secret can have."""
+    data = source.read(4 * catalogue.MAX_SECRET + 2)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise click.ClickException(NO_TEXT) from None
+    return text[:-1].removesuffix("\r") if text.endswith("\n") else text
+
+
+def _show(entry: Entry, *, as_json: bool) -> None:
+    click.echo(json.dumps(asdict(entry), indent=2) if as_json else _table([_shown(entry)]))
+
+
+def _shown(entry: Entry) -> dict[str, Any]:
+    return {
+        "id": entry.id,
+        "channel": entry.channel,
+        "name": entry.name,
+        "host": entry.host,
+        "priority": entry.priority,
+        "secret": "set" if entry.has_secret else "not set",
+        "created": entry.created_at,
+        "state": " ".join(filter(None, (entry.state, entry.deleted_at))),
+    }
+
+
+def _table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return rows of the same columns, aligned below their names."""
+    rows = list(rows)
+    lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _cell(value: object) -> str:
+    """Return a text that a terminal only shows, whatever is in the value."""
+    if value is None:
+        return "-"
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in str(value)
+    )

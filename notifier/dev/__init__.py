@@ -1,1 +1,0 @@
-"""What a developer runs beside the service; nothing in the service imports it."""

@@ -1,0 +1,345 @@
+"""The rows of `notification_preferences` as operators see and change them."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import psycopg
+import requests
+from psycopg import sql
+from urllib3.util import parse_url
+
+from notifier.errors import Refused
+from notifier.models import Channel, Provider, host_label
+from notifier.store.db import Connection, Database, transaction
+
+# Seconds. An operator can wait for longer than a request, but not for another who left a
+# transaction open.
+WAIT = 10.0
+LOCK_WAIT = "5s"
+
+MAX_NAME = 100
+MAX_URL = 2048
+MAX_SECRET = 16 * 1024
+_INT32 = range(-(2**31), 2**31)
+
+# Times become text here: PostgreSQL knows some that Python doesn't.
+_READ = """
+    SELECT id, provider_type::text, provider_name, host, priority,
+           coalesce(secret_key, '') <> '',
+           to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'),
+           to_char(deleted_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'),
+           CASE WHEN deleted_at IS NULL THEN 'active' ELSE 'removed' END
+      FROM notification_preferences
+     WHERE (%(id)s::numeric IS NULL OR id = %(id)s)
+       AND (%(channel)s::text IS NULL OR provider_type::text = %(channel)s)
+       AND (deleted_at IS NULL OR NOT %(active)s)
+     ORDER BY provider_type, deleted_at IS NOT NULL, priority, id
+"""
+
+_USER_INFO = re.compile(r"^([^/?#]*//)?[^/?#]*@")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A row without its secret; times are RFC 3339 in UTC, `state` is `active` or `removed`.
+
+    `host` is the URL in the column of that name, its user info masked if it has any.
+    """
+
+    id: int
+    channel: str
+    name: str
+    host: str
+    priority: int | None
+    has_secret: bool
+    created_at: str | None
+    deleted_at: str | None
+    state: str
+
+
+class Values(TypedDict, total=False):
+    """The columns that an operator sets. One that is left out stays, or gets its default."""
+
+    provider_type: str
+    provider_name: str
+    host: str
+    priority: int
+    secret_key: str | None  # None: no secret
+
+
+def entries(database: Database, *, channel: str | None = None, active: bool = False) -> list[Entry]:
+    """Return the rows by channel: the active ones in the order they are tried, then the removed.
+
+    Args:
+        channel: leave out the other one's.
+        active: leave out the removed ones.
+
+    Raises:
+        Refused: there is no table, or the role may not read it.
+        psycopg.Error: PostgreSQL cannot be reached or refused. So do all functions below.
+    """
+    with _reading(database) as connection:
+        return _read(connection, channel=channel, active=active)
+
+
+def provider(database: Database, entry_id: int) -> tuple[Entry, Provider]:
+    """Return a row, be it removed, and the provider that it describes, with its secret.
+
+    Raises:
+        Refused: there is no such row, or it is of a channel that we don't know.
+    """
+    with _reading(database) as connection:
+        entry = _entry(connection, entry_id)
+        [row] = connection.execute(
+            "SELECT id, provider_type::text, provider_name, host, secret_key"
+            " FROM notification_preferences WHERE id = %s",
+            (entry_id,),
+        ).fetchall()
+    _check_channel(entry.channel)
+    return entry, Provider.from_row(row)
+
+
+def add(database: Database, values: Values) -> Entry:
+    """Add a row: `values` need all but `priority` and `secret_key`.
+
+    Raises:
+        Refused: a value is wrong, or an active row has the same channel and URL.
+    """
+    columns = _checked(values)
+    insert = sql.SQL("INSERT INTO notification_preferences ({}) VALUES ({}) RETURNING id").format(
+        sql.SQL(", ").join(map(sql.Identifier, columns)),
+        sql.SQL(", ").join(map(sql.Placeholder, columns)),
+    )
+    with _changing(database, "INSERT") as connection:
+        _check_unique(connection, columns["provider_type"], columns["host"])
+        [(entry_id,)] = connection.execute(insert, columns).fetchall()
+        return _entry(connection, entry_id)
+
+
+def edit(database: Database, entry_id: int, values: Values) -> Entry:
+    """Change what `values` name, and nothing else; a removed row can be changed too.
+
+    Raises:
+        Refused: there is no such row, nothing to change, a value is wrong, or an active row has the
+            same channel and URL.
+    """
+    columns = _checked(values)
+    if not columns:
+        raise Refused("nothing to change: say what")
+    update = sql.SQL("UPDATE notification_preferences SET {} WHERE id = %(id)s").format(
+        sql.SQL(", ").join(
+            sql.SQL("{} = {}").format(sql.Identifier(name), sql.Placeholder(name))
+            for name in columns
+        )
+    )
+    with _changing(database) as connection:
+        channel, url, is_active = _place_of(connection, entry_id)
+        if is_active and columns.keys() & {"provider_type", "host"}:
+            place = {"provider_type": channel, "host": url} | columns
+            _check_unique(connection, place["provider_type"], place["host"], entry_id)
+        connection.execute(update, columns | {"id": entry_id})
+        return _entry(connection, entry_id)
+
+
+def remove(database: Database, entry_id: int) -> Entry:
+    """Take a row out of use; it can be restored.
+
+    Raises:
+        Refused: there is no such row, or it is removed already.
+    """
+    with _changing(database) as connection:
+        _, _, is_active = _place_of(connection, entry_id)
+        if not is_active:
+            raise Refused(f"provider {entry_id} is removed already")
+        connection.execute(
+            "UPDATE notification_preferences SET deleted_at = now() WHERE id = %s", (entry_id,)
+        )
+        return _entry(connection, entry_id)
+
+
+def restore(database: Database, entry_id: int) -> Entry:
+    """Put a removed row into use again.
+
+    Raises:
+        Refused: there is no such row, it is not removed, its URL cannot be called, or an active row
+            has the same channel and URL.
+    """
+    with _changing(database) as connection:
+        channel, url, is_active = _place_of(connection, entry_id)
+        if is_active:
+            raise Refused(f"provider {entry_id} is not removed")
+        _check_url(url.strip())
+        _check_unique(connection, channel, url, entry_id)
+        connection.execute(
+            "UPDATE notification_preferences SET deleted_at = NULL WHERE id = %s", (entry_id,)
+        )
+        return _entry(connection, entry_id)
+
+
+@contextmanager
+def _reading(database: Database, *privileges: str) -> Iterator[Connection]:
+    """Yield a connection in a transaction, once the role has SELECT and `privileges`."""
+    try:
+        with database.connect() as connection, transaction(connection, WAIT):
+            _check_privileges(connection, database.username, ["SELECT", *privileges])
+            yield connection
+    except psycopg.errors.UndefinedTable:
+        raise Refused(
+            "there is no table notification_preferences: run flask --app notifier.app migrate"
+        ) from None
+
+
+@contextmanager
+def _changing(database: Database, *privileges: str) -> Iterator[Connection]:
+    """The same for a change, which nobody else's can overtake between its check and its write."""
+    # LOCK TABLE needs UPDATE as well.
+    with _reading(database, *privileges, "UPDATE") as connection:
+        connection.execute("SELECT set_config('lock_timeout', %s, true)", (LOCK_WAIT,))
+        try:
+            connection.execute("LOCK TABLE notification_preferences IN SHARE ROW EXCLUSIVE MODE")
+        except psycopg.errors.LockNotAvailable:
+            raise Refused(
+                f"somebody has been changing the providers for {LOCK_WAIT}; try again later"
+            ) from None
+        yield connection
+
+
+def _check_privileges(connection: Connection, role: str, wanted: list[str]) -> None:
+    """PostgreSQL itself would say that permission is denied, but not for what."""
+    rows = connection.execute(
+        "SELECT wanted FROM unnest(%s::text[]) wanted"
+        " WHERE NOT has_table_privilege('notification_preferences', wanted)",
+        (wanted,),
+    ).fetchall()
+    if rows:
+        lacking = " and ".join(privilege for (privilege,) in rows)
+        raise Refused(
+            f"{role} lacks {lacking} on notification_preferences: set DB_MIGRATION_USERNAME"
+            " and DB_MIGRATION_PASSWORD to the role that owns it"
+        )
+
+
+def _read(
+    connection: Connection,
+    *,
+    entry_id: int | None = None,
+    channel: str | None = None,
+    active: bool = False,
+) -> list[Entry]:
+    rows = connection.execute(_READ, {"id": entry_id, "channel": channel, "active": active})
+    return [
+        Entry(row_id, its_channel, name, _USER_INFO.sub(r"\1***@", url), *rest)
+        for row_id, its_channel, name, url, *rest in rows
+    ]
+
+
+def _entry(connection: Connection, entry_id: int) -> Entry:
+    found = _read(connection, entry_id=entry_id)
+    if not found:
+        raise _unknown(entry_id)
+    return found[0]
+
+
+def _place_of(connection: Connection, entry_id: int) -> tuple[str, str, bool]:
+    """Return channel, URL and whether it is active."""
+    row = connection.execute(
+        "SELECT provider_type::text, host, deleted_at IS NULL"
+        " FROM notification_preferences WHERE id = %s",
+        (entry_id,),
+    ).fetchone()
+    if row is None:
+        raise _unknown(entry_id)
+    channel, url, is_active = row
+    return channel, url, is_active
+
+
+def _unknown(entry_id: int) -> Refused:
+    return Refused(f"there is no provider {entry_id}")
+
+
+def _check_unique(connection: Connection, channel: str, url: str, but: int | None = None) -> None:
+    rows = connection.execute(
+        "SELECT id, host FROM notification_preferences WHERE provider_type::text = %s"
+        " AND deleted_at IS NULL AND id IS DISTINCT FROM %s::bigint",
+        (channel, but),
+    )
+    for other, its_url in rows:
+        if _normal(its_url) == _normal(url):
+            raise Refused(f"provider {other} is active and has the same channel and URL")
+
+
+def _normal(url: str) -> object:
+    """Return the same for two URLs of the same place."""
+    url = url.strip()
+    label = host_label(url)
+    if label is None:
+        return url
+    parts = parse_url(url)
+    return parts.scheme, label, parts.path or "/", parts.query or ""
+
+
+def _checked(values: Values) -> dict[str, Any]:
+    for column, value in values.items():
+        _CHECKS[column](value)
+    return dict(values)
+
+
+def _check_channel(channel: str) -> None:
+    if channel not in list(Channel):
+        raise Refused(f"the channel is unknown: expected {' or '.join(Channel)}")
+
+
+def _check_name(name: str) -> None:
+    if not name.strip() or not name.isprintable() or len(name) > MAX_NAME:
+        raise Refused(f"the name cannot be used: expected 1 to {MAX_NAME} printable characters")
+
+
+def _check_url(url: str) -> None:
+    """The URL is not quoted: it may hold a password."""
+    if not url.isprintable() or re.search(r"[ \\#]", url):
+        raise Refused(
+            "the host cannot be used: expected a URL without spaces, control characters,"
+            " backslashes and #"
+        )
+    if _USER_INFO.match(url):
+        raise Refused("the host cannot be used: expected a URL without user and password")
+    if len(url) > MAX_URL or not _is_called(url):
+        raise Refused(
+            "the host cannot be used: expected an http or https URL with a host, such as"
+            f" https://mail.example.com/v1/send, of up to {MAX_URL} characters"
+        )
+
+
+def _is_called(url: str) -> bool:
+    """Say whether the service would call it; requests refuses some hosts that urllib3 takes."""
+    try:
+        requests.Request("POST", url).prepare()
+    except (requests.RequestException, ValueError):
+        return False
+    return host_label(url) is not None
+
+
+def _check_priority(priority: int) -> None:
+    if priority not in _INT32:
+        raise Refused(f"the priority cannot be used: expected {_INT32.start} to {_INT32.stop - 1}")
+
+
+def _check_secret(secret: str | None) -> None:
+    if secret is None:
+        return
+    if not secret.strip():
+        raise Refused("the secret is empty")
+    if len(secret) > MAX_SECRET or re.search("[\0\ud800-\udfff]", secret):
+        raise Refused(f"the secret cannot be used: expected up to {MAX_SECRET} characters of text")
+
+
+_CHECKS: dict[str, Callable[[Any], None]] = {
+    "provider_type": _check_channel,
+    "provider_name": _check_name,
+    "host": _check_url,
+    "priority": _check_priority,
+    "secret_key": _check_secret,
+}

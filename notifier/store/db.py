@@ -1,0 +1,197 @@
+"""How PostgreSQL is reached: where, as whom, and bounded in time."""
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psycopg
+
+from notifier.environ import Secret
+from notifier.settings import Settings
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+# The most that a request waits for a host. libpq's own minimum for connecting is 2 s as well.
+DATABASE_WAIT = 2.0
+
+# The server's own limit should come first: it says what was slow.
+GRACE = 0.5
+
+# What libpq and the server say, and what may be told of it: their words name hosts and users.
+REASONS = {
+    "through a pooler": "a pooler swallows notifications: set DB_LISTEN_HOST or DB_LISTEN_PORT "
+    "past it, or CACHE_INVALIDATION=off",
+    "cannot read the password": "password: the file cannot be read",
+    # PostgreSQL says no more of a client's certificate that is another user's.
+    "password authentication failed": "password, user or DB_SSLCERT: one is wrong",
+    "SASL authentication failed": "password or user: one is wrong",  # pgbouncer
+    "not permitted to log in": "the user may not log in",
+    "SSL encryption": "PostgreSQL admits no such user from here",
+    "no encryption": "PostgreSQL admits no such user from here without tls",
+    "no pg_hba.conf entry": "PostgreSQL admits no such user from here",
+    "requires a valid client certificate": "tls: the server wants a certificate, see DB_SSLCERT",
+    "alert unknown ca": "tls: the server does not know the authority of DB_SSLCERT",
+    "does not match host name": "tls: the server's certificate is for another host",
+    "certificate verify failed": "tls: the server's certificate is expired or of unknown authority",
+    "root certificate file": "tls: DB_SSLROOTCERT names no file of authorities",
+    "certificate file": "tls: DB_SSLCERT cannot be used",
+    "private key file": "tls: DB_SSLKEY cannot be used",
+    "server does not support SSL": "tls: the server has none",
+    "closed the connection": "the connection broke",
+    "closed unexpectedly": "the connection broke",
+    "SYSCALL": "the connection broke",
+    "SSL": "tls: no secure connection",
+    "not currently accepting connections": "PostgreSQL does not accept connections",
+    "not accepting connections": "PostgreSQL does not accept connections",
+    "not yet accepting connections": "PostgreSQL is starting",
+    "is starting up": "PostgreSQL is starting",
+    "in recovery mode": "PostgreSQL is starting",
+    "is shutting down": "PostgreSQL is stopping",
+    "terminating connection": "PostgreSQL ended the connection",
+    "too many": "PostgreSQL has no connection left",
+    "remaining connection slots": "PostgreSQL has no connection left",
+    "no more connections allowed": "the pooler has no connection left",
+    "server login has been failing": "the pooler cannot reach PostgreSQL",
+    "in hot standby mode": "the server is a standby",
+    "read-only transaction": "the server is a standby",
+    "does not exist": "the database, the user or the table does not exist",
+    "permission denied": "the user lacks a privilege: migrate grants it",
+    "Connection refused": "refused",
+    "could not translate host name": "no such host",
+    "failed to resolve host": "no such host",
+    "No such file or directory": "no socket there",
+    "timeout": "no answer in time",
+}
+
+
+class Database:
+    """Connects to one place as one role. Holds no connection between uses.
+
+    Without more than `settings` it is the place and the role that serve. `wait` is the most, in
+    seconds, that a request waits for it: each of several hosts may take `DATABASE_WAIT`.
+
+    Args:
+        place: hosts and ports, in the form they have in `Settings`.
+        role: a user's name and password.
+        primary: take no standby.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        place: tuple[str, str] | None = None,
+        role: tuple[str, Secret] | None = None,
+        primary: bool = False,
+    ) -> None:
+        self.username, self._password = role or (settings.db_username, settings.db_password)
+        host, port = place or settings.serve_place
+        self.wait = DATABASE_WAIT * len(host.split(","))
+        self._parameters: dict[str, Any] = {
+            "host": host,
+            "port": port,
+            "dbname": settings.db_name,
+            "user": self.username,
+            "sslmode": settings.db_sslmode,
+            "sslrootcert": settings.db_sslrootcert,
+            "sslcert": settings.db_sslcert,
+            "sslkey": settings.db_sslkey,
+            "connect_timeout": int(DATABASE_WAIT),
+            "client_encoding": "utf8",  # whatever the database's: SQL_ASCII would give us bytes
+            "application_name": settings.app_name,
+            "target_session_attrs": "primary" if primary else "any",
+        }
+
+    @classmethod
+    def listening(cls, settings: Settings) -> "Database":
+        """Return where notifications come from: DB_LISTEN_HOST, never a standby."""
+        return cls(settings, place=settings.listen_place, primary=True)
+
+    @classmethod
+    def reading(cls, settings: Settings) -> "Database":
+        """Return where to read what may be a little old: DB_READ_HOST."""
+        return cls(settings, place=settings.read_place)
+
+    @classmethod
+    def migrating(cls, settings: Settings) -> "Database":
+        """Return the role that owns the schema, DB_MIGRATION_USERNAME, by DB_LISTEN_HOST."""
+        return cls(
+            settings, place=settings.listen_place, role=settings.migrating_role, primary=True
+        )
+
+    def connect(self) -> Connection:
+        """Return a new connection in autocommit mode, without a time limit on what is done with it.
+
+        Raises:
+            psycopg.Error: PostgreSQL cannot be reached.
+        """
+        try:
+            password = self._password.read()
+        except (OSError, ValueError):
+            file = self._password.file
+            raise psycopg.OperationalError(f"cannot read the password in {file}") from None
+        # Prepared statements gain nothing on few queries and break transaction poolers.
+        connection = psycopg.connect(
+            **self._parameters, password=password, autocommit=True, prepare_threshold=None
+        )
+        # Whatever the server's default: what is read after a lock or a position must be newer.
+        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        return connection
+
+
+@contextmanager
+def transaction(connection: Connection, seconds: float = DATABASE_WAIT) -> Iterator[None]:
+    """Hold a transaction that neither side lets last longer than `seconds`.
+
+    Raises:
+        psycopg.Error: PostgreSQL was too slow, went away, or refused what was asked.
+    """
+    limit = str(int(1000 * seconds))
+    with cut_off(connection, seconds + GRACE), connection.transaction():
+        # The server must give up too, it does not notice that we have left; but only for this
+        # transaction, because a transaction pooler hands the session on.
+        connection.execute("SELECT set_config('statement_timeout', %s, true)", (limit,))
+        yield
+
+
+@contextmanager
+def cut_off(connection: Connection, seconds: float) -> Iterator[None]:
+    """End what the block waits for after `seconds`.
+
+    A stopped server process answers nothing and its kernel still acknowledges, so neither
+    `statement_timeout` nor TCP time-outs end the wait; shutting the socket down does.
+    """
+    with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
+        timer = threading.Timer(seconds, _shut_down, (duplicate,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()  # before the duplicate is closed and its number used by something else
+
+
+def _shut_down(duplicate: socket.socket) -> None:
+    with suppress(OSError):  # the server closed it first
+        duplicate.shutdown(socket.SHUT_RDWR)
+
+
+def reason(error: BaseException) -> str:
+    """Return why PostgreSQL could not be asked, in words that name no host and no user."""
+    text = str(error)
+    return next((ours for theirs, ours in REASONS.items() if theirs in text), "unknown")
+
+
+def describe(error: BaseException) -> dict[str, str]:
+    """Return the fields that a log line may have about an error of PostgreSQL."""
+    return {"error": type(error).__name__, "reason": reason(error)}
+
+
+def first_line(error: psycopg.Error) -> str:
+    """Return what an operator may read of an error; the lines after it may quote rows."""
+    line = str(error).strip().partition("\n")[0]
+    return f"PostgreSQL: {line}"

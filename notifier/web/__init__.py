@@ -1,0 +1,1 @@
+"""HTTP: the one place, besides the commands, that knows Flask."""

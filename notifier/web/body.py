@@ -1,0 +1,161 @@
+"""The body of a request: how it is read, and what it may be."""
+
+import json
+import re
+from typing import Any, NoReturn
+
+from flask import request
+from gunicorn.http.errors import ParseException
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate
+from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
+
+from notifier.errors import InvalidRequest
+from notifier.models import Message
+
+MAX_TO = 320
+MAX_TITLE = 255
+MAX_MESSAGE = 10_000
+MAX_BODY_BYTES = 256 * 1024
+
+# werkzeug cuts a chunked body off at its limit without a word; one byte more tells.
+READ_LIMIT = MAX_BODY_BYTES + 1
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+def _not_blank(value: str) -> None:
+    if not value.strip():
+        raise ValidationError("must not be empty or blank")
+
+
+def _no_lone_surrogates(value: str) -> None:
+    if _SURROGATE.search(value):
+        raise ValidationError("must not contain lone surrogates")
+
+
+def _no_control_characters(value: str) -> None:
+    if _CONTROL.search(value):
+        raise ValidationError("must not contain control characters")
+
+
+_EMAIL = validate.Email(error="must be an e-mail address")
+
+
+def _email_address(value: str) -> None:
+    _EMAIL(value)
+    if not value.isprintable():  # the validator takes line separators and invisible characters
+        raise ValidationError(_EMAIL.error)
+
+
+class _Text(fields.String):
+    """A required string of 1 to `longest` characters that are not all white space.
+
+    The first rule that is broken is the one reported.
+    """
+
+    default_error_messages = {  # noqa: RUF012 marshmallow merges these over the class hierarchy
+        "required": "is missing",
+        "null": "must not be null",
+        "invalid": "must be a string",
+    }
+
+    def __init__(self, longest: int, *rules: Any) -> None:
+        too_long = f"must be at most {longest} characters"
+        length = validate.Length(max=longest, error=too_long)
+        super().__init__(
+            required=True,
+            validate=_first_of(_not_blank, length, _no_lone_surrogates, *rules),
+        )
+
+
+def _first_of(*rules: Any) -> Any:
+    def check(value: str) -> None:
+        for rule in rules:
+            rule(value)
+
+    return check
+
+
+class NotificationSchema(Schema):
+    """The body of a request: `{"to", "title", "message"}`, other fields ignored."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    to = _Text(MAX_TO, _no_control_characters, _email_address)
+    title = _Text(MAX_TITLE, _no_control_characters)
+    message = _Text(MAX_MESSAGE)
+
+    @post_load
+    def _make(self, data: dict[str, str], **_: Any) -> Message:
+        return Message(**data)
+
+
+_SCHEMA = NotificationSchema()  # loading changes nothing in it
+
+
+def read_message() -> Message:
+    """Return the message in the body of the request.
+
+    Raises:
+        InvalidRequest: the message of the error names the field and what is wrong with it.
+        RequestEntityTooLarge: it is larger than `MAX_BODY_BYTES`.
+    """
+    return _parse(_read_json())
+
+
+def _parse(body: object) -> Message:
+    if not isinstance(body, dict):
+        raise InvalidRequest("body: must be a JSON object")
+    try:
+        message: Message = _SCHEMA.load(body)
+    except ValidationError as error:
+        raise InvalidRequest(_joined(error.messages_dict)) from None
+    return message
+
+
+def _joined(problems: dict[str, Any]) -> str:
+    """Write `{"to": ["is missing"]}` as `to: is missing`."""
+    return "; ".join(f"{name}: {texts[0]}" for name, texts in problems.items())
+
+
+def _read_json() -> object:
+    """Return the body as JSON, whatever its content type says.
+
+    Raises:
+        InvalidRequest: it is no UTF-8 or no JSON, or too deep or too large a number to be read.
+        RequestEntityTooLarge: it is larger than `MAX_BODY_BYTES`.
+    """
+    try:
+        text = _read_body().decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest("body: must be UTF-8") from None
+    if not text.strip():
+        raise InvalidRequest("body: must not be empty, expected a JSON object")
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InvalidRequest(f"body: not valid JSON at {where}") from None
+    except RecursionError:
+        raise InvalidRequest("body: nested too deeply") from None
+    except ValueError:  # json takes numbers of any length, int() does not
+        raise InvalidRequest("body: contains a number that is too long or not allowed") from None
+
+
+def _read_body() -> bytes:
+    try:
+        body = request.get_data(cache=False)
+    except (ClientDisconnected, ParseException):
+        raise InvalidRequest("body: ends early, or its chunks are malformed") from None
+    if len(body) > MAX_BODY_BYTES:
+        raise RequestEntityTooLarge
+    if len(body) < (request.content_length or 0):
+        raise InvalidRequest("body: ends before its announced length")
+    return body
+
+
+def _no_constant(name: str) -> NoReturn:
+    """Refuse NaN and Infinity, which Python's parser takes and RFC 8259 does not."""
+    raise ValueError(name)

@@ -1,0 +1,108 @@
+"""`make bench`: what the service costs, beside comparable stacks, as text, JSON and a plot.
+
+Starts all it needs, on loopback and in processes of its own. The exit code is 0 unless something
+could not be measured or a reply was wrong; whether the goals are met is in the report.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from tools.bench import parts, report, stacks
+from tools.bench.figures import Goal
+from tools.bench.load import ROOT
+from tools.bench.parts import QUICK, Bench, Plan
+from tools.dev import postgres
+from tools.measure import CannotMeasure
+
+FAILURES = (
+    CannotMeasure,
+    PackageNotFoundError,
+    OSError,  # TimeoutError too
+    subprocess.SubprocessError,
+    postgres.PostgresError,
+    psycopg.Error,
+)
+
+
+def main() -> int:
+    """Print the report; return the exit code."""
+    arguments = _arguments()
+    os.environ["no_proxy"] = "*"  # nothing here leaves the machine
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    plan = QUICK if arguments.quick else Plan()
+    plan = plan._replace(rounds=arguments.rounds or plan.rounds)
+    try:
+        with ExitStack() as stack:
+            server = postgres.acquire(ephemeral=True)
+            stack.callback(server.close)
+            bench = Bench(plan, server, stack.enter_context(stacks.sink()))
+            run(bench, arguments.only or [*parts.PARTS], arguments.to)
+    except FAILURES as error:
+        print(f"make bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench")
+    parser.add_argument("--quick", action="store_true", help="do less; the figures mean less")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=parts.PARTS,
+        metavar="PART",
+        help=(f"measure only this part: {', '.join(parts.PARTS)}; may be repeated"),
+    )
+    parser.add_argument("--rounds", type=int, help="rounds of the main table")
+    parser.add_argument(
+        "--to",
+        type=Path,
+        metavar="FOLDER",
+        help=(
+            "where to write bench.json and bench.png; by default docs, and nowhere with --quick or "
+            "--only"
+        ),
+    )
+    arguments = parser.parse_args()
+    if not (arguments.to or arguments.quick or arguments.only):
+        arguments.to = ROOT / "docs"
+    return arguments
+
+
+def run(bench: Bench, names: list[str], folder: Path | None) -> None:
+    """Measure these parts, and tell of each as soon as it is done."""
+    about = report.machine()
+    print(about)
+    if bench.plan.replies < Plan().replies:
+        print("Quick: these figures only show that everything works.")
+    measured: dict[str, Any] = {}
+    goals: list[Goal] = []
+    for name in names:
+        measured[name] = parts.PARTS[name](bench)
+        print(file=sys.stderr)
+        part = report.PARTS[name]
+        print(f"\n{part.title}:\n\n{part.show(measured[name])}", flush=True)
+        goals += part.judge(measured[name])
+    print(f"\n{report.goals_table(goals)}")
+    if folder:
+        report.write(folder, measured, goals, about)
+        if {"main", "scaling"} <= measured.keys():
+            from tools.bench import plot  # noqa: PLC0415 needs more than the rest
+
+            plot.draw(folder / "bench.png", measured["main"], measured["scaling"])
+        print(f"\nwritten to {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

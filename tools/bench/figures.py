@@ -1,0 +1,174 @@
+"""What the turns say: medians over rounds, ratios within a round, and the goals."""
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from tools.bench.load import Turn
+
+# A machine that is busier limits the throughput by itself.
+CPU_LIMIT = 0.9
+
+
+class Figures(NamedTuple):
+    """A turn in the units of the tables."""
+
+    cpu: float  # microseconds a reply
+    rate: float  # replies a second
+    p50: float  # milliseconds
+    p99: float
+    refused: int
+    busy: float  # the share of the machine's CPUs that anybody used
+
+
+NO_FIGURES = Figures(0, 0, 0, 0, 0, 0)
+
+
+PERCENTILES: dict[str, Callable[[Figures], float]] = {
+    "p50": lambda one: one.p50,
+    "p99": lambda one: one.p99,
+}
+
+
+class Point(NamedTuple):
+    """Figures, and what was under which load; providers answer after `delay` milliseconds."""
+
+    stack: str
+    workers: int
+    threads: int
+    delay: int
+    callers: int = 0
+    figures: Figures = NO_FIGURES
+
+    def measured(self, callers: int, what: Figures) -> "Point":
+        """Return the point with figures."""
+        return self._replace(callers=callers, figures=what)
+
+
+class Spread(NamedTuple):
+    """A median between its quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+
+class Memory(NamedTuple):
+    """Megabytes of a service after so many notifications."""
+
+    notifications: int
+    workers: float
+    total: float
+
+
+class Summary(NamedTuple):
+    """A line of the main table: medians, CPU as a multiple of the bare stack's, megabytes."""
+
+    figures: Figures
+    to_bare: Spread
+    memory: float
+
+
+class Goal(NamedTuple):
+    """A bound, and what was measured; None if it could not be."""
+
+    name: str
+    bound: float
+    measured: float | None
+    at_least: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """Say in a word or two whether the goal is met."""
+        if self.measured is None:
+            return "not measured"
+        within = self.measured >= self.bound if self.at_least else self.measured <= self.bound
+        return "met" if within else "NOT MET"
+
+
+def figures(turn: Turn, busy: float = 0.0) -> Figures:
+    """Return what a turn with at least one reply says."""
+    replies = len(turn.latencies)
+    return Figures(
+        cpu=1e6 * turn.cpu / replies,
+        rate=replies / turn.seconds,
+        p50=percentile(turn.latencies, 50),
+        p99=percentile(turn.latencies, 99),
+        refused=turn.refused,
+        busy=busy,
+    )
+
+
+def percentile(values: Sequence[float], rank: int) -> float:
+    """Return the smallest of the values that at least `rank` percent of them do not exceed."""
+    return sorted(values)[-(-rank * len(values) // 100) - 1]
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Return median and quartiles."""
+    ordered = sorted(values)
+    if len(ordered) == 1:
+        return Spread(*(3 * ordered))
+    return Spread(*statistics.quantiles(ordered, n=4, method="inclusive"))
+
+
+def ratio(
+    ours: Sequence[Figures],
+    theirs: Sequence[Figures],
+    of: Callable[[Figures], float] = lambda one: one.cpu,
+) -> Spread:
+    """Compare two rows round by round: what slows the machine down slows both."""
+    return spread(of(one) / of(other) for one, other in zip(ours, theirs, strict=True))
+
+
+def median(rounds: Iterable[Figures]) -> Figures:
+    """Return the median of each figure."""
+    return Figures(*(statistics.median(values) for values in zip(*rounds, strict=True)))
+
+
+def main_goals(rows: Mapping[str, Sequence[Figures]]) -> list[Goal]:
+    """Judge what a notification costs."""
+    bounds = (
+        ("notifier, buyer", "bare", 1.10),
+        ("notifier, buyer", "naive", 0.70),
+        ("notifier, buyer", "FastAPI + httpx", 0.45),
+        ("notifier, buyer", "FastAPI + httpx, uvloop", 0.45),
+        ("notifier, seller", "notifier, buyer", 1.75),
+        ("notifier, breaker open", "notifier, buyer", 1.03),
+    )
+    return [
+        Goal(f"CPU: {ours} / {theirs}", bound, ratio(rows[ours], rows[theirs]).median)
+        for ours, theirs, bound in bounds
+    ]
+
+
+def capacity_goals(points: Iterable[Point]) -> list[Goal]:
+    """Judge the worst of the throughputs that the machine's CPUs did not limit."""
+    shares = [
+        point.figures.rate * point.delay / 1000 / (point.threads * point.workers)
+        for point in points
+        if point.figures.busy < CPU_LIMIT
+    ]
+    worst = min(shares, default=None)
+    return [Goal("throughput / (threads x workers / 0.1 s)", 0.95, worst, at_least=True)]
+
+
+def latency_goals(points: Mapping[str, Point]) -> list[Goal]:
+    """Judge what a seller waits longer than a buyer, for the slower channel alone; and the tail."""
+    seller, buyer, many = (points[name].figures for name in ("seller", "buyer", "buyers"))
+    return [
+        *(
+            Goal(f"seller {name} - slower channel's, ms", 3.0, of(seller) - of(buyer))
+            for name, of in PERCENTILES.items()
+        ),
+        Goal("p99 / p50 below saturation", 1.3, many.p99 / many.p50),
+    ]
+
+
+def memory_goals(samples: Sequence[Memory]) -> list[Goal]:
+    """Judge the last sample, and what was added in the second half."""
+    half, last = samples[len(samples) // 2], samples[-1]
+    return [
+        Goal(f"memory of two workers after {last.notifications}, MB", 100.0, last.workers),
+        Goal(f"the same / after {half.notifications}", 1.02, last.workers / half.workers),
+    ]

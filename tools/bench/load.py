@@ -1,0 +1,257 @@
+"""Callers that keep their connections, each with one request under way, in a process of their own.
+
+    python -m tools.bench.load ORDER    # an `Order` as JSON; prints a `Turn` as JSON
+
+What it costs is not counted, but it shares the CPUs with what is measured, so it does little.
+"""
+
+import json
+import platform
+import re
+import selectors
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+HOST = "127.0.0.1"
+BODY = b'{"to": "buyer@example.com", "title": "Sold", "message": "Your bicycle is sold."}'
+
+# How long a caller who was refused waits; less than a `Retry-After`, so that the load stays.
+PAUSE = 0.1
+
+OK, REFUSED = 200, 503
+CLOSED = 0  # stands for the status where the connection ended instead
+
+# How often callers connect anew because the workers got uneven shares of them.
+ATTEMPTS = 20
+
+# Nothing for so long, and the turn ends.
+PATIENCE = 20.0
+
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to do: where, by how many callers, until `count` replies or for `seconds`.
+
+    `warm_up` replies come first and are not counted. `pids` are the processes whose CPU is.
+
+    Workers race for connections; measured with 8 callers and 2 workers, in one of five turns one
+    worker got all, and a reply cost 40 percent more. So, if possible, each of `workers` processes
+    has, of what an equal share of the warm-up's CPU would be, at least `evenness`.
+    """
+
+    port: int
+    path: str
+    callers: int
+    warm_up: int
+    count: int = sys.maxsize
+    seconds: float = 60.0
+    pids: Sequence[int] = ()
+    workers: int = 1
+    evenness: float = 0.0
+
+
+@dataclass
+class Turn:
+    """What came of it; every other status than 200 and 503 is an error, during the warm-up too."""
+
+    seconds: float = 0.0
+    cpu: float = 0.0  # seconds
+    latencies: list[float] = field(default_factory=list)  # of the 200s, in milliseconds
+    refused: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+
+
+class Caller:
+    """A connection, and the request under way on it."""
+
+    def __init__(self, port: int, request: bytes) -> None:
+        self._port = port
+        self._request = request
+        self.connect()
+
+    def connect(self) -> None:
+        """Open the connection."""
+        self.sock = socket.create_connection((HOST, self._port), timeout=PATIENCE)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._received = b""
+
+    def send(self) -> None:
+        """Begin a request."""
+        self.began = time.perf_counter()
+        with suppress(OSError):  # the peer has closed, which reading will tell
+            self.sock.sendall(self._request)
+
+    def read(self) -> tuple[int, bool] | None:
+        """Return the status, and whether the connection is kept, once the reply is complete."""
+        try:
+            data = self.sock.recv(65536)
+        except OSError:
+            data = b""
+        if not data:
+            return CLOSED, False
+        received = self._received + data
+        head, end, body = received.partition(b"\r\n\r\n")
+        length = _LENGTH.search(head) if end else None
+        if length is None or len(body) < int(length[1]):
+            self._received = received
+            return None
+        self._received = b""
+        return int(head[9:12]), b"connection: close" not in head.lower()
+
+
+class Load:
+    """Carries out an order."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._turn = Turn()
+        self._errors: dict[str, int] = {}
+        self._selector = selectors.DefaultSelector()
+        self._under_way = 0
+        self._last_reply = 0.0
+        self._stopping = False
+        self._paused: deque[tuple[float, Caller]] = deque()
+
+    def run(self) -> Turn:
+        """Return what was counted; at its beginning and at its end as much is under way."""
+        order = self._order
+        for _ in range(ATTEMPTS):
+            if self._warm_up() >= order.evenness:
+                break
+            self._hang_up()
+        else:
+            self._warm_up()
+        self._turn = counted = Turn(errors=self._errors)
+        cpu, began = cpu_seconds(order.pids), time.perf_counter()
+        self._go_on(order.count, order.seconds)
+        # Not until now: at a provider that is slow replies come in waves.
+        counted.seconds = self._last_reply - began
+        counted.cpu = cpu_seconds(order.pids) - cpu
+        self._hang_up()
+        return counted
+
+    def _warm_up(self) -> float:
+        """Let all callers connect and call; return how evenly the workers share them."""
+        order = self._order
+        before = [cpu_seconds([pid]) for pid in order.pids]
+        for _ in range(order.callers):
+            self._begin(self._watched(Caller(order.port, _request(order.path))))
+        self._go_on(order.warm_up, PATIENCE)
+        used = [cpu_seconds([pid]) - since for pid, since in zip(order.pids, before, strict=True)]
+        return evenness(used, order.workers)
+
+    def _go_on(self, count: int, seconds: float) -> None:
+        """Let the callers call until there are so many replies, or the time is over."""
+        end = time.perf_counter() + seconds
+        while len(self._turn.latencies) < count and (left := end - time.perf_counter()) > 0:
+            self._wait(left)
+            while self._paused and self._paused[0][0] <= time.perf_counter():
+                self._begin(self._paused.popleft()[1])
+
+    def _hang_up(self) -> None:
+        """Wait for what is under way, so that what comes next begins with nothing."""
+        self._turn, self._stopping = Turn(), True
+        end = time.perf_counter() + PATIENCE
+        while self._under_way and (left := end - time.perf_counter()) > 0:
+            self._wait(left)
+        for key in [*self._selector.get_map().values()]:
+            self._selector.unregister(key.fileobj)
+            key.data.sock.close()
+        self._turn, self._stopping = Turn(), False
+        self._paused.clear()
+
+    def _wait(self, seconds: float) -> None:
+        """Take the replies that are there, or the first to come."""
+        if self._paused:
+            seconds = min(seconds, self._paused[0][0] - time.perf_counter())
+        for key, _ in self._selector.select(max(0.0, seconds)):
+            caller: Caller = key.data
+            if reply := caller.read():
+                self._take(caller, *reply)
+
+    def _take(self, caller: Caller, status: int, kept: bool) -> None:
+        self._last_reply = now = time.perf_counter()
+        self._under_way -= 1
+        if status == OK:
+            self._turn.latencies.append(1000 * (now - caller.began))
+        elif status == REFUSED:
+            self._turn.refused += 1
+        else:
+            error = str(status or "closed")
+            self._errors[error] = self._errors.get(error, 0) + 1
+        if not kept:
+            self._selector.unregister(caller.sock)
+            caller.connect()
+            self._watched(caller)
+        if self._stopping:
+            return
+        if status == OK:
+            self._begin(caller)
+        else:
+            self._paused.append((now + PAUSE, caller))
+
+    def _begin(self, caller: Caller) -> None:
+        caller.send()
+        self._under_way += 1
+
+    def _watched(self, caller: Caller) -> Caller:
+        self._selector.register(caller.sock, selectors.EVENT_READ, caller)
+        return caller
+
+
+def _request(path: str) -> bytes:
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(BODY)}\r\n\r\n"
+    )
+    return head.encode() + BODY
+
+
+def evenness(used: Sequence[float], workers: int) -> float:
+    """Return the least that one of so many workers used, as a part of an equal share.
+
+    Processes beyond them, the master say, use less than any worker.
+    """
+    busiest = sorted(used, reverse=True)[:workers]
+    return min(busiest) * workers / sum(busiest) if any(busiest) else 1.0
+
+
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """Return the CPU time that processes have used, user and system, ended threads included."""
+    if platform.system() == "Linux":
+        # clock_getcpuclockid(3), which Python lacks. In nanoseconds, where /proc has ticks.
+        return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)
+    import psutil  # noqa: PLC0415 not needed on Linux
+
+    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
+
+
+def take_turn(order: Order) -> Turn:
+    """Carry out an order in a process of its own.
+
+    Raises:
+        subprocess.SubprocessError: it could not, or took too long.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.bench.load", json.dumps(asdict(order))],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # out of reach of the terminal's Ctrl-C
+        timeout=order.seconds + 3 * PATIENCE,
+    )
+    return Turn(**json.loads(done.stdout))
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(Load(Order(**json.loads(sys.argv[1]))).run())))

@@ -1,0 +1,175 @@
+"""What was measured, as text and as JSON."""
+
+import json
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from notifier.settings import available_cpus
+from tools.bench.figures import (
+    Goal,
+    Memory,
+    Point,
+    Summary,
+    capacity_goals,
+    latency_goals,
+    main_goals,
+    median,
+    memory_goals,
+    ratio,
+)
+from tools.bench.parts import Main
+
+Text = Sequence[str]
+
+
+def machine() -> str:
+    """Return where it is measured, with what, and how much others use of it."""
+    others = f"others use {psutil.cpu_percent(interval=1):.0f} % of them"
+    packages = ("gunicorn", "flask", "requests", "fastapi", "httpx", "uvicorn")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    cpus = f"{available_cpus()} CPUs{_model()}, {others}"
+    return f"{cpus}, {platform.system()}, Python {platform.python_version()}; {versions}"
+
+
+def _model() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f" ({names[0]})" if names else ""
+
+
+def table(head: Text, rows: Iterable[Text]) -> str:
+    """Return a table in Markdown: the first column is text, the others are figures."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def summarised(main: Main) -> dict[str, Summary]:
+    """Return the main table's lines by name."""
+    bare = main.rounds["bare"]
+    return {
+        name: Summary(median(rounds), ratio(rounds, bare), main.memory[name])
+        for name, rounds in main.rounds.items()
+    }
+
+
+def main_table(main: Main) -> str:
+    """Compare each row with the bare stack."""
+    head = ("", "CPU µs", "/ bare", "quartiles", "per second", "p50 ms", "p99 ms", "memory MB")
+    rows = [
+        (
+            name,
+            f"{usual.cpu:.0f}",
+            f"{to_bare.median:.2f}",
+            f"{to_bare.low:.2f} to {to_bare.high:.2f}",
+            f"{usual.rate:.0f}",
+            f"{usual.p50:.1f}",
+            f"{usual.p99:.1f}",
+            f"{memory:.0f}",
+        )
+        for name, (usual, to_bare, memory) in summarised(main).items()
+    ]
+    return table(head, rows)
+
+
+def points_table(points: Iterable[tuple[str, Point]]) -> str:
+    """Show each point under its name."""
+    head = ("", "workers", "threads", "provider", "callers", "per second", "p50 ms", "p99 ms")
+    rows = [
+        (
+            name,
+            str(point.workers),
+            str(point.threads),
+            f"{point.delay} ms",
+            str(point.callers),
+            f"{point.figures.rate:.0f}",
+            f"{point.figures.p50:.1f}",
+            f"{point.figures.p99:.1f}",
+            f"{point.figures.cpu:.0f}",
+            f"{100 * point.figures.busy:.0f} %",
+            str(point.figures.refused),
+        )
+        for name, point in points
+    ]
+    return table((*head, "CPU µs", "machine busy", "refused"), rows)
+
+
+def memory_table(samples: Iterable[Memory]) -> str:
+    """Show the samples."""
+    rows = [(str(one[0]), f"{one.workers:.1f}", f"{one.total:.1f}") for one in samples]
+    return table(("notifications", "two workers, MB", "with the master, MB"), rows)
+
+
+def goals_table(goals: Iterable[Goal]) -> str:
+    """Say what is met."""
+    rows = [
+        (
+            goal.name,
+            f"{'at least' if goal.at_least else 'at most'} {goal.bound:g}",
+            "" if goal.measured is None else f"{goal.measured:.2f}",
+            goal.verdict,
+        )
+        for goal in goals
+    ]
+    return table(("goal", "bound", "measured", ""), rows)
+
+
+@dataclass(frozen=True)
+class Part:
+    """How what a part has measured is shown and judged."""
+
+    title: str
+    show: Callable[[Any], str]
+    judge: Callable[[Any], list[Goal]]
+
+
+PARTS = {
+    "main": Part(
+        "Providers at 0 ms, 8 callers; with a cold cache each look-up asks PostgreSQL, whose own "
+        "CPU is not counted; memory is PSS while all stacks run",
+        main_table,
+        lambda main: main_goals(main.rounds),
+    ),
+    "scaling": Part(
+        "How it scales",
+        lambda points: points_table((point.stack, point) for point in points),
+        lambda _: [],
+    ),
+    "capacity": Part(
+        "Twice as many callers as threads",
+        lambda points: points_table((point.stack, point) for point in points),
+        capacity_goals,
+    ),
+    "latency": Part("Below saturation", lambda points: points_table(points.items()), latency_goals),
+    "memory": Part("Memory (PSS), while no other stack runs", memory_table, memory_goals),
+}
+
+
+def write(folder: Path, measured: Mapping[str, Any], goals: Sequence[Goal], about: str) -> None:
+    """Write `bench.json`."""
+    content = {
+        "machine": about,
+        **{name: _plain(value) for name, value in measured.items()},
+        "goals": [goal._asdict() | {"verdict": goal.verdict} for goal in goals],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """Turn named tuples into objects; figures keep four digits."""
+    if isinstance(value, Main):
+        value = summarised(value)
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -1,0 +1,214 @@
+"""What is measured: each stack as it is started, ready, in processes whose cost can be told."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from http import HTTPStatus
+from tempfile import TemporaryFile
+from typing import IO, NamedTuple
+from urllib.parse import urlsplit
+
+import psutil
+import requests
+from psycopg import sql
+
+from notifier.models import Channel
+from notifier.settings import Settings
+from notifier.store import migrations
+from tools.bench.load import HOST, ROOT
+from tools.dev import postgres
+from tools.faults import owner, wait_until
+from tools.measure import LISTENING, CannotMeasure, series
+
+WORKERS, THREADS = 2, 32
+
+# What gunicorn has in gunicorn.conf.py too; the rest there is for metrics, logs and stops.
+GTHREAD = ("--worker-class", "gthread", "--keep-alive", "75", "--no-control-socket")
+
+OPENED = re.compile(r'^circuit_breaker_state_changes_total{.*to_state="open"} (\S+)$', re.MULTILINE)
+
+Environment = dict[str, str]
+
+
+class App(NamedTuple):
+    """An app to compare with: its module in this package, and how its server is told to run it."""
+
+    module: str
+    options: tuple[str, ...]
+    by_uvicorn: bool = False
+
+
+BARE, NAIVE = App("bare", GTHREAD), App("naive", GTHREAD)
+
+# As `pip install uvicorn` has it, and with what its extra `standard` adds.
+QUIET = ("--log-level", "warning", "--no-access-log")
+ASGI = App("asgi", ("--loop", "asyncio", "--http", "h11", *QUIET), by_uvicorn=True)
+ASGI_UVLOOP = App("asgi", ("--loop", "uvloop", "--http", "httptools", *QUIET), by_uvicorn=True)
+
+
+class Use(NamedTuple):
+    """Megabytes of the workers, and with the master."""
+
+    workers: float
+    total: float
+
+
+class Stack(NamedTuple):
+    """A running stack: its port, and the process whose descendants it is, if it counts."""
+
+    port: int
+    guard: int | None = None
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the master and the workers."""
+        return [*psutil.Process(self.guard).children(recursive=True)] if self.guard else []
+
+    def pids(self) -> list[int]:
+        """Return the processes whose CPU counts."""
+        return [process.pid for process in self.processes()]
+
+    def memory(self) -> Use:
+        """Return the megabytes that the processes use now; what several share counts in part."""
+        processes = self.processes()
+        masters = psutil.Process(self.guard).children()
+        total, master = (sum(map(_megabytes, some)) for some in (processes, masters))
+        return Use(total - master, total)
+
+
+def _megabytes(process: psutil.Process) -> float:
+    info = process.memory_full_info()
+    return float(getattr(info, "pss", info.uss)) / 1e6  # macOS has no PSS
+
+
+@contextmanager
+def sink() -> Iterator[dict[str, str]]:
+    """Run the providers; yield the URL of each kind."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tools.bench.sink"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,  # closed at the end of the block, which ends it
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # out of reach of the terminal's Ctrl-C
+    ) as process:
+        ports = json.loads(process.stdout.readline()) if process.stdout else {}
+        yield {name: f"http://{HOST}:{port}/send" for name, port in ports.items()}
+
+
+@contextmanager
+def compared(app: App, url: str, workers: int = WORKERS, threads: int = THREADS) -> Iterator[Stack]:
+    """Run `app`, which posts to `url`."""
+    variables = {"PROVIDER_URL": url, "THREADS": str(threads)}
+    port = free_port()
+    target = f"tools.bench.{app.module}:app"
+    command = ["gunicorn", target, "--config", os.devnull, "--bind", f"{HOST}:{port}"]
+    command += ["--threads", str(threads)]
+    if app.by_uvicorn:
+        command = ["uvicorn", target, "--port", str(port)]
+    command += ["--workers", str(workers), *app.options]
+    with _running(port, command, variables) as (stack, log):
+        wait_until(lambda: _alive(stack, log) and len(stack.pids()) > workers and _answers(port))
+        yield stack
+
+
+@contextmanager
+def service(
+    database: Environment, app: str = "", workers: int = WORKERS, threads: int = THREADS
+) -> Iterator[Stack]:
+    """Run the service on `database` as operators do, its log going to a file."""
+    port = free_port()
+    address = f"{HOST}:{port}"
+    variables = {
+        "WEB_CONCURRENCY": str(workers),
+        "WEB_THREADS": str(threads),
+        # Should it be open, it stays so.
+        "CIRCUIT_BREAKER_OPEN_STATE_TIMEOUT": "1h",
+    }
+    command = ["gunicorn", *([app] if app else []), "--bind", address]
+    with _running(port, command, postgres.serving(database) | variables) as (stack, log):
+        wait_until(lambda: _alive(stack, log) and _all_listen(port, workers))
+        yield stack
+
+
+@contextmanager
+def _running(
+    port: int, command: list[str], variables: Environment
+) -> Iterator[tuple[Stack, IO[bytes]]]:
+    """Run a Python module; the guard stops it should we be killed."""
+    python = [sys.executable, "-m"]
+    with (
+        TemporaryFile() as log,
+        subprocess.Popen(
+            [*python, "tools.dev.guard", *python, *command],
+            cwd=ROOT,
+            env={"PATH": os.environ.get("PATH", os.defpath)} | variables,
+            stdin=subprocess.PIPE,  # closed at the end of the block, which ends the command
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # out of reach of the terminal's Ctrl-C
+        ) as guard,
+    ):
+        yield Stack(port, guard.pid), log
+
+
+def provider(url: str) -> Stack:
+    """Return a provider as if it were a stack; what it costs does not count."""
+    return Stack(port=urlsplit(url).port or 0)
+
+
+def breakers_opened(stack: Stack) -> int:
+    """Return how often breakers have opened, over all workers and hosts."""
+    page = requests.get(f"http://{HOST}:{stack.port}/metrics", timeout=10).text
+    return round(sum(float(count) for count in OPENED.findall(page)))
+
+
+def free_port() -> int:
+    """Return a port that nobody has."""
+    with socket.create_server((HOST, 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _alive(stack: Stack, log: IO[bytes]) -> bool:
+    if psutil.Process(stack.guard).status() != psutil.STATUS_ZOMBIE:
+        return True
+    log.seek(0)
+    last = [line for line in log.read().decode(errors="replace").splitlines() if line][-1:]
+    raise CannotMeasure(f"a stack has ended by itself: {' '.join(last)}")
+
+
+def _answers(port: int) -> bool:
+    with suppress(requests.ConnectionError):
+        return (
+            requests.get(f"http://{HOST}:{port}/", timeout=10).status_code == HTTPStatus.NOT_FOUND
+        )
+    return False
+
+
+def _all_listen(port: int, workers: int) -> bool:
+    with suppress(requests.ConnectionError):
+        shown = series(f"http://{HOST}:{port}")
+        return shown.get(LISTENING) == 1 and shown.get("worker_starts_total") == workers
+    return False
+
+
+def database(server: postgres.Server, email: Sequence[str], push: str) -> Environment:
+    """Make a database with providers at these URLs, e-mail's in order; return its `DB_*`."""
+    name = f"bench_{uuid.uuid4().hex[:8]}"
+    with owner(server).connect() as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    environment = server.env | {"DB_NAME": name}
+    migrations.migrate(Settings.from_env(environment))
+    rows = [(Channel.EMAIL, place, url) for place, url in enumerate(email)]
+    with owner(server, DB_NAME=name).connect() as connection:
+        connection.cursor().executemany(
+            "INSERT INTO notification_preferences"
+            " (provider_type, provider_name, priority, host, secret_key)"
+            " VALUES (%s, 'a provider', %s, %s, '0123456789abcdef')",
+            [*rows, (Channel.PUSH, 0, push)],
+        )
+    return environment

@@ -1,0 +1,193 @@
+"""Who takes part in a run, how each fault is made, and the run itself."""
+
+import shlex
+import signal
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from notifier.models import Channel
+from tools import faults, measure
+from tools.chaos import callers
+from tools.chaos.evidence import Delivery, Evidence, Limits, Period, read_logs, size
+from tools.chaos.providers import ACCEPTS, Provider
+from tools.chaos.rows import Rows
+from tools.chaos.schedule import EVERYTHING, ROWS, Fault, Kinds, Schedule, Track, plan
+from tools.dev import postgres
+
+WARM_UP, CALM = 5.0, 10.0  # seconds of load before the chaos, and after it
+PROVIDERS = 4  # of a channel
+THREADS = 8
+ATTEMPT, DEADLINE, OPEN = 0.6, 1.8, 2.0
+MARGIN = 1.0  # seconds that a reply may take on its way to and from a loaded machine's workers
+LEAST_RATE = 10  # requests a second
+
+VARIABLES = {
+    "WEB_THREADS": str(THREADS),
+    "LOG_LEVEL": "DEBUG",
+    "HTTP_CLIENT_TIMEOUT": f"{ATTEMPT}s",
+    "NOTIFY_DEADLINE": f"{DEADLINE}s",
+    "CACHE_EXPIRED_TIME": "2s",
+    "CIRCUIT_BREAKER_WINDOW": "10s",
+    "CIRCUIT_BREAKER_OPEN_STATE_TIMEOUT": f"{OPEN}s",
+}
+
+CONFIG = Path(__file__).with_name("gunicorn_config.py")
+
+FAULTS = {
+    "PostgreSQL killed": faults.killed,
+    "PostgreSQL hangs": faults.hanging,
+    "PostgreSQL stopped": faults.stopped,
+    "PostgreSQL does not accept": faults.not_accepting,
+}
+
+
+class Stage:
+    """A service with all that surrounds it; `faults` counts what has been made to fail."""
+
+    def __init__(
+        self,
+        server: postgres.Server,
+        service: measure.Service,
+        rows: Rows,
+        providers: list[Provider],
+    ) -> None:
+        self.service = service
+        self.rows = rows
+        self.kills: list[float] = []
+        self.faults: Counter[str] = Counter()
+        self._server = server
+        self._providers = providers
+        self._hosts = {provider.host for provider in providers}
+        self._stopping = threading.Event()
+
+    def run(self, schedule: Schedule) -> None:
+        """Make every fault of the schedule; afterwards all is well again."""
+        tracks = [(schedule.processes, self._process), (schedule.database, self._database)]
+        for provider, track in zip(self._providers, schedule.providers, strict=True):
+            tracks.append((track, partial(self._provider, provider)))
+        began = time.monotonic()
+        with ThreadPoolExecutor(len(tracks)) as pool:
+            running = [pool.submit(self._follow, began, *track) for track in tracks]
+            try:
+                wait(running, return_when=FIRST_EXCEPTION)
+            finally:
+                self._stopping.set()
+        for done in running:
+            done.result()
+
+    def period(self, seconds: float) -> Period:
+        """Let the load go on for so many seconds."""
+        began = time.time()
+        time.sleep(seconds)
+        return Period(began, time.time(), size(self._workers(), self._hosts))
+
+    def _follow(self, began: float, track: Track, make: Callable[[Fault], None]) -> None:
+        for fault in track:
+            if self._stopping.wait(max(0.0, began + fault.at - time.monotonic())):
+                return
+            make(fault)
+
+    def _process(self, fault: Fault) -> None:
+        if fault.kind == "reload":
+            self._master().send_signal(signal.SIGHUP)
+        else:
+            self._kill(fault.choice)
+        self.faults[fault.kind] += 1
+
+    def _kill(self, choice: float) -> None:
+        workers, began = self._workers(), time.time()
+        with suppress(psutil.NoSuchProcess):  # a reload may just have ended it
+            workers[int(choice * len(workers))].kill()
+        self.kills.append(began)
+
+    def _database(self, fault: Fault) -> None:
+        if fault.kind in ROWS:
+            self.faults[fault.kind] += self.rows.change(fault.kind, fault.choice)
+            return
+        with FAULTS[fault.kind](self._server):
+            self._stopping.wait(fault.seconds)
+        self.faults[fault.kind] += 1
+
+    def _provider(self, provider: Provider, fault: Fault) -> None:
+        provider.behaviour = fault.kind
+        self._stopping.wait(fault.seconds)
+        provider.behaviour = ACCEPTS
+
+    def _master(self) -> psutil.Process:
+        (master,) = psutil.Process(self.service.pid).children()
+        return master
+
+    def _workers(self) -> list[psutil.Process]:
+        return sorted(self._master().children(), key=lambda worker: worker.pid)
+
+
+@contextmanager
+def stage(deliveries: list[Delivery], logs: Path, **variables: str) -> Iterator[Stage]:
+    """Start everything, on loopback and of its own; the workers' logs go to the folder `logs`."""
+    server = postgres.acquire(ephemeral=True)
+    providers = [Provider(channel, deliveries) for channel in Channel for _ in range(PROVIDERS)]
+    try:
+        rows = Rows(server, providers)
+        ours = {"GUNICORN_CMD_ARGS": shlex.join(["--config", str(CONFIG)]), "CHAOS_LOGS": str(logs)}
+        with measure.service(postgres.serving(server.env), **ours, **variables) as service:
+            yield Stage(server, service, rows, providers)
+    finally:
+        for provider in providers:
+            provider.stop()
+        server.close()
+
+
+def run(
+    seed: int,
+    seconds: float,
+    kinds: Kinds = EVERYTHING,
+    warm_up: float = WARM_UP,
+    calm: float = CALM,
+) -> Evidence:
+    """Start everything, make chaos for so many seconds, and return what was seen."""
+    deliveries: list[Delivery] = []
+    with tempfile.TemporaryDirectory(prefix="notifier-chaos-") as folder:
+        logs = Path(folder)
+        with (
+            stage(deliveries, logs, **VARIABLES) as here,
+            callers.load(here.service.url) as replies,
+        ):
+            before = here.period(warm_up)
+            here.run(plan(seed, seconds, PROVIDERS * len(Channel), kinds))
+            faults.wait_until(lambda: measure.all_hear(here.service.url, here.rows.changed))
+            time.sleep(ATTEMPT + OPEN + ATTEMPT)  # the last breakers open, and close again
+            after = here.period(calm)
+        lines = read_logs(logs)
+    return Evidence(
+        _limits(seconds, kinds),
+        replies,
+        deliveries,
+        lines,
+        here.rows.absences(),
+        here.kills,
+        here.faults,
+        before,
+        after,
+    )
+
+
+def _limits(seconds: float, kinds: Kinds) -> Limits:
+    return Limits(
+        deadline=DEADLINE,
+        margin=MARGIN,
+        open_seconds=OPEN,
+        threads=THREADS,
+        callers=callers.CALLERS,
+        hosts=PROVIDERS * len(Channel),
+        kinds=kinds.all(),
+        requests=int(LEAST_RATE * seconds),
+    )

@@ -1,0 +1,1 @@
+"""`make run`: the service, a PostgreSQL of its own and mock providers."""

@@ -1,0 +1,243 @@
+"""The project's own PostgreSQL, for development and tests, used while DB_HOST is unset.
+
+    python -m tools.dev.postgres COMMAND [ARG...]   # COMMAND finds the server in DB_*
+    with postgres.server(ephemeral=True) as env: ...   # the same for a test session
+
+Everything lies in one directory: data, password, port, server.log and three lock files:
+
+    users.lock   shared by every process that uses the server; exclusive to whoever stops it
+    start.lock   exclusive while the server is being started or stopped; taken after users.lock
+    watch.lock   held by the one watcher
+
+The kernel drops a file lock with the last process that has the file open, however that process
+ended. So a detached process, the watcher, starts the server, waits until users.lock is free, and
+then stops it: no user has to live long enough to clean up, not even while it is starting.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from tools.dev import cluster
+from tools.dev.cluster import PostgresError
+
+__all__ = ["PostgresError", "Server", "acquire", "main", "server", "serving", "without_database"]
+
+READY = "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A share in a running server; `close()`, dropping it and the end of the process give it up."""
+
+    env: dict[str, str] = field(repr=False)  # DB_HOST, DB_PORT and so on, with the passwords
+    base: Path
+    ephemeral: bool
+    lock: IO[bytes]  # users.lock; a process that inherits the open file has a share as well
+
+    def close(self) -> None:
+        """Give the share up; unless there are others, the server has stopped on return."""
+        _release(self.base, self.lock, self.ephemeral)
+
+
+def acquire(base: Path | None = None, *, ephemeral: bool = False) -> Server:
+    """Start or join the server in directory `base`, by default the project's own.
+
+    An ephemeral server gets a directory of its own, which is removed after it; it is fast rather
+    than safe from power cuts. Raises PostgresError.
+    """
+    if base and ephemeral:
+        raise ValueError("an ephemeral server takes no directory, for it would remove it")
+    base = base or _default_directory(ephemeral)
+    with cluster.explained(base):
+        base = base.resolve()
+        _prepare(base)
+        users = _lock(base / "users.lock", fcntl.LOCK_SH)  # waits for a server being stopped
+        try:
+            _start_watcher(base, ephemeral)
+            return Server(cluster.environment(base), base, ephemeral, users)
+        except BaseException:
+            _release(base, users, ephemeral)
+            raise
+
+
+@contextlib.contextmanager
+def server(base: Path | None = None, *, ephemeral: bool = False) -> Iterator[dict[str, str]]:
+    """Yield the DB_* variables of a server (see `acquire`); os.environ stays as it is."""
+    share = acquire(base, ephemeral=ephemeral)
+    try:
+        yield share.env
+    finally:
+        share.close()
+
+
+def main(arguments: list[str]) -> int:
+    """Become the command, with a server in DB_*; return an exit status only if that fails."""
+    if not arguments:
+        return _complain("usage: python -m tools.dev.postgres COMMAND [ARG...]", 2)
+    if shutil.which(arguments[0]) is None:
+        return _complain(f"{arguments[0]}: command not found", 127)
+    try:
+        environment = dict(os.environ)
+        if not environment.get("DB_HOST", "").strip():
+            share = acquire()
+            environment = without_database(environment) | share.env
+            os.set_inheritable(share.lock.fileno(), True)  # the command and its children share it
+        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python; exec would pass that on
+            signal.signal(ignored, signal.SIG_DFL)
+        os.execvpe(arguments[0], arguments, environment)  # noqa: S606 - the user's own command
+    except PostgresError as error:
+        return _complain(str(error), 1)
+    except OSError as error:
+        return _complain(f"{arguments[0]}: {error.strerror}", 126)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def without_database(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return a copy of `environment` that says nothing of any database."""
+    return {name: value for name, value in environment.items() if not name.startswith("DB_")}
+
+
+def serving(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return a copy of `environment` without the role that migrates: what the service may have."""
+    return {n: value for n, value in environment.items() if not n.startswith("DB_MIGRATION_")}
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"postgres: {message}", file=sys.stderr)
+    return status
+
+
+def _default_directory(ephemeral: bool) -> Path:
+    """Root's is where the server's account can go: root's TMPDIR and home may be closed to it."""
+    root = cluster.account() is not None
+    if ephemeral:
+        shared = "/tmp" if root else None  # noqa: S108 - mkdtemp makes a private directory in it
+        return Path(tempfile.mkdtemp(prefix="notifier-postgres-", dir=shared))
+    if named := os.environ.get("EMBEDDED_PG_DIR"):
+        return Path(named)
+    if root:
+        project = hashlib.sha256(os.fsencode(Path.cwd())).hexdigest()[:10]
+        return Path("/var/lib") / f"notifier-postgres-{project}"
+    return Path(".postgres")
+
+
+def _prepare(base: Path) -> None:
+    """Make the directory, closed to everybody but root's server account, which passes through."""
+    if base.exists() and any(base.iterdir()) and not (base / "users.lock").exists():
+        raise PostgresError(f"{base} holds other files: empty it, {cluster.ELSEWHERE}")
+    base.mkdir(parents=True, exist_ok=True)
+    base.chmod(0o711 if cluster.account() else 0o700)
+
+
+def _open(path: Path) -> IO[bytes]:
+    return os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR, 0o600), "rb")
+
+
+def _lock(path: Path, kind: int) -> IO[bytes]:
+    """Open the file and lock it, for as long as it stays open."""
+    file = _open(path)
+    try:
+        fcntl.flock(file, kind)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _start_watcher(base: Path, ephemeral: bool) -> None:
+    """Return once the server takes connections and a watcher, no child of ours, looks after it."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.dev.postgres", "--watch", base, "1" if ephemeral else "0"],
+        check=False,
+        env=inherited | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,  # ends when the watcher lets go of it, after its reply
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # out of reach of the terminal's Ctrl-C
+    )
+    reply = os.fsdecode(done.stdout).splitlines() or ["the start was cut off: try again"]
+    if reply[-1] != READY:
+        raise PostgresError(reply[-1])
+
+
+def _watch(base: Path, ephemeral: bool) -> None:
+    """Start the server, reply to whoever reads standard output, stop the server when unused."""
+    if os.fork():
+        os._exit(0)
+    os.umask(0o077)
+    watch = None
+    with _lock(base / "start.lock", fcntl.LOCK_EX):
+        reply = _try_start(base, ephemeral)
+        with contextlib.suppress(BlockingIOError):
+            watch = _lock(base / "watch.lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
+    users = _open(base / "users.lock")  # of this directory, even if it is removed after the reply
+    _say_last(reply)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the ended server leaves no zombie
+    if watch:
+        fcntl.flock(users, fcntl.LOCK_EX)
+        # Before stopping: who finds watch.lock taken, while holding start.lock, relies on our stop.
+        watch.close()
+        _shut_down(base, users, ephemeral)
+
+
+def _try_start(base: Path, ephemeral: bool) -> str:
+    """Start the server; return READY or, in one line, what went wrong."""
+    try:
+        cluster.start(base, unsafe=ephemeral)
+    except PostgresError as error:
+        return str(error)
+    return READY
+
+
+def _say_last(reply: str) -> None:
+    """Write to standard output and let go of it."""
+    with contextlib.suppress(BrokenPipeError):  # whoever asked may have been killed meanwhile
+        os.write(sys.stdout.fileno(), os.fsencode(f"{reply}\n"))
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, sys.stderr.fileno())
+    os.chdir("/")
+
+
+def _release(base: Path, users: IO[bytes], ephemeral: bool) -> None:
+    """Give up a share of users.lock; the last one stops the server and need not wait for it."""
+    with users:
+        try:
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(users, fcntl.LOCK_SH)  # at once beside others; else when it has stopped
+        else:
+            _shut_down(base, users, ephemeral)
+        finally:
+            fcntl.flock(users, fcntl.LOCK_UN)  # for copies in forked children as well
+
+
+def _shut_down(base: Path, users: IO[bytes], ephemeral: bool) -> None:
+    """Stop the server; the caller has `users` locked exclusively."""
+    lock = base / "users.lock"
+    if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(users.fileno())):
+        return  # the directory was removed, and what may be there now is another's
+    with _lock(base / "start.lock", fcntl.LOCK_EX):
+        cluster.stop(base)
+        if ephemeral:
+            shutil.rmtree(base, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--watch"]:
+        _watch(Path(sys.argv[2]), ephemeral=sys.argv[3] == "1")
+    else:
+        sys.exit(main(sys.argv[1:]))
