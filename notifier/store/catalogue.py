@@ -12,7 +12,7 @@ from psycopg import sql
 from urllib3.util import parse_url
 
 from notifier.errors import Refused
-from notifier.models import Channel, Provider, host_label
+from notifier.models import Channel, Provider, endpoint_of
 from notifier.store.db import Connection, Database, transaction
 
 # Seconds. An operator can wait for longer than a request, but not for another who left a
@@ -274,7 +274,7 @@ def _check_unique(connection: Connection, channel: str, url: str, but: int | Non
 def _normal(url: str) -> object:
     """Return the same for two URLs of the same place."""
     url = url.strip()
-    label = host_label(url)
+    label = endpoint_of(url)
     if label is None:
         return url
     parts = parse_url(url)
@@ -319,7 +319,7 @@ def _is_called(url: str) -> bool:
         requests.Request("POST", url).prepare()
     except (requests.RequestException, ValueError):
         return False
-    return host_label(url) is not None
+    return endpoint_of(url) is not None
 
 
 def _check_priority(priority: int) -> None:
