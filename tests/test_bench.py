@@ -292,7 +292,7 @@ def test_a_cold_cache_asks_at_every_look_up() -> None:
     preferences = ColdPreferences(cast(Database, database), lifetime=600)
     for _ in range(3):
         with pytest.raises(PreferencesUnavailable):
-            preferences.providers(Channel.EMAIL, time.monotonic() + 2)
+            preferences.for_channel(Channel.EMAIL, time.monotonic() + 2)
     assert database.asked == 3
 
 

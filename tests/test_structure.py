@@ -132,6 +132,26 @@ def test_nothing_in_the_service_imports_what_developers_run() -> None:
         assert "tools" not in imported_packages(path), path
 
 
+# requests' points of extension; anything else of these libraries is used as it is.
+EXTENDED = {"BaseAdapter", "requests.PreparedRequest"}
+LIBRARIES = ("requests", "urllib3", "http", "ssl", "socket", "httptools")
+
+
+def test_the_wire_overrides_nothing_of_a_library() -> None:
+    for module, path in FILES.items():
+        if place_of(module) == "wire":
+            theirs = {
+                name.rpartition(".")[2]
+                for name in imported_names(path)
+                if name.partition(".")[0] in LIBRARIES
+            }
+            for node in ast.walk(ast.parse(path.read_text())):
+                bases = map(ast.unparse, node.bases) if isinstance(node, ast.ClassDef) else ()
+                ours = {base for base in bases if base.partition(".")[0] not in theirs}
+                extended = {ast.unparse(base) for base in getattr(node, "bases", ())} - ours
+                assert extended <= EXTENDED, f"{module} extends {extended}"
+
+
 @pytest.mark.parametrize(
     "package", [path for path in FILES.values() if path.name == "__init__.py"], ids=module_of
 )

@@ -9,18 +9,21 @@ import os
 import ssl
 import sys
 import threading
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httptools
 import pytest
 
 from notifier.errors import TransportError
 from notifier.wire import exchange as exchange_module
 from notifier.wire import streams
-from notifier.wire.exchange import DRAIN_BYTES, DRAIN_SECONDS
+from notifier.wire.exchange import DRAIN_BYTES, DRAIN_SECONDS, STATUS_ONLY, Answer, Wanted
 from notifier.wire.transport import Transport
 from tests.conftest import MakeProvider, MakeTransport
 from tests.posting import failure, post
@@ -497,6 +500,28 @@ def test_a_request_whose_connection_is_closed_unread_by_a_reset_is_not_sent_agai
     assert (len(provider.received), provider.connections) == (1, 1)
 
 
+def test_a_request_that_was_read_is_not_sent_again_though_the_connection_ends_by_a_reset(
+    transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An end and then a reset look as if nobody had read it; what was acknowledged tells."""
+    asked, is_reset = threading.Event(), streams.Plain.is_reset
+
+    def ask(plain: streams.Plain, seconds: float) -> bool:
+        asked.set()
+        return is_reset(plain, seconds + 10)
+
+    def end_then_reset(peer: Peer, _: Received) -> None:
+        peer.stop_sending()
+        asked.wait(10)
+        peer.reset()
+
+    monkeypatch.setattr(streams.Plain, "is_reset", ask)
+    assert post(transport, provider.url) == 200
+    provider.script = end_then_reset
+    assert failure(transport, provider.url, seconds=10) == "reset"
+    assert (len(provider.received), provider.connections) == (2, 1)
+
+
 # --- when a connection is used again
 
 KEPT: dict[str, tuple[bytes, bool]] = {
@@ -551,12 +576,32 @@ def test_what_follows_an_answer_is_not_taken_for_the_next_one(
     assert post(transport, provider.url) == 503
 
 
-def test_a_connection_that_lay_idle_for_long_is_not_used_again(
-    transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("seconds", "connections"), [(29, 1), (31, 2)])
+def test_a_connection_is_reused_if_it_was_idle_for_no_more_than_half_a_minute(
+    transport: Transport,
+    provider: ScriptedProvider,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    connections: int,
 ) -> None:
-    monkeypatch.setattr(exchange_module, "IDLE_SECONDS", 0.0)
-    assert [post(transport, provider.url) for _ in range(2)] == [200, 200]
-    assert (len(provider.received), provider.connections) == (2, 2)
+    assert post(transport, provider.url) == 200
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + seconds)
+    monkeypatch.setattr("notifier.wire.transport.time", later)
+    assert post(transport, provider.url) == 200
+    assert (len(provider.received), provider.connections) == (2, connections)
+
+
+def test_idle_connections_that_are_no_longer_used_are_closed(
+    transport: Transport, make_provider: MakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of an endpoint that is never asked again."""
+    retired, other = make_provider(), make_provider()
+    scheme = "http"
+    assert post(transport, f"{scheme}://{retired.host}/") == 200
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + 31)
+    monkeypatch.setattr("notifier.wire.transport.time", later)
+    assert post(transport, f"{scheme}://{other.host}/") == 200
+    closed_by_now(retired)
 
 
 @pytest.mark.usefixtures("unseen_closing")
@@ -617,3 +662,99 @@ def test_a_kept_connection_gives_the_next_request_no_more_time_than_it_has(
     provider.script = reads_one
     assert post(transport, provider.url, seconds=30) == 200
     assert failure(transport, provider.url, b"x" * 8 * 1024**2, seconds=0.4) == "timeout"
+
+
+# --- what else of an answer can be had
+
+WANTED = Wanted(frozenset({b"retry-after", b"x-message-id"}), body=True)
+
+
+def ask(transport: Transport, url: str, wanted: Wanted = WANTED) -> Answer:
+    return transport.post(url, b"{}", {}, time.monotonic() + 5, wanted)
+
+
+def test_header_fields_are_returned_by_name_and_only_those_that_are_wanted(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    provider.script = answer(503, b"{}", "Retry-After: 30", "X-MESSAGE-ID: abc", "X-Other: 1")
+    wanted = Wanted(frozenset({b"retry-after", b"x-message-id"}))
+    assert ask(transport, provider.url, wanted) == Answer(
+        503, {"retry-after": "30", "x-message-id": "abc"}, None
+    )
+    assert ask(transport, provider.url, STATUS_ONLY) == Answer(503, {}, None)
+    assert provider.connections == 1
+
+
+def test_location_is_no_redirect_even_when_it_is_wanted(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    provider.script = answer(302, b"{}", "Location: http://[")
+    assert ask(transport, provider.url, Wanted({b"location"})) == Answer(302, {}, None)
+
+
+BODIES: dict[str, tuple[Script, bytes | None]] = {
+    "of a length": (answer(200, b'{"id": 1}'), b'{"id": 1}'),
+    "of no length": (answer(200, b""), b""),
+    "in chunks": (sends(CHUNKED + b'2\r\n{"\r\n3\r\na":\r\n0\r\n\r\n'), b'{"a":'),
+    "after an interim answer": (
+        sends(b"HTTP/1.1 103 Early Hints\r\nX-A: b\r\n\r\n", answer(200, b"{}")),
+        b"{}",
+    ),
+    "up to the end": (sends(STATUS_LINE + b"\r\n{}", lambda peer, _: peer.say_goodbye()), b"{}"),
+    "of 64 KiB": (answer(200, b"x" * DRAIN_BYTES), b"x" * DRAIN_BYTES),
+    "that is longer": (answer(200, b"x" * (DRAIN_BYTES + 1)), None),
+    "that is cut": (announces(1000, sends(b"{}")), None),
+    "whose chunks are cut": (sends(CHUNKED + b"9\r\n{}"), None),
+    "that drips": (announces(1000, drips(b"{}")), None),
+    "without end": (sends(STATUS_LINE + b"\r\n", floods(b"x" * 65536)), None),
+    "that hangs": (announces(10, hang), None),
+    "that is garbage": (sends(CHUNKED + b"zz\r\n"), None),
+}
+
+
+@pytest.mark.usefixtures("short_drain")
+@pytest.mark.parametrize("name", BODIES)
+def test_a_body_is_returned_if_it_comes_whole_and_in_time(
+    transport: Transport, provider: ScriptedProvider, name: str
+) -> None:
+    provider.script, body = BODIES[name]
+    with within(3):
+        assert ask(transport, provider.url) == Answer(200, {}, body)
+
+
+def test_a_body_that_ends_with_the_connection_and_no_goodbye_is_not_whole_over_tls(
+    transport: Transport,
+    provider: ScriptedProvider,
+    wire: tuple[Path | None, ssl.SSLContext | None],
+) -> None:
+    """Anybody on the way could have cut it; a plain connection cannot tell."""
+    provider.script = sends(STATUS_LINE + b"\r\n{}", lambda peer, _: peer.stop_sending())
+    assert ask(transport, provider.url).body == (None if wire[1] else b"{}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ssl.SSLError("text"),
+        OSError("text"),
+        ConnectionResetError("text"),
+        TimeoutError("text"),
+        httptools.HttpParserError("text"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_librarys_exception_becomes_a_fault_without_its_text(
+    transport: Transport,
+    provider: ScriptedProvider,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def fail(*_: Any) -> bytes:
+        raise error
+
+    assert post(transport, provider.url) == 200
+    monkeypatch.setattr(streams.Plain, "receive", fail)
+    with pytest.raises(TransportError) as caught:
+        post(transport, provider.url)
+    assert str(caught.value) == caught.value.fault
+    assert caught.value.fault in ("timeout", "reset", "protocol")
