@@ -143,7 +143,8 @@ def test_a_provider_without_a_status_line_fails_by_its_kind_and_by_the_deadline(
     transport: Transport, provider: ScriptedProvider, name: str
 ) -> None:
     provider.script, kind = NO_STATUS_LINE[name]
-    assert failure(transport, provider.url) == kind
+    seconds = 0.4 if kind == "timeout" else 5.0
+    assert failure(transport, provider.url, seconds=seconds) == kind
     assert len(provider.received) == 1
     provider.script = answer(202)
     assert post(transport, provider.url) == 202  # and the connection is not used again
@@ -436,6 +437,19 @@ def test_a_connection_that_was_closed_while_it_lay_idle_fails_nothing(
         assert post(transport, provider.url) == 200
         closed_by_now(provider)
         assert (len(provider.received), provider.connections) == (number, number)
+
+
+@pytest.mark.usefixtures("unseen_closing")
+def test_where_the_kernel_does_not_tell_what_arrived_nothing_is_sent_again(
+    transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams.Plain, "acknowledged", lambda _: None)
+    provider.script = together = Together(1)
+    assert post(transport, provider.url) == 200
+    together.closed.set()
+    closed_by_now(provider)
+    assert failure(transport, provider.url) == "reset"
+    assert (len(provider.received), provider.connections) == (1, 1)
 
 
 @linux_only

@@ -195,7 +195,7 @@ class TLS:
 
     def send(self, budget: Budget, data: bytes) -> None:
         rest = memoryview(data)
-        while rest:  # a record at a time
+        while rest:
             rest = rest[self._run(budget, self._tls.write, rest) :]
 
     def receive(self, budget: Budget) -> bytes:
