@@ -16,7 +16,7 @@ import pytest
 from psycopg import sql
 
 from notifier.settings import Settings
-from notifier.store.db import Connection, Database, cut_off, reason, transaction
+from notifier.store.db import Connection, Database, bounded, reason, transaction
 from tests.certificates import make_certificate
 from tests.conftest import Environment, connect, one_role
 from tests.pgbouncer import PgBouncer
@@ -462,7 +462,7 @@ def test_nobody_waits_for_a_server_process_that_has_stopped(database: Environmen
     backend = connection.info.backend_pid
     os.kill(backend, signal.SIGSTOP)
     try:
-        with within(5), pytest.raises(psycopg.OperationalError) as raised, cut_off(connection, 0.3):
+        with within(5), pytest.raises(psycopg.OperationalError) as raised, bounded(connection, 0.3):
             connection.execute("SELECT 1")
     finally:
         os.kill(backend, signal.SIGCONT)

@@ -150,7 +150,7 @@ def transaction(connection: Connection, seconds: float = DATABASE_WAIT) -> Itera
         psycopg.Error: PostgreSQL was too slow, went away, or refused what was asked.
     """
     limit = str(int(1000 * seconds))
-    with cut_off(connection, seconds + GRACE), connection.transaction():
+    with bounded(connection, seconds + GRACE), connection.transaction():
         # The server must give up too, it does not notice that we have left; but only for this
         # transaction, because a transaction pooler hands the session on.
         connection.execute("SELECT set_config('statement_timeout', %s, true)", (limit,))
@@ -158,7 +158,7 @@ def transaction(connection: Connection, seconds: float = DATABASE_WAIT) -> Itera
 
 
 @contextmanager
-def cut_off(connection: Connection, seconds: float) -> Iterator[None]:
+def bounded(connection: Connection, seconds: float) -> Iterator[None]:
     """End what the block waits for after `seconds`.
 
     A stopped server process answers nothing and its kernel still acknowledges, so neither
@@ -186,7 +186,7 @@ def reason(error: BaseException) -> str:
     return next((ours for theirs, ours in REASONS.items() if theirs in text), "unknown")
 
 
-def describe(error: BaseException) -> dict[str, str]:
+def log_fields(error: BaseException) -> dict[str, str]:
     """Return the fields that a log line may have about an error of PostgreSQL."""
     return {"error": type(error).__name__, "reason": reason(error)}
 

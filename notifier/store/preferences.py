@@ -17,7 +17,7 @@ from notifier.errors import PreferencesUnavailable
 from notifier.logs import Sparing
 from notifier.models import Channel, Provider
 from notifier.single_flight import SingleFlight
-from notifier.store.db import Connection, Database, describe, transaction
+from notifier.store.db import Connection, Database, log_fields, transaction
 
 QUERY = """
     SELECT id, provider_type::text, provider_name, host, secret_key
@@ -96,7 +96,7 @@ class Preferences:
         self._keeping = threading.Lock()
         self._begun = itertools.count(1)
         self._generation = 0  # the number of the load that is held
-        self._primarys = 0  # the number of the last load from the primary
+        self._last_primary_load = 0  # the number of the last load from the primary
         self._position = 0  # of that load
         self._first_load: SingleFlight[str, None] = SingleFlight("preferences")
         self._first_load_at = -math.inf
@@ -181,18 +181,18 @@ class Preferences:
                 self.reload(connection)
         except (psycopg.Error, OSError) as error:
             self._first_load_at = self._clock() + FIRST_LOAD_PAUSE
-            log.error("database error", extra=describe(error))  # noqa: TRY400 its text names hosts
+            log.error("database error", extra=log_fields(error))  # noqa: TRY400 its text names hosts
 
     def _keep(self, load: _Load, generation: int) -> bool:
         with self._keeping:
             behind = load.from_standby and load.position < self._position
             # A standby that was asked later may still have less than the primary.
-            overtaken_by = self._generation if load.from_standby else self._primarys
+            overtaken_by = self._generation if load.from_standby else self._last_primary_load
             if behind or generation < overtaken_by:
                 return False
             self._generation = generation
             if not load.from_standby:
-                self._primarys, self._position = generation, load.position
+                self._last_primary_load, self._position = generation, load.position
             self._held = _Held(load.providers, self._clock() + self.lifetime)
             metrics.LAST_REFRESH.set_to_current_time()
             self._on_load(_hosts(load.providers))

@@ -14,7 +14,7 @@ from typing import LiteralString
 import psycopg
 
 from notifier import metrics
-from notifier.store.db import DATABASE_WAIT, Connection, Database, cut_off, describe
+from notifier.store.db import DATABASE_WAIT, Connection, Database, bounded, log_fields
 from notifier.store.preferences import CHANGES, Preferences
 
 PROBES: LiteralString = "notification_preferences_probe"
@@ -117,8 +117,8 @@ class Refresher:
             metrics.LISTENER_RECONNECTS.inc()
         self._connected_before = True
         self._connection = connection = place.connect()
-        with cut_off(connection, DATABASE_WAIT):
-            _check_the_way(connection, place)
+        with bounded(connection, DATABASE_WAIT):
+            _prove_delivery(connection, place)
             connection.execute(f"LISTEN {CHANGES}")
         self._preferences.reload(connection)
         self._connects.succeed(math.inf)
@@ -146,7 +146,7 @@ class Refresher:
         elif self._reloads.due():
             self._reload()
         elif time.monotonic() >= self._heartbeat_at:
-            with cut_off(connection, DATABASE_WAIT):
+            with bounded(connection, DATABASE_WAIT):
                 connection.execute("SELECT 1")
             self._put_heartbeat_off()
         else:
@@ -223,7 +223,7 @@ class _Attempts:
         self._pause = SHORTEST_PAUSE
 
 
-def _check_the_way(connection: Connection, place: Database) -> None:
+def _prove_delivery(connection: Connection, place: Database) -> None:
     """Make sure that what is told reaches us.
 
     A pooler that hands a server's session to another client after each transaction takes LISTEN
@@ -238,7 +238,7 @@ def _check_the_way(connection: Connection, place: Database) -> None:
         return
     token = uuid.uuid4().hex
     connection.execute(f"LISTEN {PROBES}")
-    with place.connect() as other, cut_off(other, PROBE_WAIT):
+    with place.connect() as other, bounded(other, PROBE_WAIT):
         other.execute("SELECT pg_notify(%s, %s)", (PROBES, token))
     if token not in (probe.payload for probe in connection.notifies(timeout=PROBE_WAIT)):
         raise psycopg.OperationalError(DEAF)
@@ -250,4 +250,4 @@ def _by_chance(low: float, high: float) -> float:
 
 
 def _log(error: BaseException) -> None:
-    log.error("database error", extra=describe(error))
+    log.error("database error", extra=log_fields(error))

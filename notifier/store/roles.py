@@ -30,7 +30,7 @@ OF_PUBLIC = ("DATABASE", "SCHEMA")
 
 # Roles are the whole server's and our lock is one database's: another one's migration that makes or
 # changes the same role at this moment makes ours fail in one of these ways, and try again.
-_OVERTAKEN = (DuplicateObject, UniqueViolation, InternalError_)
+_CONCURRENT_CHANGE = (DuplicateObject, UniqueViolation, InternalError_)
 _ATTEMPTS = 20
 
 # What a migration waits for another one: of this database, or of another one's same role.
@@ -150,7 +150,7 @@ def _provide(connection: Connection, username: str, verifier: str) -> list[str]:
         try:
             with connection.transaction():
                 connection.execute(f"{statement} '{verifier}'".encode())
-        except _OVERTAKEN:
+        except _CONCURRENT_CHANGE:
             continue
         except InsufficientPrivilege:
             if known:
