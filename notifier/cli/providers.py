@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import click
-from flask import Flask, current_app
 from flask.cli import AppGroup
 
 from notifier import logs
 from notifier.attempts import Attempts
 from notifier.cli.explained import explained
+from notifier.cli.parts import parts
 from notifier.errors import AttemptFailed
 from notifier.models import Channel, Message, Provider
 from notifier.store import catalogue
@@ -31,11 +31,6 @@ NO_TEXT = "the secret is no text in UTF-8"
 NOBODY = "notifier-test@example.com"
 
 Command = Callable[..., None]
-
-
-def register(app: Flask) -> None:
-    """Add the commands to `app`."""
-    app.cli.add_command(providers)
 
 
 providers = AppGroup(
@@ -225,7 +220,7 @@ def _test(context: click.Context, *, entry_id: int, to: str, as_json: bool) -> N
         raise click.BadParameter("expected an e-mail address", param_hint="--to")
     entry, provider = catalogue.provider(_database(), entry_id)
     message = Message(to, "Test", "This is a test of the notifier: there is nothing to do.")
-    with closing(current_app.extensions["notifier"].attempts) as sender:
+    with closing(parts().attempts) as sender:
         result = _sent(sender, provider, message)
     shown = {name: getattr(entry, name) for name in ("id", "channel", "name", "host", "state")}
     shown |= result
@@ -257,7 +252,7 @@ def _sent(sender: Attempts, provider: Provider, message: Message) -> dict[str, A
 
 
 def _database() -> Database:
-    return Database.migrating(current_app.extensions["notifier"].settings)
+    return Database.migrating(parts().settings)
 
 
 def _values(given: dict[str, Any]) -> Values:
