@@ -20,8 +20,34 @@ DATABASE_WAIT = 2.0
 # The server's own limit should come first: it says what was slow.
 GRACE = 0.5
 
-# What libpq and the server say, and what may be told of it: their words name hosts and users.
-REASONS = {
+_ENDED = "PostgreSQL ended the connection"
+_IS_STANDBY = "the server is a standby"
+_LACKS_PRIVILEGE = "the user lacks a privilege: migrate grants it"
+_NO_ANSWER = "no answer in time"
+_NOT_THERE = "the database, the user or the table does not exist"
+
+# What an error may be told as: PostgreSQL's own words name hosts and users. Its SQLSTATE decides,
+# in whatever language the server speaks (lc_messages).
+REASONS_BY_STATE = {
+    "25006": _IS_STANDBY,  # read_only_sql_transaction
+    "25P03": _ENDED,  # idle_in_transaction_session_timeout
+    "3F000": _NOT_THERE,  # invalid_schema_name
+    "42501": _LACKS_PRIVILEGE,  # insufficient_privilege
+    "42703": _NOT_THERE,  # undefined_column
+    "42704": _NOT_THERE,  # undefined_object
+    "42883": _NOT_THERE,  # undefined_function
+    "42P01": _NOT_THERE,  # undefined_table
+    "55P03": _NO_ANSWER,  # lock_not_available
+    "57014": _NO_ANSWER,  # query_canceled
+    "57P01": _ENDED,  # admin_shutdown
+    "57P02": _ENDED,  # crash_shutdown
+    "57P04": _ENDED,  # database_dropped
+    "57P05": _ENDED,  # idle_session_timeout
+}
+
+# For errors without SQLSTATE: psycopg has none for a connection that fails or breaks, even if the
+# server sent it. Poolers use one SQLSTATE for everything. The first text that is found decides.
+REASONS_BY_TEXT = {
     "through a pooler": "a pooler swallows notifications: set DB_LISTEN_HOST or DB_LISTEN_PORT "
     "past it, or CACHE_INVALIDATION=off",
     "cannot read the password": "password: the file cannot be read",
@@ -50,20 +76,19 @@ REASONS = {
     "is starting up": "PostgreSQL is starting",
     "in recovery mode": "PostgreSQL is starting",
     "is shutting down": "PostgreSQL is stopping",
-    "terminating connection": "PostgreSQL ended the connection",
+    "terminating connection": _ENDED,
     "too many": "PostgreSQL has no connection left",
     "remaining connection slots": "PostgreSQL has no connection left",
     "no more connections allowed": "the pooler has no connection left",
     "server login has been failing": "the pooler cannot reach PostgreSQL",
-    "in hot standby mode": "the server is a standby",
-    "read-only transaction": "the server is a standby",
-    "does not exist": "the database, the user or the table does not exist",
-    "permission denied": "the user lacks a privilege: migrate grants it",
+    "in hot standby mode": _IS_STANDBY,
+    "does not exist": _NOT_THERE,
+    "permission denied": _LACKS_PRIVILEGE,
     "Connection refused": "refused",
     "could not translate host name": "no such host",
     "failed to resolve host": "no such host",
     "No such file or directory": "no socket there",
-    "timeout": "no answer in time",
+    "timeout": _NO_ANSWER,
 }
 
 
@@ -182,8 +207,11 @@ def _shut_down(duplicate: socket.socket) -> None:
 
 def reason(error: BaseException) -> str:
     """Return why PostgreSQL could not be asked, in words that name no host and no user."""
+    state = error.sqlstate if isinstance(error, psycopg.Error) else None
+    if state in REASONS_BY_STATE:
+        return REASONS_BY_STATE[state]
     text = str(error)
-    return next((ours for theirs, ours in REASONS.items() if theirs in text), "unknown")
+    return next((ours for theirs, ours in REASONS_BY_TEXT.items() if theirs in text), "unknown")
 
 
 def log_fields(error: BaseException) -> dict[str, str]:
