@@ -15,9 +15,10 @@ from notifier.errors import Refused
 from notifier.models import Channel
 from notifier.settings import Settings
 from notifier.store import catalogue
-from notifier.store.catalogue import Entry, Values
+from notifier.store.catalogue import Entry
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
+from notifier.store.values import Values
 from tests.conftest import Environment, connect, one_role
 from tests.timing import eventually, within
 

@@ -14,11 +14,16 @@ from notifier.settings import Settings
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
-# The most that a request waits for a host. libpq's own minimum for connecting is 2 s as well.
+# Seconds. The most that a request waits for a host, and libpq's own minimum for connecting.
 DATABASE_WAIT = 2.0
 
-# The server's own limit should come first: it says what was slow.
+# The most that a command waits for an answer: an operator has more patience than a request.
+COMMAND_WAIT = 10.0
+
+# How much later than the server we give up: its error says what was slow.
 GRACE = 0.5
+
+NO_TABLE = "there is no table notification_preferences: run flask --app notifier.app migrate"
 
 _ENDED = "PostgreSQL ended the connection"
 _IS_STANDBY = "the server is a standby"

@@ -10,10 +10,9 @@ from psycopg import sql
 
 from notifier.errors import Refused
 from notifier.settings import Settings
-from notifier.store.db import Connection, Database, transaction
+from notifier.store.db import COMMAND_WAIT, NO_TABLE, Connection, Database, transaction
 
 TABLE = "notification_preferences"
-NO_TABLE = f"there is no table {TABLE}: run flask --app notifier.app migrate"
 
 # The privilege that the role needs on each kind of object, and those that it must not have.
 NEEDED = {"DATABASE": "CONNECT", "SCHEMA": "USAGE", "TABLE": "SELECT"}
@@ -23,8 +22,6 @@ UNWANTED = {
     "SEQUENCE": ["USAGE", "UPDATE"],
     "TABLE": ["INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER"],
 }
-
-WAIT = 10.0  # seconds: an operator can wait for longer than a request
 
 _ROLE = """
     SELECT rolname, oid, rolsuper, rolcanlogin,
@@ -98,7 +95,8 @@ def check(settings: Settings) -> list[str]:
         psycopg.Error: PostgreSQL cannot be reached or refused.
     """
     username = settings.db_username
-    with Database.migrating(settings).connect() as connection, transaction(connection, WAIT):
+    database = Database.migrating(settings)
+    with database.connect() as connection, transaction(connection, COMMAND_WAIT):
         try:
             objects = find_objects(connection)
         except psycopg.errors.UndefinedTable:
