@@ -24,7 +24,7 @@ from notifier.store.catalogue import Entry
 from notifier.store.db import Database
 from notifier.store.values import Values
 
-# A domain that nobody has, RFC 2606 section 3.
+# RFC 2606 section 3 reserves the domain: nobody receives the message.
 NOBODY = "notifier-test@example.com"
 
 Command = Callable[..., None]
@@ -227,7 +227,7 @@ def _test(context: click.Context, *, entry_id: int, to: str, as_json: bool) -> N
 
 
 def _sent(sender: Attempts, provider: Provider, message: Message) -> dict[str, Any]:
-    """Make one attempt, with a request id as every message has; return what came of it."""
+    """Make one attempt with a request id of its own; return its outcome."""
     outcome, status, error = "accepted", None, None
     request_id = uuid.uuid4().hex
     token = logs.request_id.set(request_id)
@@ -253,7 +253,7 @@ def _database() -> Database:
 
 
 def _values(given: dict[str, Any]) -> Values:
-    """Return the columns of the options that were given."""
+    """Return the values of the given options by column."""
     sources = [source for source in secret.OPTIONS if given.get(source) not in (None, False)]
     if len(sources) > 1:
         options = " and ".join(f"--{source.replace('_', '-')}" for source in sources)

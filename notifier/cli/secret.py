@@ -1,4 +1,4 @@
-"""Where the secret of a provider comes from: never from an argument."""
+"""Reads a provider's secret: from a prompt, standard input or a file, never from an argument."""
 
 import sys
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ import click
 
 from notifier.store.values import MAX_SECRET
 
-# The options that say where it comes from; they exclude each other.
+# The options that name its source; they exclude each other.
 OPTIONS = ("secret_prompt", "secret_stdin", "secret_file", "no_secret")
 
 _NO_TEXT = "the secret is no text in UTF-8"
 
 
 def read(given: Mapping[str, Any]) -> str | None:
-    """Return the secret from where one of the `OPTIONS` says; None for `no_secret`."""
+    """Return the secret from the source that the options name; None if there is to be none."""
     if given["secret_prompt"]:
         return _prompted()
     if given["secret_stdin"]:
@@ -28,7 +28,7 @@ def read(given: Mapping[str, Any]) -> str | None:
             with Path(given["secret_file"]).open("rb") as file:
                 return _read(file)
         except OSError as error:
-            # Its name stays unsaid: somebody may have given the secret itself.
+            # The line leaves out the file's name: it may be the secret, given by mistake.
             raise click.ClickException(f"--secret-file cannot be read: {error.strerror}") from None
     return None
 
@@ -43,7 +43,7 @@ def _prompted() -> str:
 
 
 def _read(source: BinaryIO) -> str:
-    """Return the text without its last line end; stop reading where no secret can go on."""
+    """Return the text without its last line end, and read little more than `MAX_SECRET`."""
     data = source.read(4 * MAX_SECRET + 2)
     try:
         text = data.decode()

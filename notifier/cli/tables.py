@@ -16,7 +16,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _cell(value: object) -> str:
-    """Return a text that a terminal only shows, whatever is in the value."""
+    """Return the value as text, with escapes for characters that could control a terminal."""
     if value is None:
         return "-"
     return "".join(

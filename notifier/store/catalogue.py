@@ -1,4 +1,4 @@
-"""The rows of `notification_preferences` as operators see and change them."""
+"""Operators' view of `notification_preferences`: list, add, edit, remove, restore."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from notifier.store.values import USER_INFO, Values, check_channel, check_url, c
 # How long to wait for another operator, who may have left a transaction open.
 LOCK_WAIT = "5s"
 
-# Times become text here: PostgreSQL knows some that Python doesn't.
+# PostgreSQL formats the times, as it has some that Python cannot represent.
 _READ = """
     SELECT id, provider_type::text, provider_name, host, priority,
            coalesce(secret_key, '') <> '',
@@ -52,11 +52,11 @@ def entries(database: Database, *, channel: str | None = None, active: bool = Fa
     """Return the rows by channel: the active ones in the order they are tried, then the removed.
 
     Args:
-        channel: leave out the other one's.
-        active: leave out the removed ones.
+        channel: only this one.
+        active: only active rows.
 
     Raises:
-        Refused: there is no table, or the role may not read it.
+        Refused: there is no table, or the role may not read it. So do all functions below.
         psycopg.Error: PostgreSQL cannot be reached or refused. So do all functions below.
     """
     with _reading(database) as connection:
@@ -64,10 +64,10 @@ def entries(database: Database, *, channel: str | None = None, active: bool = Fa
 
 
 def provider(database: Database, entry_id: int) -> tuple[Entry, Provider]:
-    """Return a row, be it removed, and the provider that it describes, with its secret.
+    """Return a row, even a removed one, and its provider with the secret.
 
     Raises:
-        Refused: there is no such row, or it is of a channel that we don't know.
+        Refused: there is no such row, or its channel is unknown.
     """
     with _reading(database) as connection:
         entry = _entry(connection, entry_id)
@@ -81,7 +81,7 @@ def provider(database: Database, entry_id: int) -> tuple[Entry, Provider]:
 
 
 def add(database: Database, values: Values) -> Entry:
-    """Add a row: `values` need all but `priority` and `secret_key`.
+    """Add a row; only `priority` and `secret_key` may be missing from `values`.
 
     Raises:
         Refused: a value is wrong, or an active row has the same channel and URL.
@@ -98,7 +98,7 @@ def add(database: Database, values: Values) -> Entry:
 
 
 def edit(database: Database, entry_id: int, values: Values) -> Entry:
-    """Change what `values` name, and nothing else; a removed row can be changed too.
+    """Change the columns in `values` of a row, even of a removed one.
 
     Raises:
         Refused: there is no such row, nothing to change, a value is wrong, or an active row has the
@@ -159,7 +159,7 @@ def restore(database: Database, entry_id: int) -> Entry:
 
 @contextmanager
 def _reading(database: Database, *privileges: str) -> Iterator[Connection]:
-    """Yield a connection in a transaction, once the role has SELECT and `privileges`."""
+    """Yield a connection in a transaction, after checking for SELECT and `privileges`."""
     try:
         with database.connect() as connection, transaction(connection, COMMAND_WAIT):
             _check_privileges(connection, database.username, ["SELECT", *privileges])
@@ -170,7 +170,7 @@ def _reading(database: Database, *privileges: str) -> Iterator[Connection]:
 
 @contextmanager
 def _changing(database: Database, *privileges: str) -> Iterator[Connection]:
-    """The same for a change, which nobody else's can overtake between its check and its write."""
+    """Yield the same for a change, with no other change between its check and its write."""
     # LOCK TABLE needs UPDATE as well.
     with _reading(database, *privileges, "UPDATE") as connection:
         connection.execute("SELECT set_config('lock_timeout', %s, true)", (LOCK_WAIT,))
@@ -184,7 +184,7 @@ def _changing(database: Database, *privileges: str) -> Iterator[Connection]:
 
 
 def _check_privileges(connection: Connection, role: str, wanted: list[str]) -> None:
-    """PostgreSQL itself would say that permission is denied, but not for what."""
+    """Refuse with the names of the missing privileges, which PostgreSQL's error does not give."""
     rows = connection.execute(
         "SELECT wanted FROM unnest(%s::text[]) wanted"
         " WHERE NOT has_table_privilege('notification_preferences', wanted)",
@@ -220,7 +220,7 @@ def _entry(connection: Connection, entry_id: int) -> Entry:
 
 
 def _place_of(connection: Connection, entry_id: int) -> tuple[str, str, bool]:
-    """Return channel, URL and whether it is active."""
+    """Return the channel and the URL of a row, and whether it is active."""
     row = connection.execute(
         "SELECT provider_type::text, host, deleted_at IS NULL"
         " FROM notification_preferences WHERE id = %s",

@@ -1,4 +1,4 @@
-"""How PostgreSQL is reached: where, as whom, and bounded in time."""
+"""Connections to PostgreSQL: where, as which role, and bounded in time."""
 
 import os
 import socket
@@ -31,8 +31,8 @@ _LACKS_PRIVILEGE = "the user lacks a privilege: migrate grants it"
 _NO_ANSWER = "no answer in time"
 _NOT_THERE = "the database, the user or the table does not exist"
 
-# What an error may be told as: PostgreSQL's own words name hosts and users. Its SQLSTATE decides,
-# in whatever language the server speaks (lc_messages).
+# The reasons that log lines give for errors: PostgreSQL's own words name hosts and users. The
+# SQLSTATE decides where there is one, as the words come in the server's language (lc_messages).
 REASONS_BY_STATE = {
     "25006": _IS_STANDBY,  # read_only_sql_transaction
     "25P03": _ENDED,  # idle_in_transaction_session_timeout
@@ -50,13 +50,13 @@ REASONS_BY_STATE = {
     "57P05": _ENDED,  # idle_session_timeout
 }
 
-# For errors without SQLSTATE: psycopg has none for a connection that fails or breaks, even if the
-# server sent it. Poolers use one SQLSTATE for everything. The first text that is found decides.
+# Otherwise the first of these texts that the error contains decides. psycopg has no SQLSTATE for a
+# connection that fails or breaks, even if the server sent one; pgbouncer has one for everything.
 REASONS_BY_TEXT = {
     "through a pooler": "a pooler swallows notifications: set DB_LISTEN_HOST or DB_LISTEN_PORT "
     "past it, or CACHE_INVALIDATION=off",
     "cannot read the password": "password: the file cannot be read",
-    # PostgreSQL says no more of a client's certificate that is another user's.
+    # PostgreSQL says the same about a client certificate of another user.
     "password authentication failed": "password, user or DB_SSLCERT: one is wrong",
     "SASL authentication failed": "password or user: one is wrong",  # pgbouncer
     "not permitted to log in": "the user may not log in",
@@ -98,15 +98,15 @@ REASONS_BY_TEXT = {
 
 
 class Database:
-    """Connects to one place as one role. Holds no connection between uses.
+    """Connects to one place as one role, and keeps no connection.
 
-    Without more than `settings` it is the place and the role that serve. `wait` is the most, in
-    seconds, that a request waits for it: each of several hosts may take `DATABASE_WAIT`.
+    By default these are the serving ones. `wait` is how long a request waits for it at most, in
+    seconds: each of several hosts may take `DATABASE_WAIT`.
 
     Args:
-        place: hosts and ports, in the form they have in `Settings`.
-        role: a user's name and password.
-        primary: take no standby.
+        place: hosts and ports as `Settings` has them.
+        role: the name and the password of a user.
+        primary: pass standbys over.
     """
 
     def __init__(
@@ -130,30 +130,30 @@ class Database:
             "sslcert": settings.db_sslcert,
             "sslkey": settings.db_sslkey,
             "connect_timeout": int(DATABASE_WAIT),
-            "client_encoding": "utf8",  # whatever the database's: SQL_ASCII would give us bytes
+            "client_encoding": "utf8",  # a database in SQL_ASCII would give us bytes
             "application_name": settings.app_name,
             "target_session_attrs": "primary" if primary else "any",
         }
 
     @classmethod
     def listening(cls, settings: Settings) -> "Database":
-        """Return where notifications come from: DB_LISTEN_HOST, never a standby."""
+        """Return the place for LISTEN: DB_LISTEN_HOST, never a standby."""
         return cls(settings, place=settings.listen_place, primary=True)
 
     @classmethod
     def reading(cls, settings: Settings) -> "Database":
-        """Return where to read what may be a little old: DB_READ_HOST."""
+        """Return the place for reads that tolerate replication lag: DB_READ_HOST."""
         return cls(settings, place=settings.read_place)
 
     @classmethod
     def migrating(cls, settings: Settings) -> "Database":
-        """Return the role that owns the schema, DB_MIGRATION_USERNAME, by DB_LISTEN_HOST."""
+        """Return the place of `listening` for the schema's owner, DB_MIGRATION_USERNAME."""
         return cls(
             settings, place=settings.listen_place, role=settings.migrating_role, primary=True
         )
 
     def connect(self) -> Connection:
-        """Return a new connection in autocommit mode, without a time limit on what is done with it.
+        """Return a new connection in autocommit mode; `transaction` and `bounded` limit its use.
 
         Raises:
             psycopg.Error: PostgreSQL cannot be reached.
@@ -163,36 +163,36 @@ class Database:
         except (OSError, ValueError):
             file = self._password.file
             raise psycopg.OperationalError(f"cannot read the password in {file}") from None
-        # Prepared statements gain nothing on few queries and break transaction poolers.
+        # Prepared statements gain nothing for few queries and break behind transaction poolers.
         connection = psycopg.connect(
             **self._parameters, password=password, autocommit=True, prepare_threshold=None
         )
-        # Whatever the server's default: what is read after a lock or a position must be newer.
+        # Not the server's default: each statement has to see what was committed before it.
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         return connection
 
 
 @contextmanager
 def transaction(connection: Connection, seconds: float = DATABASE_WAIT) -> Iterator[None]:
-    """Hold a transaction that neither side lets last longer than `seconds`.
+    """Run the block in a transaction that both sides end after `seconds`.
 
     Raises:
         psycopg.Error: PostgreSQL was too slow, went away, or refused what was asked.
     """
     limit = str(int(1000 * seconds))
     with bounded(connection, seconds + GRACE), connection.transaction():
-        # The server must give up too, it does not notice that we have left; but only for this
-        # transaction, because a transaction pooler hands the session on.
+        # The server has to give up too, as it does not notice that we have. The limit ends with the
+        # transaction, after which a pooler lends the session to another client.
         connection.execute("SELECT set_config('statement_timeout', %s, true)", (limit,))
         yield
 
 
 @contextmanager
 def bounded(connection: Connection, seconds: float) -> Iterator[None]:
-    """End what the block waits for after `seconds`.
+    """End the connection if the block takes longer than `seconds`.
 
-    A stopped server process answers nothing and its kernel still acknowledges, so neither
-    `statement_timeout` nor TCP time-outs end the wait; shutting the socket down does.
+    A stopped server process never answers, but its kernel still acknowledges. So neither
+    `statement_timeout` nor a TCP time-out ends the wait; shutting down the socket does.
     """
     with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
         timer = threading.Timer(seconds, _shut_down, (duplicate,))
@@ -202,7 +202,7 @@ def bounded(connection: Connection, seconds: float) -> Iterator[None]:
             yield
         finally:
             timer.cancel()
-            timer.join()  # before the duplicate is closed and its number used by something else
+            timer.join()  # before the duplicate is closed and its number reused
 
 
 def _shut_down(duplicate: socket.socket) -> None:
@@ -220,11 +220,11 @@ def reason(error: BaseException) -> str:
 
 
 def log_fields(error: BaseException) -> dict[str, str]:
-    """Return the fields that a log line may have about an error of PostgreSQL."""
+    """Return what a log line may say about an error of PostgreSQL."""
     return {"error": type(error).__name__, "reason": reason(error)}
 
 
 def first_line(error: psycopg.Error) -> str:
-    """Return what an operator may read of an error; the lines after it may quote rows."""
+    """Return what an operator may read of an error: the lines after the first may quote rows."""
     line = str(error).strip().partition("\n")[0]
     return f"PostgreSQL: {line}"
