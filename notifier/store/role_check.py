@@ -1,7 +1,4 @@
-"""What the serving role can do in the database: can it serve, can it do more, and what mends that.
-
-Only questions are asked here; `roles` is what grants.
-"""
+"""Checks the serving role: can it serve, can it do more, and what mends that? Changes nothing."""
 
 from typing import Any, NamedTuple
 
@@ -113,17 +110,17 @@ def find_role(connection: Connection, username: str) -> Role | None:
 
 
 def find_objects(connection: Connection) -> list[Object]:
-    """Return the objects that the service uses; there has to be the table."""
+    """Return the objects that the service uses; the table has to exist."""
     return [Object(*row) for row in connection.execute(_OBJECTS, {"table": TABLE})]
 
 
 def missing(connection: Connection, role: Role, objects: list[Object]) -> list[str]:
     """Return a line with the statements without which the role cannot serve, none if it can."""
     statements = [] if role.login else [f"ALTER ROLE {role} LOGIN"]
-    for one in objects:
-        needed = NEEDED.get(one.kind)
-        if needed and not _has(connection, role.name, one, needed):
-            statements.append(f"GRANT {needed} ON {one} TO {role}")
+    for obj in objects:
+        needed = NEEDED.get(obj.kind)
+        if needed and not _has(connection, role.name, obj, needed):
+            statements.append(f"GRANT {needed} ON {obj} TO {role}")
     if not statements:
         return []
     return [f"role {role.name} cannot serve yet: {by_administrator(*statements)}"]
@@ -141,7 +138,7 @@ def excess(connection: Connection, role: Role, objects: list[Object]) -> list[st
 
 
 def _ownership(connection: Connection, role: Role, objects: list[Object]) -> list[str]:
-    owned = [str(one) for one in objects if one.owner == role.oid and one.kind != "SEQUENCE"]
+    owned = [str(obj) for obj in objects if obj.owner == role.oid and obj.kind != "SEQUENCE"]
     if not owned:
         return []
     remedy, ours = "choose another DB_USERNAME", value(connection, "SELECT current_user")
@@ -151,7 +148,7 @@ def _ownership(connection: Connection, role: Role, objects: list[Object]) -> lis
 
 
 def _memberships(connection: Connection, role: Role, objects: list[Object]) -> list[str]:
-    parameters = {"role": role.oid, "owners": [one.owner for one in objects]}
+    parameters = {"role": role.oid, "owners": [obj.owner for obj in objects]}
     return [
         f"role {role.name} is a member of {powerful}, so it may do more than read:"
         f" {by_administrator(f'REVOKE {quoted(powerful)} FROM {role}')}"
@@ -161,11 +158,11 @@ def _memberships(connection: Connection, role: Role, objects: list[Object]) -> l
 
 def _privileges(connection: Connection, role: Role, objects: list[Object]) -> list[str]:
     lines = []
-    for one in objects:
-        everybodys = _unwanted(connection, "public", one)
-        if held := [it for it in _unwanted(connection, role.name, one) if it not in everybodys]:
+    for obj in objects:
+        its, everybodys = (_unwanted(connection, name, obj) for name in (role.name, "public"))
+        if held := ", ".join(name for name in its if name not in everybodys):
             lines.append(
-                f"role {role.name} has {', '.join(held)} on {one}, granted by another role"
+                f"role {role.name} has {held} on {obj}, granted by another role"
                 " or to a role it is a member of: revoke that"
             )
     return lines
@@ -181,20 +178,20 @@ def _attributes(role: Role) -> list[str]:
 
 def _of_public(connection: Connection, objects: list[Object]) -> list[str]:
     return [
-        f"every role has {held} on {one}: {by_administrator(f'REVOKE {held} ON {one} FROM PUBLIC')}"
-        for one in objects
-        if (held := ", ".join(_unwanted(connection, "public", one)))
+        f"every role has {held} on {obj}: {by_administrator(f'REVOKE {held} ON {obj} FROM PUBLIC')}"
+        for obj in objects
+        if (held := ", ".join(_unwanted(connection, "public", obj)))
     ]
 
 
-def _unwanted(connection: Connection, username: str, one: Object) -> list[str]:
+def _unwanted(connection: Connection, username: str, obj: Object) -> list[str]:
     """Return the unwanted privileges that a role has, however it got them; `public` is PUBLIC."""
-    return [name for name in UNWANTED[one.kind] if _has(connection, username, one, name)]
+    return [name for name in UNWANTED[obj.kind] if _has(connection, username, obj, name)]
 
 
-def _has(connection: Connection, username: str, one: Object, privilege: str) -> bool:
-    query = f"SELECT has_{one.kind.lower()}_privilege(%s::name, %s::oid, %s)"
-    return bool(value(connection, query, username, one.oid, privilege))
+def _has(connection: Connection, username: str, obj: Object, privilege: str) -> bool:
+    query = f"SELECT has_{obj.kind.lower()}_privilege(%s::name, %s::oid, %s)"
+    return bool(value(connection, query, username, obj.oid, privilege))
 
 
 def value(connection: Connection, query: str, *parameters: str | int) -> Any:

@@ -65,8 +65,8 @@ def grant(connection: Connection, username: str, secret: Secret) -> list[str]:
         if role is None:
             raise _changed_by_others(username)
         objects = find_objects(connection)
-        for found in objects:
-            for statement in _statements(found, role):
+        for obj in objects:
+            for statement in _statements(obj, role):
                 _run_if_allowed(connection, statement)
     if lacking := missing(connection, role, objects):
         raise NotGranted(*lacking)
@@ -117,18 +117,18 @@ def _changed_by_others(username: str) -> NotGranted:
     return NotGranted(f"role {username} is being changed by others all the time: try again")
 
 
-def _statements(found: Object, role: Role) -> list[str]:
+def _statements(obj: Object, role: Role) -> list[str]:
     """Return what revokes all that the role and PUBLIC have, and grants what is needed.
 
     An owner would lose its own privileges, and a superuser needs none.
     """
     statements = []
-    if not role.superuser and found.owner != role.oid:
-        statements.append(f"REVOKE ALL ON {found} FROM {role}")
-        if found.kind in NEEDED:
-            statements.append(f"GRANT {NEEDED[found.kind]} ON {found} TO {role}")
-    if found.kind in _OPEN_TO_ALL:
-        statements.append(f"REVOKE {', '.join(UNWANTED[found.kind])} ON {found} FROM PUBLIC")
+    if not role.superuser and obj.owner != role.oid:
+        statements.append(f"REVOKE ALL ON {obj} FROM {role}")
+        if obj.kind in NEEDED:
+            statements.append(f"GRANT {NEEDED[obj.kind]} ON {obj} TO {role}")
+    if obj.kind in _OPEN_TO_ALL:
+        statements.append(f"REVOKE {', '.join(UNWANTED[obj.kind])} ON {obj} FROM PUBLIC")
     return statements
 
 
