@@ -25,7 +25,7 @@ from notifier.attempts import Attempts
 from notifier.breakers import Breakers, Policy
 from notifier.errors import AttemptFailed
 from notifier.models import Message, Provider
-from notifier.wire import exchange as exchange_module
+from notifier.wire import streams
 from notifier.wire.transport import Transport
 from tests.conftest import MakeProvider, MakeTransport
 from tests.posting import failure, post
@@ -374,7 +374,7 @@ def attempt(
             )
         except AttemptFailed as failure:
             outcome = failure.outcome
-    assert breakers.of(provider.host or "").state == STATES[outcome]
+    assert breakers.of(provider.endpoint or "").state == STATES[outcome]
     return outcome
 
 
@@ -587,13 +587,13 @@ def test_a_provider_that_leaves_just_before_the_notification_is_sent_fails_it_no
 @pytest.fixture
 def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make every name resolve to what `look_up` returns; numeric addresses stay themselves."""
-    real = exchange_module.look_up
+    real = streams.look_up
 
     def use(look_up: Callable[[], list[Any]]) -> None:
         def replaced(host: str, port: int, flags: int = 0) -> list[Any]:
             return real(host, port, flags) if flags else look_up()
 
-        monkeypatch.setattr(exchange_module, "look_up", replaced)
+        monkeypatch.setattr(streams, "look_up", replaced)
 
     return use
 

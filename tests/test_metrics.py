@@ -113,7 +113,7 @@ def test_names_types_and_labels_are_those_of_the_contract(used: Used) -> None:
     assert list(found) == sorted(found)  # for those who read it themselves
 
 
-def test_requests_are_counted_by_rule_and_calls_by_host(used: Used) -> None:
+def test_requests_are_counted_by_rule_and_calls_by_endpoint(used: Used) -> None:
     route = "/api/v1.0/recipient/<recipient>/notify"
     answered = shown(used.service, "http_server_requests_total")
     assert {key: n for key, n in answered.items() if key[1] != "/metrics"} == {
@@ -202,18 +202,20 @@ def test_the_buckets_tell_apart_what_lasts_from_a_millisecond_to_a_whole_deadlin
 
 
 def test_instruments_are_looked_up_once_for_each_kind() -> None:
-    assert metrics.served("POST", "/", 200) is metrics.served("POST", "/", 200)
-    assert metrics.called(HOST, None, "dns") is metrics.called(HOST, None, "dns")
-    assert metrics.notified("buyer", "failed") is metrics.notified("buyer", "failed")
-    assert metrics.tried("Email", "", "failed") is metrics.tried("Email", "", "failed")
-    assert metrics.fell_back("Email") is metrics.fell_back("Email")
+    assert metrics.server_requests("POST", "/", 200) is metrics.server_requests("POST", "/", 200)
+    assert metrics.client_calls(HOST, None, "dns") is metrics.client_calls(HOST, None, "dns")
+    assert metrics.notifications("buyer", "failed") is metrics.notifications("buyer", "failed")
+    assert metrics.channel_notifications("Email", "", "failed") is metrics.channel_notifications(
+        "Email", "", "failed"
+    )
+    assert metrics.fallbacks("Email") is metrics.fallbacks("Email")
 
 
 @pytest.mark.parametrize(
     ("status", "label"), [(None, ""), (200, "200"), (599, "599"), (600, "_OTHER"), (999, "_OTHER")]
 )
 def test_a_provider_cannot_make_up_labels(status: int | None, label: str, growth: Growth) -> None:
-    metrics.called(HOST, status).record(0.1)
+    metrics.client_calls(HOST, status).record(0.1)
     assert growth("http_client_requests_total") == {("POST", HOST, label, ""): 1}
 
 

@@ -35,6 +35,7 @@ CONFIGURATION = ROOT / "gunicorn.conf.py"
 LEVELS = {
     "app": 8,
     "web": 7,
+    "notifications": 6,
     "cli": 5,
     "delivery": 5,
     "attempts": 4,

@@ -6,14 +6,12 @@ Every test runs over plain HTTP and over TLS.
 import gc
 import itertools
 import os
-import socket
 import ssl
 import sys
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import pytest
 
 from notifier.errors import TransportError
 from notifier.wire import exchange as exchange_module
+from notifier.wire import streams
 from notifier.wire.exchange import DRAIN_BYTES, DRAIN_SECONDS
 from notifier.wire.transport import Transport
 from tests.conftest import MakeProvider, MakeTransport
@@ -407,7 +406,7 @@ def test_sockets_and_threads_are_given_back(
 @pytest.fixture
 def unseen_closing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a closing go unseen before a connection is used again, as if it had just begun."""
-    monkeypatch.setattr("urllib3.connectionpool.is_connection_dropped", lambda _: False)
+    monkeypatch.setattr(streams.Plain, "is_quiet", lambda _: True)
 
 
 def one_answer_each(peer: Peer, _: Received) -> None:
@@ -480,10 +479,10 @@ def test_a_request_whose_connection_is_closed_unread_by_a_reset_is_not_sent_agai
     transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reset may come from somebody who has read all of it."""
-    gone, send = threading.Event(), exchange_module._Connection.request
+    gone, send = threading.Event(), streams.Plain.send
 
-    def send_and_let_go(*args: Any, **kwargs: Any) -> None:
-        send(*args, **kwargs)
+    def send_and_let_go(*args: Any) -> None:
+        send(*args)
         gone.set()
 
     def stop_reading(peer: Peer, _: Received) -> None:
@@ -493,7 +492,7 @@ def test_a_request_whose_connection_is_closed_unread_by_a_reset_is_not_sent_agai
 
     provider.script = stop_reading
     assert post(transport, provider.url) == 200
-    monkeypatch.setattr(exchange_module._Connection, "request", send_and_let_go)
+    monkeypatch.setattr(streams.Plain, "send", send_and_let_go)
     assert failure(transport, provider.url) == "reset"
     assert (len(provider.received), provider.connections) == (1, 1)
 
@@ -580,12 +579,11 @@ def test_who_ends_its_side_and_reads_on_does_not_get_the_request_again(
 
 
 def test_single_bytes_are_not_read_for_ever() -> None:
-    exchange = exchange_module.Exchange(0.0, lambda *_: [])
-    readings = exchange_module.ANSWER_BYTES // exchange_module.READING_BYTES
-    for _ in range(readings):
-        exchange.received(1)
-    with pytest.raises(HTTPException):
-        exchange.received(1)
+    budget = streams.Budget(0.0)
+    for _ in range(streams.PHASE_BYTES // streams.MIN_READ_BYTES):
+        budget.spend(1)
+    with pytest.raises(streams.Overlong):
+        budget.spend(1)
 
 
 def test_what_a_new_connection_ends_without_an_answer_is_not_sent_again(
@@ -619,31 +617,3 @@ def test_a_kept_connection_gives_the_next_request_no_more_time_than_it_has(
     provider.script = reads_one
     assert post(transport, provider.url, seconds=30) == 200
     assert failure(transport, provider.url, b"x" * 8 * 1024**2, seconds=0.4) == "timeout"
-
-
-def test_what_cuts_an_exchange_off_leaves_the_connection_alone_that_it_has_given_back() -> None:
-    ours, theirs = socket.socketpair()
-    exchange = exchange_module.Exchange(0.0, lambda *_: [])
-    with ours, theirs:
-        exchange.uses(ours)
-        exchange.uses(None)
-        exchange.cut_off()
-        ours.sendall(b"x")
-        assert theirs.recv(1) == b"x"
-        exchange.uses(ours)
-        exchange.cut_off()
-        assert theirs.recv(1) == b""
-
-
-def test_an_exchange_that_has_ended_uses_no_connection(
-    transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used: list[Any] = []
-    uses = exchange_module.Exchange.uses
-    monkeypatch.setattr(
-        exchange_module.Exchange, "uses", lambda self, sock: used.append(sock) or uses(self, sock)
-    )
-    for _ in range(2):
-        assert post(transport, provider.url) == 200
-    assert used[-1] is None
-    assert any(sock is not None for sock in used)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from notifier.wire import exchange as exchange_module
+from notifier.wire import streams
 from notifier.wire.transport import Transport
 from tests.certificates import make_certificate, name_in_folder
 from tests.conftest import MakeProvider, MakeTransport
@@ -35,13 +35,13 @@ def transport(make_transport: MakeTransport) -> Transport:
 @pytest.fixture
 def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make every name resolve to what `look_up` returns; numeric addresses stay themselves."""
-    real = exchange_module.look_up
+    real = streams.look_up
 
     def use(look_up: Callable[[], list[Address]]) -> None:
         def replaced(host: str, port: int, flags: int = 0) -> list[Address]:
             return real(host, port, flags) if flags else look_up()
 
-        monkeypatch.setattr(exchange_module, "look_up", replaced)
+        monkeypatch.setattr(streams, "look_up", replaced)
 
     return use
 

@@ -17,7 +17,7 @@ from notifier.cli import secret
 from notifier.cli.explained import explained
 from notifier.cli.parts import parts
 from notifier.cli.tables import table
-from notifier.errors import AttemptFailed
+from notifier.errors import AttemptFailed, AttemptOutcome
 from notifier.models import Channel, Message, Provider
 from notifier.store import catalogue
 from notifier.store.catalogue import Entry
@@ -222,13 +222,13 @@ def _test(context: click.Context, *, entry_id: int, to: str, as_json: bool) -> N
     shown = {name: getattr(entry, name) for name in ("id", "channel", "name", "host", "state")}
     shown |= result
     click.echo(json.dumps(shown, indent=2) if as_json else table([shown]))
-    if result["outcome"] != "accepted":
+    if result["outcome"] != AttemptOutcome.ACCEPTED:
         context.exit(1)
 
 
 def _sent(sender: Attempts, provider: Provider, message: Message) -> dict[str, Any]:
     """Make one attempt with a request id of its own; return its outcome."""
-    outcome, status, error = "accepted", None, None
+    outcome, status, error = AttemptOutcome.ACCEPTED, None, None
     request_id = uuid.uuid4().hex
     token = logs.request_id.set(request_id)
     began = time.monotonic()

@@ -14,7 +14,7 @@ import psycopg
 
 from notifier import metrics
 from notifier.errors import PreferencesUnavailable
-from notifier.logs import Sparing
+from notifier.logs import OncePerSecond
 from notifier.models import Channel, Provider
 from notifier.single_flight import SingleFlight
 from notifier.store.db import Connection, Database, log_fields, transaction
@@ -79,7 +79,7 @@ class Preferences:
     Args:
         database: read by the first look-up.
         lifetime: seconds until the cache has expired.
-        on_load: called with the hosts of all providers after each load, one call at a time.
+        on_load: called with the endpoints of all providers after each load, one call at a time.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Preferences:
         self._first_load: SingleFlight[str, None] = SingleFlight("preferences")
         self._first_load_at = -math.inf
         self._waiting_ends: float | None = None
-        self._stale = Sparing(clock)
+        self._stale = OncePerSecond(clock)
         self._count = {result: metrics.PREFERENCE_CACHE.labels(result) for result in RESULTS}
 
     def for_channel(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
@@ -197,7 +197,7 @@ class Preferences:
                 self._last_primary_load, self._position = generation, load.position
             self._held = _Held(load.providers, self._clock() + self.lifetime)
             metrics.LAST_REFRESH.set_to_current_time()
-            self._on_load(_hosts(load.providers))
+            self._on_load(_endpoints(load.providers))
         return True
 
 
@@ -224,5 +224,5 @@ def _value(connection: Connection, query: LiteralString) -> int | None:
     return row[0] if row else None
 
 
-def _hosts(providers: Mapping[Channel, tuple[Provider, ...]]) -> set[str]:
-    return {one.host for some in providers.values() for one in some if one.host}
+def _endpoints(providers: Mapping[Channel, tuple[Provider, ...]]) -> set[str]:
+    return {one.endpoint for some in providers.values() for one in some if one.endpoint}

@@ -8,7 +8,7 @@ import requests
 from urllib3.util import parse_url
 
 from notifier.errors import Refused
-from notifier.models import Channel, host_label
+from notifier.models import Channel, endpoint_of
 
 MAX_NAME = 100
 MAX_URL = 2048
@@ -73,7 +73,7 @@ def _can_be_called(url: str) -> bool:
         requests.Request("POST", url).prepare()
     except (requests.RequestException, ValueError):
         return False
-    return host_label(url) is not None
+    return endpoint_of(url) is not None
 
 
 def _check_priority(priority: int) -> None:
@@ -97,11 +97,11 @@ def same_place(url: str, other: str) -> bool:
 
 def _normal(url: str) -> object:
     url = url.strip()
-    label = host_label(url)
-    if label is None:
+    endpoint = endpoint_of(url)
+    if endpoint is None:
         return url
     parts = parse_url(url)
-    return parts.scheme, label, parts.path or "/", parts.query or ""
+    return parts.scheme, endpoint, parts.path or "/", parts.query or ""
 
 
 _CHECKS: dict[str, Callable[[Any], None]] = {
