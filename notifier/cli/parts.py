@@ -1,4 +1,4 @@
-"""How commands get at the settings and the parts of the service."""
+"""The settings and the parts of the service, as commands get at them."""
 
 import os
 from contextlib import suppress
@@ -22,10 +22,10 @@ class Parts(Protocol):
 
 
 def read_settings() -> Settings | None:
-    """Return the settings of the environment, or end the process with one line that says why not.
+    """Return the settings of the environment; end the process with one line if they are unusable.
 
-    While flask looks for a command the answer is None instead: flask loads the application even to
-    show `--help`, which works in any environment. `parts` ends the process if the command runs.
+    Return None instead while flask only looks for a command: it loads the application even to show
+    `--help`, which works in any environment. `parts` ends the process if the command then runs.
     """
     if not _is_looking_for_command():
         return settings_or_exit()
