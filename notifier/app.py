@@ -8,10 +8,11 @@ from notifier import __version__
 from notifier.attempts import Attempts
 from notifier.breakers import Breakers, Policy
 from notifier.capacity import Capacity
-from notifier.cli import migrate, providers
+from notifier.cli import commands
+from notifier.cli.parts import read_settings
 from notifier.delivery import Delivery
 from notifier.notifications import Notifier
-from notifier.settings import MIN_DEADLINE, Settings, settings_or_exit
+from notifier.settings import MIN_DEADLINE, Settings
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
 from notifier.store.refresher import Refresher
@@ -24,17 +25,17 @@ PATIENCE = 1.0
 
 def create_app(settings: Settings | None = None) -> Flask:
     """Return the WSGI application; without `settings` they are read from the environment."""
-    settings = settings or settings_or_exit()
+    settings = settings or read_settings()
     app = Flask("notifier", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = body.READ_LIMIT
     app.url_map.merge_slashes = False  # a doubled slash is no such path, not a redirect to HTML
-    app.extensions["notifier"] = build(settings)
+    if settings:  # None where flask only looks for a command
+        app.extensions["notifier"] = build(settings)
     app.register_blueprint(notify.blueprint)
     app.register_blueprint(ops.blueprint)
     requests.register(app)
     errors.register(app)
-    migrate.register(app)
-    providers.register(app)
+    commands.register(app)
     return app
 
 

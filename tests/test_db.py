@@ -13,10 +13,10 @@ from typing import Any
 
 import psycopg
 import pytest
-from psycopg import sql
+from psycopg import errors, sql
 
 from notifier.settings import Settings
-from notifier.store.db import Connection, Database, cut_off, reason, transaction
+from notifier.store.db import Connection, Database, bounded, log_fields, reason, transaction
 from tests.certificates import make_certificate
 from tests.conftest import Environment, connect, one_role
 from tests.pgbouncer import PgBouncer
@@ -462,7 +462,7 @@ def test_nobody_waits_for_a_server_process_that_has_stopped(database: Environmen
     backend = connection.info.backend_pid
     os.kill(backend, signal.SIGSTOP)
     try:
-        with within(5), pytest.raises(psycopg.OperationalError) as raised, cut_off(connection, 0.3):
+        with within(5), pytest.raises(psycopg.OperationalError) as raised, bounded(connection, 0.3):
             connection.execute("SELECT 1")
     finally:
         os.kill(backend, signal.SIGCONT)
@@ -470,7 +470,7 @@ def test_nobody_waits_for_a_server_process_that_has_stopped(database: Environmen
     assert connection.broken
 
 
-def test_what_is_done_in_time_is_not_cut_off(database: Environment) -> None:
+def test_work_that_is_done_in_time_is_not_ended(database: Environment) -> None:
     with database_of(database).connect() as connection:
         for _ in range(3):
             with transaction(connection, 5):
@@ -485,6 +485,75 @@ def test_a_reason_names_no_host_no_user_and_no_database(database: Environment) -
     assert "nobody-here" in str(raised.value)
     assert reason(raised.value) == ONE_IS_WRONG
     assert reason(RuntimeError("about user nobody-here")) == "unknown"
+
+
+IS_STANDBY = "the server is a standby"
+LACKS_PRIVILEGE = "the user lacks a privilege: migrate grants it"
+NOT_THERE = "the database, the user or the table does not exist"
+NO_ANSWER = "no answer in time"
+ENDED = "PostgreSQL ended the connection"
+
+# What the service may meet once it is connected: statements, SQLSTATE and reason of the last one.
+PROVOKED = [
+    ("SELECT FROM no_such_table", "42P01", NOT_THERE),
+    ("SELECT no_such_column FROM notification_preferences", "42703", NOT_THERE),
+    ("SELECT 'Email'::no_such_type", "42704", NOT_THERE),
+    ("SELECT no_such_function()", "42883", NOT_THERE),
+    ("SELECT FROM pg_authid", "42501", LACKS_PRIVILEGE),
+    ("SET statement_timeout = 50; SELECT pg_sleep(60)", "57014", NO_ANSWER),
+    ("SET TRANSACTION READ ONLY; CREATE TABLE mine ()", "25006", IS_STANDBY),
+    ("SELECT pg_terminate_backend(pg_backend_pid())", "57P01", ENDED),
+]
+
+
+@pytest.mark.parametrize(("statements", "state", "why"), PROVOKED, ids=lambda value: value[:20])
+def test_what_a_server_refuses_is_told_by_its_sqlstate(
+    statements: str, state: str, why: str, database: Environment
+) -> None:
+    with database_of(database).connect() as connection, pytest.raises(psycopg.Error) as raised:
+        connection.execute(statements.encode())
+    assert (raised.value.sqlstate, reason(raised.value)) == (state, why)
+
+
+@pytest.mark.parametrize(("state", "why"), [(state, why) for _, state, why in PROVOKED])
+def test_the_language_of_the_server_does_not_matter_where_there_is_a_sqlstate(
+    state: str, why: str, database: Environment
+) -> None:
+    said = f"DO $$ BEGIN RAISE EXCEPTION 'keine Berechtigung' USING ERRCODE = '{state}'; END $$"
+    with database_of(database).connect() as connection, pytest.raises(psycopg.Error) as raised:
+        connection.execute(said.encode())
+    assert str(raised.value).startswith("keine Berechtigung")
+    assert reason(raised.value) == why
+
+
+# Errors as psycopg makes them, with what makes the difference: the class, or else the text.
+MADE = [
+    (errors.AdminShutdown("timeout"), ENDED),
+    (errors.CrashShutdown("autre langue"), ENDED),
+    (errors.DatabaseDropped("autre langue"), ENDED),
+    (errors.IdleSessionTimeout("autre langue"), ENDED),
+    (errors.IdleInTransactionSessionTimeout("autre langue"), ENDED),
+    (errors.LockNotAvailable("autre langue"), NO_ANSWER),
+    (errors.InvalidSchemaName("autre langue"), NOT_THERE),
+    (
+        errors.ProtocolViolation("server login has been failing"),
+        "the pooler cannot reach PostgreSQL",
+    ),
+    (errors.CannotConnectNow("the database system is shutting down"), "PostgreSQL is stopping"),
+    (errors.ConnectionTimeout("connection timeout expired"), NO_ANSWER),
+    (psycopg.OperationalError("FATAL:  permission denied for database x"), LACKS_PRIVILEGE),
+    (psycopg.OperationalError('FATAL:  database "x" does not exist'), NOT_THERE),
+    (psycopg.OperationalError("server is in hot standby mode"), IS_STANDBY),
+    (psycopg.OperationalError("FATAL:  autre langue"), "unknown"),
+    (errors.UniqueViolation("autre langue"), "unknown"),
+    (OSError("Connection refused"), "refused"),
+]
+
+
+@pytest.mark.parametrize(("error", "why"), MADE, ids=repr)
+def test_a_reason_is_told_by_sqlstate_before_text(error: Exception, why: str) -> None:
+    assert reason(error) == why
+    assert log_fields(error) == {"error": type(error).__name__, "reason": why}
 
 
 # --- a pooler

@@ -529,8 +529,8 @@ def test_failed_attempts_pause_twice_as_long_each_time_up_to_half_a_minute(
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     chances: list[tuple[float, float]] = []
-    monkeypatch.setattr(refresher, "_by_chance", lambda *bounds: chances.append(bounds) or 1.0)
-    attempts = refresher._Attempts()
+    monkeypatch.setattr(refresher, "_jitter", lambda *bounds: chances.append(bounds) or 1.0)
+    attempts = refresher._Backoff()
     assert attempts.due()
     for _ in range(2):
         for pause in (0.5, 1, 2, 4, 8, 16, 30, 30):
@@ -549,14 +549,14 @@ def test_failed_attempts_pause_twice_as_long_each_time_up_to_half_a_minute(
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Each pause after a failure of the listener's, unshortened."""
     noted: list[float] = []
-    monkeypatch.setattr(refresher, "_by_chance", lambda _, high: high)
-    fail = refresher._Attempts.fail
+    monkeypatch.setattr(refresher, "_jitter", lambda _, high: high)
+    fail = refresher._Backoff.fail
 
     def note(attempts: Any) -> None:
         fail(attempts)
         noted.append(round(attempts.at - time.monotonic(), 1))
 
-    monkeypatch.setattr(refresher._Attempts, "fail", note)
+    monkeypatch.setattr(refresher._Backoff, "fail", note)
     return noted
 
 

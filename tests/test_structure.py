@@ -178,6 +178,28 @@ def test_gunicorns_configuration_loads_nothing_that_belongs_to_the_workers() -> 
     assert modules.isdisjoint({"flask", "werkzeug", "psycopg", "requests", "prometheus_client"})
 
 
+def test_a_worker_loads_neither_the_commands_nor_what_only_they_use() -> None:
+    code = (
+        "import json, sys; from notifier.app import create_app; create_app();"
+        " print(json.dumps([*sys.modules]))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=REQUIRED,
+        capture_output=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    modules = set(json.loads(loaded))
+    store = {"catalogue", "migrations", "role_check", "roles"}
+    assert modules.isdisjoint({"yoyo", *(f"notifier.store.{name}" for name in store)})
+    assert {name for name in modules if name.startswith("notifier.cli.")} == {
+        "notifier.cli.commands",
+        "notifier.cli.parts",
+    }
+
+
 def pinned(name: str) -> dict[str, str]:
     """Return package and version of each line of a requirements file, all of them pinned."""
     versions: dict[str, str] = {}
