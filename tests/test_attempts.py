@@ -23,7 +23,7 @@ from notifier.errors import AttemptFailed, Fault, TransportError
 from notifier.models import Message, Provider
 from notifier.wire.exchange import Answer
 from notifier.wire.transport import Transport
-from tests.conftest import Growth, MakeSettings, MakeTransport
+from tests.fixtures import Growth, MakeSettings, MakeTransport
 
 URL = "https://mail.example.com/v1/send"
 HOST = "mail.example.com:443"

@@ -19,7 +19,7 @@ from notifier.store.catalogue import Entry
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
 from notifier.store.values import Values
-from tests.conftest import Environment, connect, one_role
+from tests.fixtures import Environment, connect, one_role
 from tests.timing import eventually, within
 
 URL = "https://mail.example.com/v1/send"
@@ -293,18 +293,23 @@ def test_an_active_row_with_the_same_channel_and_url_is_in_the_way(
 
 @pytest.mark.parametrize(("present", "url"), DIFFERENT)
 def test_a_different_url_is_not(
-    present: str, url: str, owner: Database, add_provider: AddProvider
+    present: str, url: str, owner: Database, database: Environment, add_provider: AddProvider
 ) -> None:
     add_provider(present)
-    catalogue.add(owner, values(host=url))
+    added = catalogue.add(owner, values(host=url))
+    assert (added.id, added.state) == (2, "active")
+    assert [row["host"] for row in stored(database)] == [present, url]
 
 
 def test_neither_the_other_channels_row_nor_a_removed_one_is_in_the_way(
     owner: Database, add_provider: AddProvider
 ) -> None:
-    add_provider(URL, "PushNotification")
-    catalogue.remove(owner, add_provider(URL, "Email"))
-    catalogue.add(owner, values(host=URL))
+    other = add_provider(URL, "PushNotification")
+    removed = add_provider(URL, "Email")
+    catalogue.remove(owner, removed)
+    added = catalogue.add(owner, values(host=URL))
+    states = {entry.id: entry.state for entry in catalogue.entries(owner)}
+    assert states == {other: "active", removed: "removed", added.id: "active"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from flask.cli import FlaskGroup
 
 from notifier.app import create_app
-from tests.conftest import MakeSettings
+from tests.fixtures import MakeSettings
 from tests.service import ROOT
 
 COMMANDS = [

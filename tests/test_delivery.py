@@ -23,7 +23,7 @@ from notifier.settings import MIN_DEADLINE, Settings
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
 from notifier.wire import streams
-from tests.conftest import Environment, Growth, MakeProvider, MakeTransport
+from tests.fixtures import Environment, Growth, MakeProvider, MakeTransport
 from tests.scripted_provider import (
     Peer,
     Received,
@@ -559,6 +559,33 @@ def test_a_hanging_host_counts_as_failed_where_the_deadline_is_one_attempt_long(
     made = make(Known(email=rows(provider.url)), timeout=0.4, deadline=settings.notify_deadline)
     assert not made.to(Recipient.BUYER)
     assert made.recorded(provider.host) == "failure"
+
+
+def test_the_other_channels_are_awaited_where_the_first_fails_in_an_unforeseen_way(
+    make: Callable[..., Made], make_provider: MakeProvider
+) -> None:
+    """Else whoever asked hears of an error, while messages are still being sent."""
+    asked = threading.Event()
+
+    def slow(peer: Peer, received: Received) -> None:
+        asked.set()
+        peer.pause(0.3)
+        answer()(peer, received)
+
+    push = make_provider(slow)
+    pushes = rows(push.url, channel=Channel.PUSH)
+
+    class Broken:
+        def for_channel(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
+            if channel is Channel.PUSH:
+                return pushes
+            assert asked.wait(10)
+            raise ZeroDivisionError
+
+    made = make(Broken())
+    with pytest.raises(ZeroDivisionError):
+        made.to(Recipient.SELLER)
+    assert made.recorded(push.host) == "success"
 
 
 def test_the_deadline_bounds_all_attempts_of_all_channels_together(

@@ -29,13 +29,13 @@ def test_containers(): pass
 
 
 @pytest.fixture
-def run(tmp_path: Path):
+def run(processes: None, tmp_path: Path):
     """Run `TESTS` with variables and arguments; return exit code and output."""
     (tmp_path / "test_sample.py").write_text(TESTS)
 
     def run(*arguments: str, **variables: str) -> tuple[int, str]:
         ours = dict.fromkeys(("TEST_CONTAINERS", "REQUIRE_ALL", "PYTEST_ADDOPTS"), "")
-        pytest_ = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-v"]
+        pytest_ = [sys.executable, "-m", "pytest", "-p", "conftest", "-v"]
         done = subprocess.run(
             [*pytest_, "--rootdir", tmp_path, "-c", ROOT / "setup.cfg", *arguments, tmp_path],
             cwd=ROOT,

@@ -25,7 +25,7 @@ from notifier.wire import exchange as exchange_module
 from notifier.wire import streams
 from notifier.wire.exchange import DRAIN_BYTES, DRAIN_SECONDS, STATUS_ONLY, Answer, Wanted
 from notifier.wire.transport import Transport
-from tests.conftest import MakeProvider, MakeTransport
+from tests.fixtures import MakeProvider, MakeTransport
 from tests.posting import failure, post
 from tests.scripted_provider import (
     Peer,
