@@ -95,6 +95,7 @@ def test_without_settings_the_service_itself_cannot_start() -> None:
         create_app()
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(("command", "code"), [("--help", 0), ("migrate", 1)])
 def test_a_process_with_an_empty_environment_does_the_same(command: str, code: int) -> None:
     done = subprocess.run(

@@ -179,6 +179,7 @@ def test_gunicorns_configuration_loads_nothing_that_belongs_to_the_workers() -> 
     assert modules.isdisjoint({"flask", "werkzeug", "psycopg", "requests", "prometheus_client"})
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_worker_loads_neither_the_commands_nor_what_only_they_use() -> None:
     code = (
         "import json, sys; from notifier.app import create_app; create_app();"
