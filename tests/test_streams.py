@@ -91,7 +91,7 @@ def test_whoever_says_too_much_in_one_phase_is_left() -> None:
     budget = Budget(time.monotonic() + 10)
     with serving(serve) as port:
         stream = connect(budget, look_up(LOOPBACK, port))
-        budget.begin_phase(100_000)
+        budget.extend(100_000)
         with pytest.raises(Overlong):
             deque(iter(lambda: stream.receive(budget), b""), maxlen=0)
         stream.close()

@@ -20,9 +20,6 @@ from notifier.wire.streams import Budget, Overlong, Plain, Stream
 DRAIN_SECONDS = 1.0
 DRAIN_BYTES = 64 * 1024
 
-# What an answer may have besides a body of DRAIN_BYTES: header fields, chunk sizes, trailers.
-OVERHEAD_BYTES = 8 * 1024
-
 # A firewall on the way may have forgotten a connection that was idle for longer.
 IDLE_SECONDS = 30.0
 
@@ -167,7 +164,7 @@ class _Reader:
     def drain(self, budget: Budget) -> None:
         """Read the rest, unless it is too long or takes too long."""
         budget.deadline = min(budget.deadline, time.monotonic() + DRAIN_SECONDS)
-        budget.begin_phase(DRAIN_BYTES + OVERHEAD_BYTES)
+        budget.extend(DRAIN_BYTES)
         with suppress(OSError, Overlong, httptools.HttpParserError):
             self._parser.feed_data(self._unparsed)
             while not self._is_whole:

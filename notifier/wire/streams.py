@@ -60,9 +60,13 @@ class Budget:
             raise TimeoutError("the deadline has passed")
         return left
 
-    def begin_phase(self, most: int = PHASE_BYTES) -> None:
-        """Let another `most` bytes be read."""
-        self._bytes = most
+    def begin_phase(self) -> None:
+        """Let `PHASE_BYTES` be read from now on."""
+        self._bytes = PHASE_BYTES
+
+    def extend(self, count: int) -> None:
+        """Let `count` more bytes be read."""
+        self._bytes += count
 
     def spend(self, count: int) -> None:
         """Note that `count` bytes were read.
