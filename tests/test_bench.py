@@ -29,6 +29,7 @@ from tests.service import MESSAGE
 from tests.timing import eventually, within
 from tools.bench import parts, report, stacks
 from tools.bench.cold import ColdPreferences
+from tools.bench.counters import cpu_seconds
 from tools.bench.figures import (
     Figures,
     Goal,
@@ -50,11 +51,11 @@ from tools.bench.load import (
     PAUSE,
     Order,
     Turn,
-    cpu_seconds,
     evenness,
     take_turn,
 )
-from tools.bench.parts import Main, take
+from tools.bench.parts import Main
+from tools.bench.plan import take
 from tools.measure import CannotMeasure
 
 HEAD = b"POST /send HTTP/1.1\r\nHost: here\r\ncontent-length: 5\r\n\r\n"
@@ -292,7 +293,7 @@ def test_a_cold_cache_asks_at_every_look_up() -> None:
     preferences = ColdPreferences(cast(Database, database), lifetime=600)
     for _ in range(3):
         with pytest.raises(PreferencesUnavailable):
-            preferences.providers(Channel.EMAIL, time.monotonic() + 2)
+            preferences.for_channel(Channel.EMAIL, time.monotonic() + 2)
     assert database.asked == 3
 
 

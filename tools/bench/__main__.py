@@ -19,7 +19,7 @@ import psycopg
 from tools.bench import parts, report, stacks
 from tools.bench.figures import Goal
 from tools.bench.load import ROOT
-from tools.bench.parts import QUICK, Bench, Plan
+from tools.bench.plan import QUICK, Bench, Plan
 from tools.dev import postgres
 from tools.measure import CannotMeasure
 
@@ -40,11 +40,13 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     plan = QUICK if arguments.quick else Plan()
     plan = plan._replace(rounds=arguments.rounds or plan.rounds)
+    plan = plan._replace(turns=arguments.rounds or plan.turns)
     try:
         with ExitStack() as stack:
             server = postgres.acquire(ephemeral=True)
             stack.callback(server.close)
-            bench = Bench(plan, server, stack.enter_context(stacks.sink()))
+            urls = stack.enter_context(stacks.sink())
+            bench = Bench(plan, server, urls, arguments.beside)
             run(bench, arguments.only or [*parts.PARTS], arguments.to)
     except FAILURES as error:
         print(f"make bench: {error}", file=sys.stderr)
@@ -64,7 +66,13 @@ def _arguments() -> argparse.Namespace:
         metavar="PART",
         help=(f"measure only this part: {', '.join(parts.PARTS)}; may be repeated"),
     )
-    parser.add_argument("--rounds", type=int, help="rounds of the main table")
+    parser.add_argument("--rounds", type=int, help="rounds of the main table, and of one worker")
+    parser.add_argument(
+        "--beside",
+        type=_checkout,
+        metavar="CHECKOUT",
+        help="compare one worker with that of another checkout; unless --only says more, only that",
+    )
     parser.add_argument(
         "--to",
         type=Path,
@@ -75,9 +83,18 @@ def _arguments() -> argparse.Namespace:
         ),
     )
     arguments = parser.parse_args()
+    if arguments.beside and not arguments.only:
+        arguments.only = ["worker"]
     if not (arguments.to or arguments.quick or arguments.only):
         arguments.to = ROOT / "docs"
     return arguments
+
+
+def _checkout(text: str) -> Path:
+    path = Path(text).resolve()
+    if not (path / "gunicorn.conf.py").exists():
+        raise argparse.ArgumentTypeError(f"{path} has no gunicorn.conf.py")
+    return path
 
 
 def run(bench: Bench, names: list[str], folder: Path | None) -> None:

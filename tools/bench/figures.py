@@ -19,6 +19,8 @@ class Figures(NamedTuple):
     p99: float
     refused: int
     busy: float  # the share of the machine's CPUs that anybody used
+    voluntary: float = 0.0  # context switches a reply; none where they cannot be counted
+    involuntary: float = 0.0
 
 
 NO_FIGURES = Figures(0, 0, 0, 0, 0, 0)
@@ -96,6 +98,8 @@ def figures(turn: Turn, busy: float = 0.0) -> Figures:
         p99=percentile(turn.latencies, 99),
         refused=turn.refused,
         busy=busy,
+        voluntary=turn.voluntary / replies,
+        involuntary=turn.involuntary / replies,
     )
 
 

@@ -6,7 +6,6 @@ What it costs is not counted, but it shares the CPUs with what is measured, so i
 """
 
 import json
-import platform
 import re
 import selectors
 import socket
@@ -18,6 +17,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from tools.bench.counters import cpu_seconds, growth, switches, system_calls
 
 ROOT = Path(__file__).parent.parent.parent
 HOST = "127.0.0.1"
@@ -58,6 +59,7 @@ class Order:
     pids: Sequence[int] = ()
     workers: int = 1
     evenness: float = 0.0
+    trace: bool = False  # count system calls, which slows the processes down
 
 
 @dataclass
@@ -69,6 +71,10 @@ class Turn:
     latencies: list[float] = field(default_factory=list)  # of the 200s, in milliseconds
     refused: int = 0
     errors: dict[str, int] = field(default_factory=dict)
+    voluntary: int = 0  # context switches
+    involuntary: int = 0
+    calls: dict[str, int] = field(default_factory=dict)  # system calls, if they were to be counted
+    problem: str = ""  # why they were not
 
 
 class Caller:
@@ -132,13 +138,21 @@ class Load:
         else:
             self._warm_up()
         self._turn = counted = Turn(errors=self._errors)
+        with system_calls(order.pids if order.trace else ()) as calls:
+            self._count(counted)
+        counted.calls, counted.problem = calls.by_name, calls.problem
+        self._hang_up()
+        return counted
+
+    def _count(self, counted: Turn) -> None:
+        order = self._order
+        switched = switches(order.pids)
         cpu, began = cpu_seconds(order.pids), time.perf_counter()
         self._go_on(order.count, order.seconds)
         # Not until now: at a provider that is slow replies come in waves.
         counted.seconds = self._last_reply - began
         counted.cpu = cpu_seconds(order.pids) - cpu
-        self._hang_up()
-        return counted
+        counted.voluntary, counted.involuntary = growth(switched, switches(order.pids))
 
     def _warm_up(self) -> float:
         """Let all callers connect and call; return how evenly the workers share them."""
@@ -224,16 +238,6 @@ def evenness(used: Sequence[float], workers: int) -> float:
     """
     busiest = sorted(used, reverse=True)[:workers]
     return min(busiest) * workers / sum(busiest) if any(busiest) else 1.0
-
-
-def cpu_seconds(pids: Sequence[int]) -> float:
-    """Return the CPU time that processes have used, user and system, ended threads included."""
-    if platform.system() == "Linux":
-        # clock_getcpuclockid(3), which Python lacks. In nanoseconds, where /proc has ticks.
-        return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)
-    import psutil  # noqa: PLC0415 not needed on Linux
-
-    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
 
 
 def take_turn(order: Order) -> Turn:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, NamedTuple
 from urllib.parse import urlsplit
@@ -19,10 +20,8 @@ import requests
 from psycopg import sql
 
 from notifier.models import Channel
-from notifier.settings import Settings
-from notifier.store import migrations
 from tools.bench.load import HOST, ROOT
-from tools.dev import postgres
+from tools.dev import guard, postgres
 from tools.faults import owner, wait_until
 from tools.measure import LISTENING, CannotMeasure, series
 
@@ -73,6 +72,11 @@ class Stack(NamedTuple):
         """Return the processes whose CPU counts."""
         return [process.pid for process in self.processes()]
 
+    def workers(self) -> list[int]:
+        """Return the workers alone."""
+        (master,) = psutil.Process(self.guard).children()
+        return [process.pid for process in master.children()]
+
     def memory(self) -> Use:
         """Return the megabytes that the processes use now; what several share counts in part."""
         processes = self.processes()
@@ -118,9 +122,13 @@ def compared(app: App, url: str, workers: int = WORKERS, threads: int = THREADS)
 
 @contextmanager
 def service(
-    database: Environment, app: str = "", workers: int = WORKERS, threads: int = THREADS
+    database: Environment,
+    app: str = "",
+    workers: int = WORKERS,
+    threads: int = THREADS,
+    checkout: Path = ROOT,
 ) -> Iterator[Stack]:
-    """Run the service on `database` as operators do, its log going to a file."""
+    """Run the service of a checkout on `database` as operators do, its log going to a file."""
     port = free_port()
     address = f"{HOST}:{port}"
     variables = {
@@ -130,30 +138,31 @@ def service(
         "CIRCUIT_BREAKER_OPEN_STATE_TIMEOUT": "1h",
     }
     command = ["gunicorn", *([app] if app else []), "--bind", address]
-    with _running(port, command, postgres.serving(database) | variables) as (stack, log):
+    variables |= postgres.serving(database)
+    with _running(port, command, variables, checkout) as (stack, log):
         wait_until(lambda: _alive(stack, log) and _all_listen(port, workers))
         yield stack
 
 
 @contextmanager
 def _running(
-    port: int, command: list[str], variables: Environment
+    port: int, command: list[str], variables: Environment, folder: Path = ROOT
 ) -> Iterator[tuple[Stack, IO[bytes]]]:
-    """Run a Python module; the guard stops it should we be killed."""
+    """Run a Python module in a folder; the guard, always ours, stops it should we be killed."""
     python = [sys.executable, "-m"]
     with (
         TemporaryFile() as log,
         subprocess.Popen(
-            [*python, "tools.dev.guard", *python, *command],
-            cwd=ROOT,
+            [sys.executable, guard.__file__, *python, *command],
+            cwd=folder,
             env={"PATH": os.environ.get("PATH", os.defpath)} | variables,
             stdin=subprocess.PIPE,  # closed at the end of the block, which ends the command
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # out of reach of the terminal's Ctrl-C
-        ) as guard,
+        ) as process,
     ):
-        yield Stack(port, guard.pid), log
+        yield Stack(port, process.pid), log
 
 
 def provider(url: str) -> Stack:
@@ -196,13 +205,18 @@ def _all_listen(port: int, workers: int) -> bool:
     return False
 
 
-def database(server: postgres.Server, email: Sequence[str], push: str) -> Environment:
-    """Make a database with providers at these URLs, e-mail's in order; return its `DB_*`."""
+def database(
+    server: postgres.Server, email: Sequence[str], push: str, checkout: Path = ROOT
+) -> Environment:
+    """Make a database with providers at these URLs, e-mail's in order; return its `DB_*`.
+
+    Its schema is that of the checkout.
+    """
     name = f"bench_{uuid.uuid4().hex[:8]}"
     with owner(server).connect() as connection:
         connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
     environment = server.env | {"DB_NAME": name}
-    migrations.migrate(Settings.from_env(environment))
+    _migrate(environment, checkout)
     rows = [(Channel.EMAIL, place, url) for place, url in enumerate(email)]
     with owner(server, DB_NAME=name).connect() as connection:
         connection.cursor().executemany(
@@ -212,3 +226,19 @@ def database(server: postgres.Server, email: Sequence[str], push: str) -> Enviro
             [*rows, (Channel.PUSH, 0, push)],
         )
     return environment
+
+
+def _migrate(environment: Environment, checkout: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flask", "--app", "notifier.app", "migrate"],
+        check=False,
+        cwd=checkout,
+        env={"PATH": os.environ.get("PATH", os.defpath)} | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        last = done.stdout.strip().splitlines()[-1:]
+        raise CannotMeasure(f"the database of {checkout} was not migrated: {' '.join(last)}")

@@ -1,0 +1,82 @@
+"""How much is measured, and a turn: callers at one stack, all others idle."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from tools.bench import stacks
+from tools.bench.figures import Figures, figures
+from tools.bench.load import ROOT, Order, Turn, take_turn
+from tools.bench.stacks import Stack
+from tools.dev import postgres
+from tools.measure import CannotMeasure
+
+BUYER, SELLER = (f"/api/v1.0/recipient/{who}/notify" for who in ("buyer", "seller"))
+
+
+class Plan(NamedTuple):
+    """How much is done."""
+
+    rounds: int = 19
+    replies: int = 800  # for each row and round
+    seconds: float = 2.0  # of the other turns
+    workers: tuple[int, ...] = (1, 2, 4)
+    callers: tuple[int, ...] = (1, 4, 16, 64, 256)
+    notifications: int = 100_000
+    turns: int = 15  # of one worker, for each case
+    turn: int = 400  # replies
+
+
+QUICK = Plan(
+    rounds=5,
+    replies=300,
+    seconds=0.7,
+    workers=(1, 2),
+    callers=(1, 16, 256),
+    notifications=10_000,
+    turns=9,
+    turn=250,
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all parts use; `beside` is another checkout of the project, to compare ours with."""
+
+    plan: Plan
+    server: postgres.Server
+    urls: dict[str, str]
+    beside: Path | None = None
+
+    def service(self, email: str, push: str, checkout: Path = ROOT, **how: Any) -> Any:
+        """Run the service of a checkout with one provider for each channel."""
+        providers = [self.urls[email]], self.urls[push]
+        database = stacks.database(self.server, *providers, checkout)
+        return stacks.service(database, checkout=checkout, **how)
+
+
+def take(stack: Stack, path: str, callers: int, warm_up: int, **bounds: Any) -> Figures:
+    """Take a turn and return its figures.
+
+    Raises:
+        CannotMeasure: a reply was wrong, or none came.
+    """
+    psutil.cpu_percent()
+    turn = right_turn(stack, path, callers, warm_up, **bounds)
+    return figures(turn, busy=psutil.cpu_percent() / 100)
+
+
+def right_turn(stack: Stack, path: str, callers: int, warm_up: int, **bounds: Any) -> Turn:
+    """Take a turn; `bounds` are the other fields of its `Order`.
+
+    Raises:
+        CannotMeasure: a reply was wrong, or none came.
+    """
+    turn = take_turn(Order(stack.port, path, callers, warm_up, **{"pids": stack.pids()} | bounds))
+    if turn.errors or not turn.latencies:
+        raise CannotMeasure(f"{len(turn.latencies)} replies were right, and wrong {turn.errors}")
+    print(".", end="", file=sys.stderr, flush=True)
+    return turn
