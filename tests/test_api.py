@@ -23,7 +23,7 @@ from notifier.delivery import ChannelResult, Report
 from notifier.models import Channel, Message, Recipient
 from notifier.settings import MIN_DEADLINE, Settings
 from notifier.web.body import MAX_BODY_BYTES
-from tests.conftest import Growth, MakeSettings
+from tests.fixtures import Growth, MakeSettings
 
 NOTIFY = "/api/v1.0/recipient/buyer/notify"
 GOOD = {"to": "buyer@example.com", "title": "Your order", "message": "It is on its way"}

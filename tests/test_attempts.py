@@ -25,7 +25,7 @@ from notifier.breakers import Breaker, Breakers, Call, Policy
 from notifier.errors import AttemptFailed, TransportError
 from notifier.models import Message, Provider
 from notifier.wire.transport import Transport
-from tests.conftest import Growth, MakeSettings
+from tests.fixtures import Growth, MakeSettings
 
 URL = "https://mail.example.com/v1/send"
 HOST = "mail.example.com:443"

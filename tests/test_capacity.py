@@ -16,7 +16,7 @@ import requests
 from notifier import capacity as capacity_module
 from notifier.capacity import Capacity
 from notifier.errors import Overloaded
-from tests.conftest import Growth, MakeProvider
+from tests.fixtures import Growth, MakeProvider
 from tests.scripted_provider import Peer, Received, answer
 from tests.service import MESSAGE, Service
 from tests.sockets import until_the_end

@@ -18,7 +18,7 @@ from notifier.store import catalogue
 from notifier.store.catalogue import Entry, Values
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
-from tests.conftest import Environment, connect, one_role
+from tests.fixtures import Environment, connect, one_role
 from tests.timing import eventually, within
 
 URL = "https://mail.example.com/v1/send"

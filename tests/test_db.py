@@ -18,7 +18,7 @@ from psycopg import sql
 from notifier.settings import Settings
 from notifier.store.db import Connection, Database, cut_off, reason, transaction
 from tests.certificates import make_certificate
-from tests.conftest import Environment, connect, one_role
+from tests.fixtures import Environment, connect, one_role
 from tests.pgbouncer import PgBouncer
 from tests.service import ROOT, clean_environment
 from tests.sockets import LOOPBACK, not_answering, refusing, silent

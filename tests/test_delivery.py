@@ -23,7 +23,7 @@ from notifier.settings import MIN_DEADLINE, Settings
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
 from notifier.wire import exchange
-from tests.conftest import Environment, Growth, MakeProvider, MakeTransport
+from tests.fixtures import Environment, Growth, MakeProvider, MakeTransport
 from tests.scripted_provider import (
     Peer,
     Received,

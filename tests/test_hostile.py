@@ -27,7 +27,7 @@ from notifier.errors import AttemptFailed
 from notifier.models import Message, Provider
 from notifier.wire import exchange as exchange_module
 from notifier.wire.transport import Transport
-from tests.conftest import MakeProvider, MakeTransport
+from tests.fixtures import MakeProvider, MakeTransport
 from tests.posting import failure, post
 from tests.scripted_provider import (
     Peer,

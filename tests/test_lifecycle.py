@@ -18,7 +18,7 @@ import psutil
 import pytest
 import requests
 
-from tests.conftest import MakeProvider
+from tests.fixtures import MakeProvider
 from tests.scripted_provider import Peer, Received, answer
 from tests.service import ROOT, Service, clean_environment
 from tests.sockets import LOOPBACK, not_answering, silent

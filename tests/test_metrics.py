@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from notifier import __version__, metrics
 from notifier.breakers import CHANGES, Breaker, Breakers, Policy
 from notifier.settings import Settings
-from tests.conftest import Growth, MakeProvider, connect
+from tests.fixtures import Growth, MakeProvider, connect
 from tests.scripted_provider import Peer, Received, answer
 from tests.service import Service
 from tests.timing import eventually

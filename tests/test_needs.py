@@ -35,7 +35,7 @@ def run(tmp_path: Path):
 
     def run(*arguments: str, **variables: str) -> tuple[int, str]:
         ours = dict.fromkeys(("TEST_CONTAINERS", "REQUIRE_ALL", "PYTEST_ADDOPTS"), "")
-        pytest_ = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-v"]
+        pytest_ = [sys.executable, "-m", "pytest", "-p", "conftest", "-v"]
         done = subprocess.run(
             [*pytest_, "--rootdir", tmp_path, "-c", ROOT / "setup.cfg", *arguments, tmp_path],
             cwd=ROOT,

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from notifier.cli.providers import providers
 from notifier.settings import Settings
 from notifier.store import migrations
-from tests.conftest import Environment, MakeProvider, connect
+from tests.fixtures import Environment, MakeProvider, connect
 from tests.prometheus import SHIPPED, Prometheus
 from tests.scripted_provider import ScriptedProvider, answer
 from tests.service import ROOT, Service

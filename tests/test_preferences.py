@@ -27,7 +27,7 @@ from notifier.store.preferences import (
     WRITTEN,
     Preferences,
 )
-from tests.conftest import Environment, Growth, connect, one_role
+from tests.fixtures import Environment, Growth, connect, one_role
 from tests.sockets import LOOPBACK, refusing, silent
 from tests.timing import eventually, within
 

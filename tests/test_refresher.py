@@ -22,7 +22,7 @@ from notifier.store import migrations, refresher
 from notifier.store.db import DATABASE_WAIT, Connection, Database
 from notifier.store.preferences import CHANGES, Preferences
 from notifier.store.refresher import LONGEST_PAUSE, SHORTEST_PAUSE, SPACING
-from tests.conftest import Environment, Growth, MakeSettings, connect
+from tests.fixtures import Environment, Growth, MakeSettings, connect
 from tests.refreshed import NAME, Refreshed, listening, refreshers, wait_until_listening
 from tests.sockets import LOOPBACK, refusing, silent
 from tests.timing import eventually, within

@@ -16,7 +16,7 @@ from notifier.store import migrations
 from notifier.store.db import Connection, Database
 from notifier.store.preferences import Preferences, _Load
 from notifier.store.refresher import PROBES
-from tests.conftest import Environment, Growth, MakeProvider, connect
+from tests.fixtures import Environment, Growth, MakeProvider, connect
 from tests.pgbouncer import PgBouncer
 from tests.refreshed import Refreshed, listening, wait_until_listening
 from tests.service import Service

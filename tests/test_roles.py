@@ -17,7 +17,7 @@ from notifier.store import migrations, roles
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
 from notifier.store.roles import NotGranted
-from tests.conftest import Environment, connect, create_database
+from tests.fixtures import Environment, connect, create_database
 from tests.test_schema import NAMES, execute, migrating, rows, run, waiting
 from tests.timing import eventually
 

@@ -18,7 +18,7 @@ from notifier.settings import Settings
 from notifier.store import migrations, roles
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
-from tests.conftest import Environment, connect
+from tests.fixtures import Environment, connect
 from tests.service import ROOT, clean_environment
 from tests.sockets import LOOPBACK, refusing, silent
 from tests.timing import eventually

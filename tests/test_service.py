@@ -12,7 +12,7 @@ import psutil
 import pytest
 import requests
 
-from tests.conftest import connect, create_database
+from tests.fixtures import connect, create_database
 from tests.scripted_provider import Peer, Received, Script, answer, close, reset
 from tests.service import MESSAGE, ROOT, Service, clean_environment
 from tests.timing import eventually

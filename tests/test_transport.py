@@ -23,7 +23,7 @@ from notifier.errors import TransportError
 from notifier.wire import exchange as exchange_module
 from notifier.wire.exchange import DRAIN_BYTES, DRAIN_SECONDS
 from notifier.wire.transport import Transport
-from tests.conftest import MakeProvider, MakeTransport
+from tests.fixtures import MakeProvider, MakeTransport
 from tests.posting import failure, post
 from tests.scripted_provider import (
     Peer,

@@ -13,7 +13,7 @@ import pytest
 from notifier.wire import exchange as exchange_module
 from notifier.wire.transport import Transport
 from tests.certificates import make_certificate, name_in_folder
-from tests.conftest import MakeProvider, MakeTransport
+from tests.fixtures import MakeProvider, MakeTransport
 from tests.posting import failure, post
 from tests.scripted_provider import answer
 from tests.sockets import LOOPBACK, not_answering, refusing, silent

@@ -11,7 +11,7 @@ import pytest
 
 from notifier.wire import exchange as exchange_module
 from notifier.wire.transport import Transport
-from tests.conftest import MakeProvider, MakeTransport
+from tests.fixtures import MakeProvider, MakeTransport
 from tests.posting import failure, post
 from tests.scripted_provider import Peer, Received, Script, ScriptedProvider, answer, close, hang
 from tests.sockets import LOOPBACK, refusing, silent

@@ -11,7 +11,7 @@ import pytest
 import requests
 
 from notifier.serving.worker import HEAD_BYTES, REQUEST_SECONDS, UNREAD_BODY_SECONDS
-from tests.conftest import MakeProvider
+from tests.fixtures import MakeProvider
 from tests.service import MESSAGE, Service
 from tests.sockets import until_the_end
 from tests.timing import eventually, within

@@ -20,7 +20,7 @@ import pytest
 from tests.timing import eventually
 from tools.dev import cluster, postgres
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMAND_LINE = [sys.executable, "-m", "tools.dev.postgres"]
 TELL_PORT_AND_WAIT = "import os, sys; print(os.environ['DB_PORT'], flush=True); sys.stdin.read()"
 

@@ -1,15 +1,8 @@
-"""What the tests share: PostgreSQL, databases made from a migrated one, settings, providers.
-
-A test marked `needs(what)` is left out where `what` is missing, and the summary says so. `what` is
-an executable, "postgresql" for the system's own, or "containers": those tests run with
-TEST_CONTAINERS=1. REQUIRE_ALL=1 makes anything else that is missing an error.
-"""
+"""What the tests share: PostgreSQL, databases made from a migrated one, settings, providers."""
 
 import itertools
 import os
-import shutil
 import ssl
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +18,6 @@ from notifier.settings import Settings
 from notifier.store import migrations
 from notifier.store.db import Database
 from notifier.wire.transport import Transport
-from tests import pgbouncer, system_postgres
 from tests.certificates import make_certificate
 from tests.scripted_provider import Script, ScriptedProvider
 from tests.service import Service
@@ -41,46 +33,7 @@ Growth = Callable[[str], dict[tuple[str, ...], float]]
 _FIELDS = [*Settings.__dataclass_fields__, *(f"{f}_file" for f in Settings.__dataclass_fields__)]
 _OURS = [*_FIELDS, "http_proxy", "https_proxy", "all_proxy", "no_proxy"]
 
-# What is looked for elsewhere than on the path.
-_INSTALLED: dict[str, Callable[[str], object]] = {
-    "postgresql": lambda _: system_postgres.binaries(),
-    "pgbouncer": lambda _: pgbouncer.executable(),
-}
-
 _names = itertools.count(1)
-
-_LEFT_OUT = pytest.StashKey[Counter[str]]()  # how many tests, by reason
-
-
-@pytest.hookimpl(trylast=True)  # so that what -k and -m leave out needs nothing
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests that need what this machine does not have."""
-    reasons = {item: reason for item in items if (reason := _missing(item))}
-    config.stash[_LEFT_OUT] = Counter(reasons.values())
-    if reasons:
-        config.hook.pytest_deselected(items=[*reasons])
-        items[:] = [item for item in items if item not in reasons]
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    """Say what was left out, and why."""
-    for reason, count in config.stash.get(_LEFT_OUT, Counter()).items():
-        terminalreporter.line(f"deselected {count} test{'s'[: count > 1]}: {reason}")
-
-
-def _missing(item: pytest.Item) -> str | None:
-    """Return why the test cannot run here; None if it can."""
-    for what in (mark.args[0] for mark in item.iter_markers("needs")):
-        if what == "containers":
-            if os.environ.get("TEST_CONTAINERS") != "1":
-                return "TEST_CONTAINERS is not 1"
-        elif not _INSTALLED.get(what, shutil.which)(what):
-            if os.environ.get("REQUIRE_ALL") == "1":
-                raise pytest.UsageError(f"REQUIRE_ALL is 1, but {what} is not installed")
-            return f"{what} is not installed"
-    return None
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -21,7 +21,7 @@ import requests
 
 from tools.dev.mock_provider import MAX_BODY_BYTES, MAX_MESSAGES, PAGE, MockProvider, main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOTIFICATION = {
     "to": "buyer@example.com",
     "title": "Hello",

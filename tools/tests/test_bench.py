@@ -23,7 +23,7 @@ import requests
 from notifier.errors import PreferencesUnavailable
 from notifier.models import Channel
 from notifier.store.db import Database
-from tests.conftest import MakeProvider
+from tests.fixtures import MakeProvider
 from tests.scripted_provider import Peer, Received, Script, answer, close
 from tests.service import MESSAGE
 from tests.timing import eventually, within
