@@ -16,9 +16,9 @@ from typing import Any
 
 import psycopg
 
+from tools import ROOT
 from tools.bench import parts, report, stacks
 from tools.bench.figures import Goal
-from tools.bench.load import ROOT
 from tools.bench.plan import QUICK, Bench, Plan
 from tools.dev import postgres
 from tools.measure import CannotMeasure
@@ -40,7 +40,6 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     plan = QUICK if arguments.quick else Plan()
     plan = plan._replace(rounds=arguments.rounds or plan.rounds)
-    plan = plan._replace(turns=arguments.rounds or plan.turns)
     try:
         with ExitStack() as stack:
             server = postgres.acquire(ephemeral=True)
@@ -66,7 +65,7 @@ def _arguments() -> argparse.Namespace:
         metavar="PART",
         help=(f"measure only this part: {', '.join(parts.PARTS)}; may be repeated"),
     )
-    parser.add_argument("--rounds", type=int, help="rounds of the main table, and of one worker")
+    parser.add_argument("--rounds", type=int, help="rounds of the main table")
     parser.add_argument(
         "--beside",
         type=_checkout,

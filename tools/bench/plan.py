@@ -1,16 +1,18 @@
 """How much is measured, and a turn: callers at one stack, all others idle."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
+from tools import ROOT
 from tools.bench import stacks
 from tools.bench.figures import Figures, figures
-from tools.bench.load import ROOT, Order, Turn, take_turn
 from tools.bench.stacks import Stack
+from tools.bench.turns import Order, Turn, take_turn, take_turns
 from tools.dev import postgres
 from tools.measure import CannotMeasure
 
@@ -26,8 +28,8 @@ class Plan(NamedTuple):
     workers: tuple[int, ...] = (1, 2, 4)
     callers: tuple[int, ...] = (1, 4, 16, 64, 256)
     notifications: int = 100_000
-    turns: int = 15  # of one worker, for each case
-    turn: int = 400  # replies
+    starts: int = 4  # of the services that have one worker
+    bursts: int = 25  # for each case and start
 
 
 QUICK = Plan(
@@ -37,8 +39,8 @@ QUICK = Plan(
     workers=(1, 2),
     callers=(1, 16, 256),
     notifications=10_000,
-    turns=9,
-    turn=250,
+    starts=2,
+    bursts=20,
 )
 
 
@@ -51,11 +53,13 @@ class Bench:
     urls: dict[str, str]
     beside: Path | None = None
 
-    def service(self, email: str, push: str, checkout: Path = ROOT, **how: Any) -> Any:
-        """Run the service of a checkout with one provider for each channel."""
-        providers = [self.urls[email]], self.urls[push]
-        database = stacks.database(self.server, *providers, checkout)
-        return stacks.service(database, checkout=checkout, **how)
+    def database(self, email: str, push: str, checkout: Path = ROOT) -> stacks.Environment:
+        """Make a checkout's database with one provider for each channel; return its `DB_*`."""
+        return stacks.database(self.server, [self.urls[email]], self.urls[push], checkout)
+
+    def service(self, email: str, push: str, **how: Any) -> Any:
+        """Run the service with one provider for each channel."""
+        return stacks.service(self.database(email, push), **how)
 
 
 def take(stack: Stack, path: str, callers: int, warm_up: int, **bounds: Any) -> Figures:
@@ -76,7 +80,24 @@ def right_turn(stack: Stack, path: str, callers: int, warm_up: int, **bounds: An
         CannotMeasure: a reply was wrong, or none came.
     """
     turn = take_turn(Order(stack.port, path, callers, warm_up, **{"pids": stack.pids()} | bounds))
-    if turn.errors or not turn.latencies:
-        raise CannotMeasure(f"{len(turn.latencies)} replies were right, and wrong {turn.errors}")
-    print(".", end="", file=sys.stderr, flush=True)
+    _check([turn])
     return turn
+
+
+def right_bursts(orders: Sequence[Order], rounds: int) -> list[list[Figures]]:
+    """Return the figures of each order's bursts, which come in turn.
+
+    Raises:
+        CannotMeasure: a reply was wrong, or none came.
+    """
+    bursts = take_turns(orders, rounds)
+    _check([turn for turns in bursts for turn in turns])
+    return [[figures(turn) for turn in turns] for turns in bursts]
+
+
+def _check(turns: Sequence[Turn]) -> None:
+    for turn in turns:
+        if turn.errors or not turn.latencies:
+            replies = len(turn.latencies)
+            raise CannotMeasure(f"{replies} replies were right, and wrong {turn.errors}")
+    print(".", end="", file=sys.stderr, flush=True)

@@ -90,21 +90,24 @@ def works_table(works: Works) -> str:
         for side, work in sides.items()
     ]
     text = table((*head, "most often"), rows)
-    compared = [
-        (case, f"{one.median:.3f}", f"{one.low:.3f} to {one.high:.3f}", str(_rounds(works[case])))
+    lines = [
+        (
+            case,
+            f"{one.ratio.median:.3f}",
+            f"{one.between[0]:.3f} to {one.between[1]:.3f}",
+            f"{one.ratio.low:.3f} to {one.ratio.high:.3f}",
+            str(one.rounds),
+        )
         for case, one in ratios(works).items()
     ]
-    if compared:
-        text += f"\n\n{table(('CPU: ours / theirs', 'median', 'quartiles', 'rounds'), compared)}"
+    if lines:
+        head = ("CPU: this tree / beside", "median", "95 % certain", "quartiles", "bursts")
+        text += f"\n\n{table(head, lines)}"
     return text
 
 
-def _rounds(sides: Mapping[str, Work]) -> int:
-    return min(len(work.rounds) for work in sides.values())
-
-
 def _work_cells(work: Work) -> Text:
-    usual = median(work.rounds)
+    usual = median(work.bursts)
     switches = (f"{usual.voluntary:.1f}", f"{usual.involuntary:.1f}")
     if not usual.voluntary:
         switches = ("not measured", "not measured")
@@ -174,7 +177,7 @@ PARTS = {
         lambda main: main_goals(main.rounds),
     ),
     "worker": Part(
-        "One worker, per notification; strace adds to the system calls of threads that compete",
+        "One worker, for a notification; the system calls are those other than futex",
         works_table,
         worker_goals,
     ),

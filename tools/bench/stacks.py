@@ -20,7 +20,7 @@ import requests
 from psycopg import sql
 
 from notifier.models import Channel
-from tools.bench.load import HOST, ROOT
+from tools import HOST, ROOT
 from tools.dev import guard, postgres
 from tools.faults import owner, wait_until
 from tools.measure import LISTENING, CannotMeasure, series

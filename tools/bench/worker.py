@@ -1,23 +1,27 @@
 """What one worker does for a notification; and the same in another checkout, turn by turn.
 
     git worktree add /tmp/before ca111bc
-    make bench BESIDE=/tmp/before        # or: python -m tools.bench --beside /tmp/before
     make bench BESIDE=/tmp/before QUICK=1
+    make bench BESIDE=/tmp/before            # takes longer, and is more certain
 
-Both services run at once, with this Python and with one worker each. Callers take turns at them:
-each round asks both, the first of the last round second. So whatever slows the machine down slows
-both. CPU time is compared within a round; the result is the median of the rounds' ratios.
-Turns that count system calls come last: strace slows a process so much that nothing else counts.
+or `python -m tools.bench --beside /tmp/before [--quick]`.
+
+Both services run at once, with this Python and one worker each. One process has callers of both:
+a burst of requests goes to one service, the next to the other, so that what slows the machine down
+slows both. The CPU time of two such bursts is compared; the result is the median of the ratios.
+Processes of the same code differ by some percent, so the services are started several times.
+System calls are counted last: strace slows a process so much that nothing else can be.
 """
 
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from tools.bench.figures import Figures, Goal, Spread, median, ratio
-from tools.bench.load import ROOT
-from tools.bench.plan import BUYER, SELLER, Bench, right_turn, take
-from tools.bench.stacks import Stack
+from tools import ROOT
+from tools.bench.figures import Compared, Figures, Goal, compared, median
+from tools.bench.plan import BUYER, SELLER, Bench, right_bursts, right_turn
+from tools.bench.stacks import Stack, service
+from tools.bench.turns import Order
 
 OURS, THEIRS = "this tree", "beside"
 
@@ -52,25 +56,32 @@ BOUNDS = {
     Case("buyer", 64): 0.80,
 }
 
-# So many notifications are traced for each caller, at the least and at the most.
+# Replies of a burst, for each caller and at the least.
+BURST_EACH, BURST = 3, 80
+
+# Notifications that are traced, for each caller and at the least.
 TRACED_EACH, TRACED = 10, 200
+
+# strace makes threads wait for each other, and so multiplies this call, by up to 17. How often
+# threads wait for each other is seen in the voluntary switches.
+DISTORTED = "futex"
 
 
 class Work(NamedTuple):
-    """A checkout's figures, round by round, and its system calls per notification by name.
+    """A checkout's figures, burst by burst, and its system calls per notification by name.
 
     `problem` says why the calls were not counted.
     """
 
-    rounds: list[Figures]
+    bursts: list[Figures]
     calls: dict[str, float]
     problem: str = ""
 
     def summary(self) -> dict[str, object]:
         """Return medians, as the JSON has them."""
         return {
-            "figures": median(self.rounds),
-            "calls": sum(self.calls.values()) or None,
+            "figures": median(self.bursts),
+            "calls_but_futex": sum(self.calls.values()) or None,
             "calls_by_name": self.calls,
             "problem": self.problem,
         }
@@ -82,46 +93,61 @@ Works = Mapping[str, Mapping[str, Work]]  # by case and checkout
 def measure_worker(bench: Bench) -> Works:
     """Measure all cases; with another checkout beside ours, those that have a bound."""
     checkouts = {OURS: ROOT} | ({THEIRS: bench.beside} if bench.beside else {})
-    cases = BOUNDS if bench.beside else CASES
-    with ExitStack() as stack:
-        sides = {
-            name: stack.enter_context(bench.service("fast", "fast", checkout=path, workers=1))
-            for name, path in checkouts.items()
-        }
-        rounds = {case: _rounds(bench, sides, case) for case in cases}
-        return {
-            case.name: {name: Work(taken[name], *_calls(sides[name], case)) for name in sides}
-            for case, taken in rounds.items()
-        }
-
-
-def _rounds(bench: Bench, sides: dict[str, Stack], case: Case) -> dict[str, list[Figures]]:
-    """Take turns; the first round is not counted."""
-    taken: dict[str, list[Figures]] = {name: [] for name in sides}
-    count = bench.plan.turn
-    for number in range(bench.plan.turns + 1):
-        for name in [*sides][:: 1 if number % 2 else -1]:
-            stack = sides[name]
-            one = take(
-                stack, case.path, case.callers, count // 8, count=count, pids=stack.workers()
-            )
-            taken[name] += [one] if number else []
-    return taken
-
-
-def _calls(stack: Stack, case: Case) -> tuple[dict[str, float], str]:
-    """Count the system calls of a turn; return how many a notification took, and what failed."""
-    count = max(TRACED, TRACED_EACH * case.callers)
-    bounds = {"count": count, "pids": stack.workers(), "trace": True}
-    turn = right_turn(stack, case.path, case.callers, case.callers, **bounds)
-    replies = len(turn.latencies)
-    return {name: calls / replies for name, calls in turn.calls.items()}, turn.problem
-
-
-def ratios(works: Works) -> dict[str, Spread]:
-    """Return by case our CPU as a multiple of the other checkout's; empty without one."""
+    databases = {side: bench.database("fast", "fast", path) for side, path in checkouts.items()}
+    cases = [*BOUNDS] if bench.beside else CASES
+    bursts: dict[Case, dict[str, list[Figures]]] = {
+        case: {side: [] for side in checkouts} for case in cases
+    }
+    for start in range(bench.plan.starts):
+        with ExitStack() as stack:
+            sides = {
+                side: stack.enter_context(service(databases[side], workers=1, checkout=path))
+                for side, path in checkouts.items()
+            }
+            for case in cases:
+                for side, taken in _bursts(sides, case, bench.plan.bursts).items():
+                    bursts[case][side] += taken
+            if start == bench.plan.starts - 1:
+                calls = {case: _calls(sides, case) for case in cases}
     return {
-        case: ratio(sides[OURS].rounds, sides[THEIRS].rounds)
+        case.name: {side: Work(bursts[case][side], *calls[case][side]) for side in checkouts}
+        for case in cases
+    }
+
+
+def _bursts(sides: dict[str, Stack], case: Case, rounds: int) -> dict[str, list[Figures]]:
+    orders = [
+        Order(
+            stack.port,
+            case.path,
+            case.callers,
+            warm_up=BURST,
+            count=max(BURST, BURST_EACH * case.callers),
+            pids=stack.workers(),
+        )
+        for stack in sides.values()
+    ]
+    return dict(zip(sides, right_bursts(orders, rounds), strict=True))
+
+
+def _calls(sides: dict[str, Stack], case: Case) -> dict[str, tuple[dict[str, float], str]]:
+    """Count system calls; return how many a notification took by name, and what went wrong."""
+    counted = {}
+    for side, stack in sides.items():
+        count = max(TRACED, TRACED_EACH * case.callers)
+        bounds = {"count": count, "pids": stack.workers(), "trace": True}
+        turn = right_turn(stack, case.path, case.callers, case.callers, **bounds)
+        replies = len(turn.latencies)
+        names = turn.calls.keys() - {DISTORTED}
+        calls = {name: turn.calls[name] / replies for name in sorted(names)}
+        counted[side] = calls, turn.problem
+    return counted
+
+
+def ratios(works: Works) -> dict[str, Compared]:
+    """Compare by case our CPU with the other checkout's; empty without one."""
+    return {
+        case: compared(sides[OURS].bursts, sides[THEIRS].bursts)
         for case, sides in works.items()
         if THEIRS in sides
     }
@@ -131,7 +157,7 @@ def worker_goals(works: Works) -> list[Goal]:
     """Judge the CPU beside that of the other checkout, which is meant to be ca111bc."""
     measured = ratios(works)
     return [
-        Goal(f"CPU: {case.name} / {THEIRS}", bound, measured[case.name].median)
+        Goal(f"CPU: {case.name} / {THEIRS}", bound, measured[case.name].ratio.median)
         for case, bound in BOUNDS.items()
         if case.name in measured
     ]
