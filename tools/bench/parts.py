@@ -10,7 +10,7 @@ from tools.bench.figures import Figures, Memory, Point, median
 from tools.bench.plan import BUYER, SELLER, Bench, take
 from tools.bench.stacks import THREADS, WORKERS, Stack
 from tools.bench.worker import measure_worker
-from tools.measure import CannotMeasure
+from tools.rig import CannotMeasure
 
 COMPARED = {
     "bare": stacks.BARE,

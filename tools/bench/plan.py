@@ -14,9 +14,9 @@ from tools.bench.figures import Figures, figures
 from tools.bench.stacks import Stack
 from tools.bench.turns import Order, Turn, take_turn, take_turns
 from tools.dev import postgres
-from tools.measure import CannotMeasure
+from tools.rig import CannotMeasure, Environment, path_of
 
-BUYER, SELLER = (f"/api/v1.0/recipient/{who}/notify" for who in ("buyer", "seller"))
+BUYER, SELLER = path_of("buyer"), path_of("seller")
 
 
 class Plan(NamedTuple):
@@ -53,7 +53,7 @@ class Bench:
     urls: dict[str, str]
     beside: Path | None = None
 
-    def database(self, email: str, push: str, checkout: Path = ROOT) -> stacks.Environment:
+    def database(self, email: str, push: str, checkout: Path = ROOT) -> Environment:
         """Make a checkout's database with one provider for each channel; return its `DB_*`."""
         return stacks.database(self.server, [self.urls[email]], self.urls[push], checkout)
 

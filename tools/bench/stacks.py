@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import uuid
@@ -11,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import psutil
@@ -20,10 +18,9 @@ import requests
 from psycopg import sql
 
 from notifier.models import Channel
-from tools import HOST, ROOT
-from tools.dev import guard, postgres
-from tools.faults import owner, wait_until
-from tools.measure import LISTENING, CannotMeasure, series
+from tools import HOST, ROOT, rig
+from tools.dev import postgres
+from tools.rig import CannotMeasure, Environment, free_port, owner, path_and, wait_until
 
 WORKERS, THREADS = 2, 32
 
@@ -31,8 +28,6 @@ WORKERS, THREADS = 2, 32
 GTHREAD = ("--worker-class", "gthread", "--keep-alive", "75", "--no-control-socket")
 
 OPENED = re.compile(r'^circuit_breaker_state_changes_total{.*to_state="open"} (\S+)$', re.MULTILINE)
-
-Environment = dict[str, str]
 
 
 class App(NamedTuple):
@@ -115,8 +110,9 @@ def compared(app: App, url: str, workers: int = WORKERS, threads: int = THREADS)
     if app.by_uvicorn:
         command = ["uvicorn", target, "--port", str(port)]
     command += ["--workers", str(workers), *app.options]
-    with _running(port, command, variables) as (stack, log):
-        wait_until(lambda: _alive(stack, log) and len(stack.pids()) > workers and _answers(port))
+    with rig.guarded(command, variables) as running:
+        stack = Stack(port, running.pid)
+        wait_until(lambda: running.alive() and len(stack.pids()) > workers and _answers(port))
         yield stack
 
 
@@ -129,45 +125,23 @@ def service(
     checkout: Path = ROOT,
 ) -> Iterator[Stack]:
     """Run the service of a checkout on `database` as operators do, its log going to a file."""
-    port = free_port()
-    address = f"{HOST}:{port}"
     variables = {
-        "WEB_CONCURRENCY": str(workers),
         "WEB_THREADS": str(threads),
         # Should it be open, it stays so.
         "CIRCUIT_BREAKER_OPEN_STATE_TIMEOUT": "1h",
     }
-    command = ["gunicorn", *([app] if app else []), "--bind", address]
-    variables |= postgres.serving(database)
-    with _running(port, command, variables, checkout) as (stack, log):
-        wait_until(lambda: _alive(stack, log) and _all_listen(port, workers))
-        yield stack
-
-
-@contextmanager
-def _running(
-    port: int, command: list[str], variables: Environment, folder: Path = ROOT
-) -> Iterator[tuple[Stack, IO[bytes]]]:
-    """Run a Python module in a folder; the guard, always ours, stops it should we be killed."""
-    python = [sys.executable, "-m"]
-    with (
-        TemporaryFile() as log,
-        subprocess.Popen(
-            [sys.executable, guard.__file__, *python, *command],
-            cwd=folder,
-            env={"PATH": os.environ.get("PATH", os.defpath)} | variables,
-            stdin=subprocess.PIPE,  # closed at the end of the block, which ends the command
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # out of reach of the terminal's Ctrl-C
-        ) as process,
-    ):
-        yield Stack(port, process.pid), log
+    with rig.service(database | variables, workers, app, checkout) as running:
+        yield Stack(port_of(running.url), running.pid)
 
 
 def provider(url: str) -> Stack:
     """Return a provider as if it were a stack; what it costs does not count."""
-    return Stack(port=urlsplit(url).port or 0)
+    return Stack(port_of(url))
+
+
+def port_of(url: str) -> int:
+    """Return the port of a URL that names it."""
+    return urlsplit(url).port or 0
 
 
 def breakers_opened(stack: Stack) -> int:
@@ -176,32 +150,11 @@ def breakers_opened(stack: Stack) -> int:
     return round(sum(float(count) for count in OPENED.findall(page)))
 
 
-def free_port() -> int:
-    """Return a port that nobody has."""
-    with socket.create_server((HOST, 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def _alive(stack: Stack, log: IO[bytes]) -> bool:
-    if psutil.Process(stack.guard).status() != psutil.STATUS_ZOMBIE:
-        return True
-    log.seek(0)
-    last = [line for line in log.read().decode(errors="replace").splitlines() if line][-1:]
-    raise CannotMeasure(f"a stack has ended by itself: {' '.join(last)}")
-
-
 def _answers(port: int) -> bool:
     with suppress(requests.ConnectionError):
         return (
             requests.get(f"http://{HOST}:{port}/", timeout=10).status_code == HTTPStatus.NOT_FOUND
         )
-    return False
-
-
-def _all_listen(port: int, workers: int) -> bool:
-    with suppress(requests.ConnectionError):
-        shown = series(f"http://{HOST}:{port}")
-        return shown.get(LISTENING) == 1 and shown.get("worker_starts_total") == workers
     return False
 
 
@@ -218,13 +171,7 @@ def database(
     environment = server.env | {"DB_NAME": name}
     _migrate(environment, checkout)
     rows = [(Channel.EMAIL, place, url) for place, url in enumerate(email)]
-    with owner(server, DB_NAME=name).connect() as connection:
-        connection.cursor().executemany(
-            "INSERT INTO notification_preferences"
-            " (provider_type, provider_name, priority, host, secret_key)"
-            " VALUES (%s, 'a provider', %s, %s, '0123456789abcdef')",
-            [*rows, (Channel.PUSH, 0, push)],
-        )
+    rig.add_providers(owner(server, DB_NAME=name), [*rows, (Channel.PUSH, 0, push)])
     return environment
 
 
@@ -233,7 +180,7 @@ def _migrate(environment: Environment, checkout: Path) -> None:
         [sys.executable, "-m", "flask", "--app", "notifier.app", "migrate"],
         check=False,
         cwd=checkout,
-        env={"PATH": os.environ.get("PATH", os.defpath)} | environment,
+        env=path_and(environment),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

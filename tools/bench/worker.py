@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 from tools import ROOT
 from tools.bench.figures import Compared, Figures, Goal, compared, median
-from tools.bench.plan import BUYER, SELLER, Bench, right_bursts, right_turn
+from tools.bench.plan import Bench, right_bursts, right_turn
 from tools.bench.stacks import Stack, service
 from tools.bench.turns import Order
+from tools.rig import path_of
 
 OURS, THEIRS = "this tree", "beside"
 
@@ -35,7 +36,7 @@ class Case(NamedTuple):
     @property
     def path(self) -> str:
         """Return where callers post."""
-        return {"buyer": BUYER, "seller": SELLER}[self.recipient]
+        return path_of(self.recipient)
 
     @property
     def name(self) -> str:

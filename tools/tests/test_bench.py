@@ -54,7 +54,7 @@ from tools.bench.load import (
 from tools.bench.parts import Main
 from tools.bench.plan import take
 from tools.bench.turns import Order, Turn, take_turn
-from tools.measure import CannotMeasure
+from tools.rig import CannotMeasure
 
 HEAD = b"POST /send HTTP/1.1\r\nHost: here\r\ncontent-length: 5\r\n\r\n"
 
