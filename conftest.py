@@ -1,14 +1,24 @@
-"""How the tests run: which are left out, and why.
+"""How the tests run: which need servers, which stay together, which run alone, which are left out.
+
+What a test needs is read from the fixtures that it uses, directly or through others. Whichever use
+`server` or `processes` have the mark `servers`, and `make check` runs all others. Of these the ones
+that share a module's fixture run in one process of xdist's, so that it is set up once.
+
+A test marked `alone` is sensitive to load: no other runs beside it, and it comes last.
 
 A test marked `needs(what)` is left out where `what` is missing, and the summary says so. `what` is
 an executable, "postgresql" for the system's own, or "containers": those tests run with
 TEST_CONTAINERS=1. REQUIRE_ALL=1 makes anything else that is missing an error.
 """
 
+import fcntl
 import os
 import shutil
+import subprocess
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,14 +36,88 @@ _INSTALLED: dict[str, Callable[[str], object]] = {
 _LEFT_OUT = pytest.StashKey[Counter[str]]()  # how many tests, by reason
 
 
-@pytest.hookimpl(trylast=True)  # so that what -k and -m leave out needs nothing
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests that need what this machine does not have."""
+# Whichever of these fixtures a test uses, it starts programs.
+_SERVERS = {"server", "processes"}
+
+# Programs that a test may start all the same: they end by themselves, and at once.
+_QUICK = {"openssl"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None]:
+    """Mark, order and leave out tests."""
+    for item in items:
+        if _SERVERS & {*item.fixturenames}:
+            item.add_marker("servers")
+            if _shares_a_fixture(item):
+                item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    items.sort(key=_is_alone)
+    yield  # -k and -m choose, so that what they leave out needs nothing
     reasons = {item: reason for item in items if (reason := _missing(item))}
     config.stash[_LEFT_OUT] = Counter(reasons.values())
     if reasons:
         config.hook.pytest_deselected(items=[*reasons])
         items[:] = [item for item in items if item not in reasons]
+
+
+def _shares_a_fixture(item: pytest.Item) -> bool:
+    """Return whether the test uses a fixture that others of its module use with it."""
+    known = item._fixtureinfo.name2fixturedefs.values()
+    return any(definition.scope == "module" for name in known for definition in name)
+
+
+def _is_alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Hold a lock beside the other processes of xdist's, for a test `alone` against them."""
+    with _in_turn(item), _programs_forbidden(item):
+        return (yield)
+
+
+@contextmanager
+def _in_turn(item: pytest.Item) -> Iterator[None]:
+    if not hasattr(item.config, "workerinput"):
+        yield
+        return
+    folder = os.open(Path(item.config.option.basetemp).parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX if _is_alone(item) else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(folder)
+
+
+class _QuickOnly(subprocess.Popen[Any]):
+    def __init__(self, command: Any, *args: Any, **options: Any) -> None:
+        assert command[0] in _QUICK, f"{command[0]}: use the fixture `processes`"
+        super().__init__(command, *args, **options)
+
+
+@contextmanager
+def _programs_forbidden(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that starts programs without a fixture that says so."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not item.get_closest_marker("servers"):
+            patch.setattr(subprocess, "Popen", _QuickOnly)
+        yield
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let a process of xdist's tell what it left out to the one that writes the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left out"] = {**session.config.stash.get(_LEFT_OUT, Counter())}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Keep what a process of xdist's left out: each leaves out the same."""
+    left_out = Counter(getattr(node, "workeroutput", {}).get("left out", {}))
+    node.config.stash[_LEFT_OUT] = left_out
 
 
 def pytest_terminal_summary(

@@ -1,10 +1,12 @@
 """What the tests share: PostgreSQL, databases made from a migrated one, settings, providers."""
 
+import fcntl
 import itertools
 import os
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,9 @@ Growth = Callable[[str], dict[tuple[str, ...], float]]
 _FIELDS = [*Settings.__dataclass_fields__, *(f"{f}_file" for f in Settings.__dataclass_fields__)]
 _OURS = [*_FIELDS, "http_proxy", "https_proxy", "all_proxy", "no_proxy"]
 
+# Which process of xdist's this is: `gw0` and so on.
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+
 _names = itertools.count(1)
 
 
@@ -44,10 +49,37 @@ def _clean_environment() -> None:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Environment]:
-    """The `DB_*` of a throw-away PostgreSQL server."""
-    with postgres.server(ephemeral=True) as environment:
-        yield environment
+def processes() -> None:
+    """Says of a test that it starts programs, so that `make check` leaves it out."""
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    """The `DB_*` of a throw-away PostgreSQL server, which all processes of xdist's share."""
+    folder = tmp_path_factory.getbasetemp()
+    if _WORKER:
+        folder = folder.parent
+    with _locked(folder):
+        share = _join_server(folder / "server")
+    yield share.env
+    with _locked(folder):
+        share.close()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / "server.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _join_server(named: Path) -> postgres.Server:
+    """Return a share in the server whose directory a file names, or in a new one."""
+    if named.exists() and (base := Path(named.read_text())).exists():
+        return replace(postgres.acquire(base), ephemeral=True)
+    share = postgres.acquire(ephemeral=True)
+    named.write_text(str(share.base))
+    return share
 
 
 def connect(environment: Environment) -> psycopg.Connection[Any]:
@@ -64,8 +96,9 @@ def one_role(environment: Environment, name: str = "", password: str = "") -> En
 
 
 def create_database(server: Environment, template: str = "template1") -> Environment:
-    name = f"test_{next(_names)}"
-    create = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
+    name = f"test_{_WORKER}{next(_names)}"
+    # Copying files takes a third less of the processor than writing them to the log does.
+    create = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY")
     with connect(server) as connection:
         connection.execute(create.format(sql.Identifier(name), sql.Identifier(template)))
     return server | {"DB_NAME": name}

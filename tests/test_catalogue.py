@@ -416,7 +416,7 @@ def test_the_list_is_by_channel_and_in_the_order_in_which_the_service_tries(
     preferences = Preferences(Database(Settings.from_env(database)), 60)
     for channel in Channel:
         active = catalogue.entries(owner, channel=channel, active=True)
-        tried = preferences.providers(channel, time.monotonic() + 10)
+        tried = preferences.for_channel(channel, time.monotonic() + 10)
         assert ids(active) == [provider.id for provider in tried]
         assert len(active) == 4
     assert ids(catalogue.entries(owner, active=True)) == [7, 6, 8, 10, 2, 1, 3, 5]
@@ -529,7 +529,7 @@ def test_nobody_who_reads_waits_for_a_change(
     with catalogue._changing(owner), within(1.5):
         assert ids(catalogue.entries(owner)) == [1]
         preferences = Preferences(Database(Settings.from_env(database)), 60)
-        assert preferences.providers(Channel.EMAIL, time.monotonic() + 1)
+        assert preferences.for_channel(Channel.EMAIL, time.monotonic() + 1)
 
 
 ACTS: dict[str, Callable[[Database], object]] = {

@@ -97,7 +97,7 @@ def containers() -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _system(say: Say) -> Iterator[None]:
+def _system(processes: None, say: Say) -> Iterator[None]:
     """Build the image and start the system; at the end nothing of it is left."""
     # Images may have to be downloaded first. Every command here has a limit of its own.
     faulthandler.cancel_dump_traceback_later()

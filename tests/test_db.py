@@ -79,7 +79,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 @pytest.fixture(scope="module")
-def tls_server(certificates: Certificates) -> Iterator[Environment]:
+def tls_server(processes: None, certificates: Certificates) -> Iterator[Environment]:
     """The `DB_*` of a server that speaks nothing but TLS, with all that verifying it takes."""
     with SystemPostgres(Tls(certificates.server)) as server:
         yield server.environment | verified(certificates)
@@ -87,7 +87,7 @@ def tls_server(certificates: Certificates) -> Iterator[Environment]:
 
 @pytest.fixture(scope="module")
 def strict_server(
-    certificates: Certificates, tmp_path_factory: pytest.TempPathFactory
+    processes: None, certificates: Certificates, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Environment]:
     """The same of a server that wants a certificate of its clients too."""
     known = tmp_path_factory.mktemp("clients") / "known.pem"
@@ -354,6 +354,7 @@ def test_a_host_that_hangs_is_given_two_seconds(database: Environment) -> None:
 
 
 @pytest.mark.needs("postgresql")
+@pytest.mark.usefixtures("processes")
 def test_who_needs_the_primary_passes_a_standby_over() -> None:
     with SystemPostgres() as primary, primary.standby() as standby:
         ports = [standby.environment["DB_PORT"], primary.environment["DB_PORT"]]

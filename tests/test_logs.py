@@ -264,6 +264,7 @@ def test_configured_twice_a_line_is_still_written_once(stream: io.StringIO, line
     assert [(line["message"], line["app"]) for line in lines()] == [("a warning", "other-name")]
 
 
+@pytest.mark.usefixtures("processes")
 def test_lines_go_to_stdout() -> None:
     act = (
         "import logging; from notifier import logs; logs.configure('an app', 'INFO');"

@@ -29,7 +29,7 @@ def test_containers(): pass
 
 
 @pytest.fixture
-def run(tmp_path: Path):
+def run(processes: None, tmp_path: Path):
     """Run `TESTS` with variables and arguments; return exit code and output."""
     (tmp_path / "test_sample.py").write_text(TESTS)
 

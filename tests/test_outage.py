@@ -83,7 +83,7 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def stage(processes: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     folder = tmp_path_factory.mktemp("outage")
     variables = {"WEB_CONCURRENCY": str(WORKERS), "CACHE_EXPIRED_TIME": "1s", "LOG_LEVEL": "INFO"}
     with ExitStack() as stack:

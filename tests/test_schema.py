@@ -364,7 +364,7 @@ def test_a_database_without_an_encoding_works_too(empty_database: Environment) -
     row = " (provider_type, provider_name, host) VALUES ('Email', 'Grüße', 'http://a/')"
     execute(ascii_database, f"INSERT INTO {TABLE}{row}")
     preferences = Preferences(Database(settings_of(ascii_database)), 60)
-    (provider,) = preferences.providers(Channel.EMAIL, time.monotonic() + 10)
+    (provider,) = preferences.for_channel(Channel.EMAIL, time.monotonic() + 10)
     assert (provider.name, provider.url) == ("Grüße", "http://a/")
 
 

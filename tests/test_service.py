@@ -191,6 +191,7 @@ def test_gunicorn_logs_json_and_says_what_of_a_go_environment_has_no_effect(
         ({"WEB_CONCURRENCY": "0"}, 'WEB_CONCURRENCY is "0": expected'),
     ],
 )
+@pytest.mark.usefixtures("processes")
 def test_a_wrong_environment_stops_the_start_with_one_line(
     variables: dict[str, str], expected: str
 ):

@@ -445,6 +445,7 @@ def test_the_number_of_workers_follows_the_cpus(monkeypatch: pytest.MonkeyPatch)
     assert settings_module.available_cpus() == 1
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_wrong_environment_ends_the_process_with_one_line() -> None:
     environ = REQUIRED | {"LOG_LEVEL": "lo\nud", "WEB_THREADS": os.fsdecode(b"\xff")}
     start = "from notifier.settings import settings_or_exit; settings_or_exit()"

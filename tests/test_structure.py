@@ -142,6 +142,7 @@ def test_gunicorns_configuration_imports_only_the_settings_the_logs_and_the_work
     assert imported_modules(CONFIGURATION) == {"logs", "settings", "serving.worker"}
 
 
+@pytest.mark.usefixtures("processes")
 def test_gunicorns_configuration_loads_nothing_that_belongs_to_the_workers() -> None:
     code = "import json, runpy, sys; runpy.run_path(sys.argv[1]); print(json.dumps([*sys.modules]))"
     loaded = subprocess.run(

@@ -67,7 +67,7 @@ def some(**fields: float) -> Figures:
 
 
 @pytest.fixture(scope="module")
-def providers() -> Iterator[dict[str, str]]:
+def providers(processes: None) -> Iterator[dict[str, str]]:
     with stacks.sink() as urls:
         yield urls
 
@@ -115,6 +115,7 @@ def test_the_sink_outlives_a_caller_who_leaves_before_the_answer(providers: dict
     assert requests.post(providers["slow"], json={}, timeout=5).ok
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_sink_ends_with_its_block() -> None:
     with stacks.sink() as urls:
         pass
@@ -146,6 +147,7 @@ def last(peer: Peer, received: Received) -> None:
     peer.close()
 
 
+@pytest.mark.usefixtures("processes")
 def test_callers_keep_their_connections_and_every_reply_is_counted(
     make_provider: MakeProvider,
 ) -> None:
@@ -158,6 +160,7 @@ def test_callers_keep_their_connections_and_every_reply_is_counted(
     assert {(one.path, one.body) for one in provider.received} == {("/notify", BODY)}
 
 
+@pytest.mark.usefixtures("processes")
 def test_latencies_are_those_of_each_reply(make_provider: MakeProvider) -> None:
     def slow(peer: Peer, received: Received) -> None:
         peer.pause(0.2)
@@ -169,12 +172,14 @@ def test_latencies_are_those_of_each_reply(make_provider: MakeProvider) -> None:
     assert 0.9 * sum(turn.latencies) / 1000 < turn.seconds < 5
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_reply_may_come_in_pieces(make_provider: MakeProvider) -> None:
     turn = take_turn(Order(make_provider(in_pieces).port, "/", callers=1, warm_up=0, count=3))
     assert len(turn.latencies) == 3
     assert turn.errors == {}
 
 
+@pytest.mark.usefixtures("processes")
 def test_who_is_refused_waits_a_moment_and_comes_again(make_provider: MakeProvider) -> None:
     provider = make_provider(in_turn(answer(), *[answer(503)] * 2, answer()))
     turn = take_turn(Order(provider.port, "/", callers=1, warm_up=1, count=4))
@@ -185,6 +190,7 @@ def test_who_is_refused_waits_a_moment_and_comes_again(make_provider: MakeProvid
 @pytest.mark.parametrize(
     ("script", "error"), [(answer(500), "500"), (answer(302), "302"), (close, "closed")]
 )
+@pytest.mark.usefixtures("processes")
 def test_any_other_reply_is_an_error_in_the_warm_up_too(
     make_provider: MakeProvider, script: Script, error: str
 ) -> None:
@@ -194,6 +200,7 @@ def test_any_other_reply_is_an_error_in_the_warm_up_too(
     assert turn.errors == {error: 2}
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_connection_that_is_closed_after_a_reply_is_no_error(make_provider: MakeProvider) -> None:
     provider = make_provider(in_turn(last, last, answer()))
     turn = take_turn(Order(provider.port, "/", callers=1, warm_up=0, count=5))
@@ -201,6 +208,7 @@ def test_a_connection_that_is_closed_after_a_reply_is_no_error(make_provider: Ma
     assert provider.connections == 3
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_turn_ends_in_time(make_provider: MakeProvider) -> None:
     provider = make_provider(answer())
     with within(5):
@@ -209,6 +217,7 @@ def test_a_turn_ends_in_time(make_provider: MakeProvider) -> None:
     assert turn.seconds < 2
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_turn_without_a_right_reply_or_with_a_wrong_one_measures_nothing(
     make_provider: MakeProvider,
 ) -> None:
@@ -227,6 +236,7 @@ def test_workers_share_evenly_what_each_uses_of_an_equal_share(
     assert evenness(used, workers) == pytest.approx(expected)
 
 
+@pytest.mark.usefixtures("processes")
 def test_callers_connect_anew_while_a_worker_gets_none_of_them(make_provider: MakeProvider) -> None:
     """We are the worker that gets all; the other is a process that does nothing."""
     provider = make_provider(answer())
@@ -259,6 +269,7 @@ def test_a_stack_is_measured_and_stopped(providers: dict[str, str]) -> None:
     eventually(lambda: not any(process.is_running() for process in processes))
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_stack_that_cannot_start_is_told_with_its_last_words() -> None:
     with pytest.raises(CannotMeasure, match="HTTP_SERVER_PORT"):  # noqa: SIM117
         with stacks.service({"HTTP_SERVER_PORT": "none"}):

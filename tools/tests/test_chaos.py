@@ -43,7 +43,7 @@ SMALL = Kinds(
 
 
 @pytest.fixture(scope="module")
-def seen() -> Evidence:
+def seen(processes: None) -> Evidence:
     return run(SEED, 8.0, SMALL, warm_up=1.5, calm=2.0)
 
 

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[2]
 COMMAND_LINE = [sys.executable, "-m", "tools.dev.postgres"]
 TELL_PORT_AND_WAIT = "import os, sys; print(os.environ['DB_PORT'], flush=True); sys.stdin.read()"
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 StartUser = Callable[..., "subprocess.Popen[str]"]
 
 

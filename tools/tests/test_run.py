@@ -20,6 +20,8 @@ import requests
 from tests.fixtures import connect
 from tests.service import MESSAGE, ROOT, clean_environment, free_port
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 # The launcher as make runs it, with ports that are free here instead of the documented ones.
 LAUNCHER = """
 import sys
