@@ -92,14 +92,14 @@ class Load:
         for _ in range(ATTEMPTS):
             if self._warm_up() >= order.evenness:
                 break
-            self._hang_up()
+            self.hang_up()
         else:
             self._warm_up()
         self._turn = counted = Turn(errors=self._errors)
         with system_calls(order.pids if order.trace else ()) as calls:
             self._count(counted)
         counted.calls, counted.problem = calls.by_name, calls.problem
-        self._hang_up()
+        self.hang_up()
         return counted
 
     def begin(self) -> None:
@@ -149,7 +149,7 @@ class Load:
             while self._paused and self._paused[0][0] <= time.perf_counter():
                 self._begin(self._paused.popleft()[1])
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
         """Wait for what is under way, so that what comes next begins with nothing."""
         self._turn = Turn()
         self._rest()
@@ -235,6 +235,8 @@ def in_turns(orders: Sequence[Order], rounds: int) -> list[list[Turn]]:
     for number in range(rounds):
         for index in [*range(len(loads))][:: -1 if number % 2 else 1]:
             bursts[index].append(loads[index].burst())
+    for load in loads:
+        load.hang_up()
     return bursts
 
 
