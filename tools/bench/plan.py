@@ -28,8 +28,8 @@ class Plan(NamedTuple):
     workers: tuple[int, ...] = (1, 2, 4)
     callers: tuple[int, ...] = (1, 4, 16, 64, 256)
     notifications: int = 100_000
-    starts: int = 4  # of the services that have one worker
-    bursts: int = 25  # for each case and start
+    starts: int = 8  # of the services that have one worker
+    bursts: int = 12  # for each case and start
 
 
 QUICK = Plan(
@@ -39,8 +39,8 @@ QUICK = Plan(
     workers=(1, 2),
     callers=(1, 16, 256),
     notifications=10_000,
-    starts=2,
-    bursts=20,
+    starts=4,
+    bursts=10,
 )
 
 
