@@ -292,18 +292,23 @@ def test_an_active_row_with_the_same_channel_and_url_is_in_the_way(
 
 @pytest.mark.parametrize(("present", "url"), DIFFERENT)
 def test_a_different_url_is_not(
-    present: str, url: str, owner: Database, add_provider: AddProvider
+    present: str, url: str, owner: Database, database: Environment, add_provider: AddProvider
 ) -> None:
     add_provider(present)
-    catalogue.add(owner, values(host=url))
+    added = catalogue.add(owner, values(host=url))
+    assert (added.id, added.state) == (2, "active")
+    assert [row["host"] for row in stored(database)] == [present, url]
 
 
 def test_neither_the_other_channels_row_nor_a_removed_one_is_in_the_way(
     owner: Database, add_provider: AddProvider
 ) -> None:
-    add_provider(URL, "PushNotification")
-    catalogue.remove(owner, add_provider(URL, "Email"))
-    catalogue.add(owner, values(host=URL))
+    other = add_provider(URL, "PushNotification")
+    removed = add_provider(URL, "Email")
+    catalogue.remove(owner, removed)
+    added = catalogue.add(owner, values(host=URL))
+    states = {entry.id: entry.state for entry in catalogue.entries(owner)}
+    assert states == {other: "active", removed: "removed", added.id: "active"}
 
 
 @pytest.mark.parametrize(

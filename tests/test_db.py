@@ -322,7 +322,8 @@ def test_of_several_hosts_the_first_that_serves_is_used(
 
 def test_a_host_whose_name_is_unknown_is_passed_over(database: Environment) -> None:
     several = database_of(database, DB_HOST=f"no-such-host.invalid,{LOOPBACK}")
-    several.connect().close()
+    with several.connect() as connection:
+        assert value(connection, "SELECT current_database()") == database["DB_NAME"]
 
 
 @pytest.mark.needs("postgresql")

@@ -561,6 +561,33 @@ def test_a_hanging_host_counts_as_failed_where_the_deadline_is_one_attempt_long(
     assert made.recorded(provider.host) == "failure"
 
 
+def test_the_other_channels_are_awaited_where_the_first_fails_in_an_unforeseen_way(
+    make: Callable[..., Made], make_provider: MakeProvider
+) -> None:
+    """Else whoever asked hears of an error, while messages are still being sent."""
+    asked = threading.Event()
+
+    def slow(peer: Peer, received: Received) -> None:
+        asked.set()
+        peer.pause(0.3)
+        answer()(peer, received)
+
+    push = make_provider(slow)
+    pushes = rows(push.url, channel=Channel.PUSH)
+
+    class Broken:
+        def for_channel(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
+            if channel is Channel.PUSH:
+                return pushes
+            assert asked.wait(10)
+            raise ZeroDivisionError
+
+    made = make(Broken())
+    with pytest.raises(ZeroDivisionError):
+        made.to(Recipient.SELLER)
+    assert made.recorded(push.host) == "success"
+
+
 def test_the_deadline_bounds_all_attempts_of_all_channels_together(
     make: Callable[..., Made], make_provider: MakeProvider
 ) -> None:

@@ -130,10 +130,16 @@ class Observed:
             time.sleep(max(0.0, HANGING - (time.monotonic() - began)))
 
     def _changes(self) -> Iterator[int]:
-        """Make two changes; for each, yield how many messages then went astray."""
+        """Make two changes; for each, yield how many messages then went astray.
+
+        Rows that were read because they expire may be from before the commit and be kept after it.
+        The next to be kept are not.
+        """
         stage = self._stage
         service = rig.Service(self._url, stage.service.process.pid)
         for change in measure.changes(service, stage.server, stage.email, 2):
+            committed = time.time()
+            eventually(lambda since=committed: measure.all_hear(self._url, since))
             yield measure.astray(self._url, change.provider, 20)
 
 
