@@ -1,4 +1,4 @@
-"""What bench, chaos and measure share: a service with all that surrounds it, callers, tables.
+"""Shared parts of bench, chaos and measure: processes, the service, its database, its callers.
 
 Everything is on loopback, belongs to whoever starts it, and ends with it.
 """
@@ -82,7 +82,7 @@ def wait_until(condition: Callable[[], Result]) -> Result:
         time.sleep(POLLING)
         if result := condition():
             return result
-    raise TimeoutError(f"what was expected did not come within {PATIENCE:g} s")
+    raise TimeoutError(f"the expected state did not come within {PATIENCE:g} s")
 
 
 # --- processes
@@ -105,7 +105,7 @@ class Guarded(NamedTuple):
         self.output.seek(0)
         lines = self.output.read().decode(errors="replace").splitlines()
         last = [line for line in lines if line][-1:]
-        raise CannotMeasure(f"what was started has ended by itself: {' '.join(last)}")
+        raise CannotMeasure(f"a process that was started has ended by itself: {' '.join(last)}")
 
 
 @contextmanager
@@ -130,12 +130,12 @@ def guarded(
 
 
 def path_and(variables: Environment) -> Environment:
-    """Return an environment that has nothing of ours but the PATH."""
+    """Return these variables and our PATH: nothing else of our environment."""
     return {"PATH": os.environ.get("PATH", os.defpath)} | variables
 
 
 def free_port() -> int:
-    """Return a port that nobody has."""
+    """Return a port that is not in use."""
     with socket.create_server((HOST, 0)) as listener:
         return int(listener.getsockname()[1])
 
@@ -187,7 +187,7 @@ def all_hear(url: str, since: float = 0.0, workers: int = 1) -> bool:
 
 
 def owner(server: postgres.Server, **variables: str) -> Database:
-    """Return the role that may change the rows, and who takes connections."""
+    """Return the database as the role that may change rows and that takes connections."""
     return Database.migrating(Settings.from_env(server.env | variables))
 
 

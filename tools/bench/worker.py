@@ -7,12 +7,12 @@
 or `python -m tools.bench --beside /tmp/before [--quick]`.
 
 Both services run at once, with this Python and one worker each. One process has callers of both:
-a burst of requests goes to one service, the next to the other, so that what slows the machine down
-slows both. The CPU time of two such bursts is compared; the result is the median of the ratios.
-Processes of the same code differ by up to a tenth, so the services are started several times; with
-the same code on both sides a quick run has said 0.95 to 1.07. CPU is that of the worker, user and
-system. All cases have a bound for commit ca111bc: take no notice of the goals beside another one.
-System calls are counted last: strace slows a process so much that nothing else can be.
+a burst of requests goes to one service, the next to the other, so other load slows both alike.
+The CPU time of the worker, user and system, is compared burst by burst; the result is the median of
+the ratios. Processes of the same code differ by up to a tenth, so the services start several times;
+with the same code on both sides a quick run has said 0.98 to 1.07. The goals are meant for commit
+ca111bc: ignore them beside another. System calls are counted last, for strace slows a process so
+much that no other figure would be right.
 """
 
 from collections.abc import Mapping
