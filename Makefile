@@ -44,8 +44,8 @@ measure: install ## Measure how late changes are seen and what outages cost; tak
 chaos: install ## Break everything around the service under load, and check what must hold; takes three minutes.
 	@exec $(BIN)/python -m tools.chaos
 
-bench: .venv/bench-installed ## Measure the service beside comparable stacks; takes ten minutes.
-	@exec $(BIN)/python -m tools.bench
+bench: .venv/bench-installed ## Measure the service beside comparable stacks, or beside another checkout: BESIDE=FOLDER, QUICK=1.
+	@exec $(BIN)/python -m tools.bench $(if $(BESIDE),--beside '$(BESIDE)') $(if $(QUICK),--quick)
 
 .venv/bench-installed: .venv/installed requirements-bench.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt

@@ -9,7 +9,7 @@ import pytest
 
 from tests import system_postgres
 from tests.service import ROOT
-from tools.dev import cluster
+from tools.dev import programs
 
 TESTS = """
 import pytest
@@ -88,7 +88,7 @@ def test_where_all_is_required_containers_still_need_to_be_asked_for(run):
 
 def test_of_the_systems_postgresqls_the_newest_that_can_serve_is_taken(tmp_path, monkeypatch):
     """Debian has each in a folder off the path, and the clients' programs in such folders too."""
-    monkeypatch.setattr(cluster, "SYSTEM", (f"{str(tmp_path)[1:]}/*/bin",))
+    monkeypatch.setattr(programs, "SYSTEM", (f"{str(tmp_path)[1:]}/*/bin",))
     assert system_postgres.binaries() is None
     for version, program in (("9", "postgres"), ("15", "postgres"), ("16", "psql")):
         folder = tmp_path / version / "bin"

@@ -29,6 +29,7 @@ from tests.service import MESSAGE
 from tests.timing import eventually, within
 from tools.bench import parts, report, stacks
 from tools.bench.cold import ColdPreferences
+from tools.bench.counters import cpu_seconds
 from tools.bench.figures import (
     Figures,
     Goal,
@@ -48,14 +49,12 @@ from tools.bench.load import (
     ATTEMPTS,
     BODY,
     PAUSE,
-    Order,
-    Turn,
-    cpu_seconds,
     evenness,
-    take_turn,
 )
-from tools.bench.parts import Main, take
-from tools.measure import CannotMeasure
+from tools.bench.parts import Main
+from tools.bench.plan import take
+from tools.bench.turns import Order, Turn, take_turn
+from tools.rig import CannotMeasure
 
 HEAD = b"POST /send HTTP/1.1\r\nHost: here\r\ncontent-length: 5\r\n\r\n"
 
