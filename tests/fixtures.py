@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,27 @@ def create_database(server: Environment, template: str = "template1") -> Environ
     return server | {"DB_NAME": name}
 
 
+def insert_provider(  # noqa: PLR0913 one for each column
+    environment: Environment,
+    url: str,
+    channel: str = "Email",
+    *,
+    priority: int = 0,
+    name: str = "a provider",
+    secret_key: str | None = "s3cr3t-key",
+) -> int:
+    """Insert a row into the database of `environment` and return its id."""
+    with connect(environment) as connection:
+        row = connection.execute(
+            "INSERT INTO notification_preferences"
+            " (provider_type, provider_name, host, priority, secret_key)"
+            " VALUES (%s, %s, %s, %s, %s) RETURNING id",
+            (channel, name, url, priority, secret_key),
+        ).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
 @pytest.fixture(scope="session")
 def _migrated(server: Environment) -> Environment:
     environment = create_database(server)
@@ -125,27 +147,8 @@ def database(server: Environment, _migrated: Environment) -> Environment:
 
 @pytest.fixture
 def add_provider(database: Environment) -> Callable[..., int]:
-    """Insert a row into `database` and return its id."""
-
-    def add(
-        url: str,
-        channel: str = "Email",
-        *,
-        priority: int = 0,
-        name: str = "a provider",
-        secret_key: str | None = "s3cr3t-key",
-    ) -> int:
-        with connect(database) as connection:
-            row = connection.execute(
-                "INSERT INTO notification_preferences"
-                " (provider_type, provider_name, host, priority, secret_key)"
-                " VALUES (%s, %s, %s, %s, %s) RETURNING id",
-                (channel, name, url, priority, secret_key),
-            ).fetchone()
-        assert row is not None
-        return int(row[0])
-
-    return add
+    """Insert a row into `database` and return its id; see `insert_provider`."""
+    return partial(insert_provider, database)
 
 
 @pytest.fixture

@@ -75,8 +75,8 @@ class Service:
     def _serves(self) -> bool:
         try:
             return self.metric("worker_starts_total") >= self.workers_wanted()
-        except requests.ConnectionError:
-            return False
+        except (requests.ConnectionError, requests.Timeout):
+            return False  # the master listens long before a worker answers
 
     def notify(
         self, recipient: str = "buyer", session: Any = requests, **options: Any

@@ -3,8 +3,6 @@
 import os
 import secrets
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,12 +13,12 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from notifier.app import create_app
 from notifier.settings import Settings
 from notifier.store.db import Connection, Database, cut_off, reason, transaction
 from tests.certificates import make_certificate
 from tests.fixtures import Environment, connect, one_role
 from tests.pgbouncer import PgBouncer
-from tests.service import ROOT, clean_environment
 from tests.sockets import LOOPBACK, not_answering, refusing, silent
 from tests.system_postgres import SystemPostgres, Tls
 from tests.timing import eventually, within
@@ -211,17 +209,9 @@ def test_a_client_whose_certificate_or_key_cannot_be_used_is_refused(
 
 def migrate(environment: Environment) -> tuple[int, str]:
     """Run the command; return its exit code and what it says, on either stream."""
-    done = subprocess.run(
-        [sys.executable, "-m", "flask", "--app", "notifier.app", "migrate"],
-        cwd=ROOT,
-        env=clean_environment() | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return done.returncode, done.stdout
+    app = create_app(Settings.from_env(environment))
+    result = app.test_cli_runner().invoke(args=["migrate"])
+    return result.exit_code, result.output
 
 
 @pytest.mark.needs("postgresql")

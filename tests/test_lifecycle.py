@@ -142,6 +142,7 @@ def test_a_service_that_knows_no_providers_and_cannot_ask_is_not_ready_until_it_
     eventually(lambda: readiness(service)[0] == 200)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("hanging", [silent, not_answering])
 def test_readiness_is_answered_within_a_second_however_the_database_hangs(
     start_service: StartService, hanging: Callable[[], AbstractContextManager[int]]

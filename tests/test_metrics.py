@@ -12,8 +12,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from notifier import __version__, metrics
 from notifier.breakers import CHANGES, Breaker, Breakers, Policy
 from notifier.settings import Settings
-from tests.fixtures import Growth, MakeProvider, connect
-from tests.scripted_provider import Peer, Received, answer
+from tests.fixtures import (
+    Environment,
+    Growth,
+    MakeProvider,
+    connect,
+    create_database,
+    insert_provider,
+)
+from tests.scripted_provider import Peer, Received, ScriptedProvider, answer
 from tests.service import Service
 from tests.timing import eventually
 
@@ -84,21 +91,30 @@ class Used:
     delivering: str
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def used(
-    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
-) -> Used:
-    failing, delivering = make_provider(answer(503)), make_provider()
-    add_provider(failing.url, priority=1, name="email 1")
-    add_provider(delivering.url, priority=2, name="email 2")
-    service = start_service(WEB_CONCURRENCY="1").wait_until_listening()
+    tmp_path_factory: pytest.TempPathFactory, server: Environment, _migrated: Environment
+) -> Iterator[Used]:
+    database = create_database(server, _migrated["DB_NAME"])
+    with ScriptedProvider(answer(503)) as failing, ScriptedProvider() as delivering:
+        insert_provider(database, failing.url, priority=1, name="email 1")
+        insert_provider(database, delivering.url, priority=2, name="email 2")
+        service = Service(tmp_path_factory.mktemp("used"), database)
+        try:
+            service.wait_until_ready().wait_until_listening()
+            _use(service)
+            yield Used(service, failing.host, delivering.host)
+        finally:
+            service.stop()
+
+
+def _use(service: Service) -> None:
     for _ in range(5):
         assert service.notify("buyer").status_code == 200
     assert service.notify("seller").status_code == 500
     assert service.notify("nobody").status_code == 422
     assert requests.get(f"{service.url}/no/such/path", timeout=5).status_code == 404
     assert requests.request("GRAB", f"{service.url}/healthz", timeout=5).status_code == 405
-    return Used(service, failing.host, delivering.host)
 
 
 def test_names_types_and_labels_are_those_of_the_contract(used: Used) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -257,13 +258,14 @@ def test_a_run_that_is_killed_within_a_step_leaves_nothing_that_blocks_the_next(
         eventually(lambda: waiting(empty_database) == 1)
         killed.kill()
         assert killed.wait(10) == -signal.SIGKILL
-        with migrating(empty_database) as following:
+        with ThreadPoolExecutor(1) as pool:
+            following = pool.submit(run, empty_database, "migrate")
             # The killed one's server process waits on: it has not noticed.
             eventually(lambda: waiting(empty_database) == 2)
             other.execute("ROLLBACK")
-            output, errors = following.communicate(timeout=60)
-    assert (following.returncode, errors) == (0, "")
-    assert output == "".join(f"applied {name}\n" for name in NAMES[done:]) + GRANTED
+            result = following.result(60)
+    assert result.exit_code == 0
+    assert result.output == "".join(f"applied {name}\n" for name in NAMES[done:]) + GRANTED
     assert_complete(empty_database)
 
 
