@@ -121,8 +121,7 @@ def test_a_strace_that_ends_at_once_is_not_waited_for(
 
 
 @linux
-@pytest.mark.needs("strace")
-def test_calls_are_counted_while_the_block_runs(busy: int) -> None:
+def test_calls_are_counted_while_the_block_runs_or_it_is_said_why_not(busy: int) -> None:
     with system_calls([busy]) as calls:
         time.sleep(0.3)
     assert calls.problem or calls.by_name["getppid"] > 10
