@@ -79,6 +79,8 @@ def _checkout(text: str) -> Path:
 def run(bench: Bench, names: list[str], folder: Path | None) -> None:
     """Measure these parts, and tell of each as soon as it is done."""
     about = report.machine()
+    if bench.beside:
+        about += f"; {report.compared(bench.beside)}"
     print(about)
     if bench.plan.replies < Plan().replies:
         print("Quick: these figures only show that everything works.")

@@ -242,6 +242,12 @@ def test_a_checkout_whose_database_cannot_be_migrated_is_named(
 # --- the command
 
 
+def test_a_comparison_says_of_which_commits_it_is(processes: None, tmp_path: Path) -> None:
+    said = report.compared(tmp_path)
+    assert said.startswith("this tree ")
+    assert said.endswith(f", beside {tmp_path} ")  # which is no checkout
+
+
 def test_beside_measures_one_worker_only_and_writes_nothing_unless_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
