@@ -212,15 +212,15 @@ PARTS = {
 }
 
 
-def write(folder: Path, measured: Mapping[str, Any], goals: Sequence[Goal], about: str) -> None:
-    """Write `bench.json`."""
+def write(path: Path, measured: Mapping[str, Any], goals: Sequence[Goal], about: str) -> None:
+    """Write all figures as JSON."""
     content = {
         "machine": about,
         **{name: _plain(value) for name, value in measured.items()},
         "goals": [goal._asdict() | {"verdict": goal.verdict} for goal in goals],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -204,8 +204,8 @@ def test_the_table_says_what_was_counted_and_what_could_not_be() -> None:
 
 
 def test_the_json_has_medians_and_calls(tmp_path: Path) -> None:
-    report.write(tmp_path, {"worker": both(60, 100)}, [], "2 CPUs")
-    sides = json.loads((tmp_path / "bench.json").read_text())["worker"]["buyer, 8 callers"]
+    report.write(tmp_path / "beside.json", {"worker": both(60, 100)}, [], "2 CPUs")
+    sides = json.loads((tmp_path / "beside.json").read_text())["worker"]["buyer, 8 callers"]
     assert sides[OURS]["figures"]["voluntary"] == 2.4
     assert sides[OURS]["calls_but_futex"] == 5.06
     assert (sides[THEIRS]["calls_but_futex"], sides[THEIRS]["problem"]) == (None, "no strace")
