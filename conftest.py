@@ -8,7 +8,7 @@ A test marked `alone` is sensitive to load: no other runs beside it, and it come
 
 A test marked `needs(what)` is left out where `what` is missing, and the summary says so. `what` is
 an executable, "postgresql" for the system's own, or "containers": those tests run with
-TEST_CONTAINERS=1. REQUIRE_ALL=1 makes anything else that is missing an error.
+TEST_CONTAINERS=1. With REQUIRE_ALL=1 a test fails where anything else is missing.
 """
 
 import fcntl
@@ -129,16 +129,30 @@ def pytest_terminal_summary(
 
 
 def _missing(item: pytest.Item) -> str | None:
-    """Return why the test cannot run here; None if it can."""
-    for what in (mark.args[0] for mark in item.iter_markers("needs")):
-        if what == "containers":
-            if os.environ.get("TEST_CONTAINERS") != "1":
-                return "TEST_CONTAINERS is not 1"
-        elif not _INSTALLED.get(what, shutil.which)(what):
-            if os.environ.get("REQUIRE_ALL") == "1":
-                raise pytest.UsageError(f"REQUIRE_ALL is 1, but {what} is not installed")
-            return f"{what} is not installed"
-    return None
+    """Return why the test is left out here; None if it is not."""
+    needed = {mark.args[0] for mark in item.iter_markers("needs")}
+    if "containers" in needed and os.environ.get("TEST_CONTAINERS") != "1":
+        return "TEST_CONTAINERS is not 1"
+    absent = _not_installed(item)
+    return f"{absent} is not installed" if absent and not _is_all_required() else None
+
+
+def _not_installed(item: pytest.Item) -> str | None:
+    """Return what the test needs, and this machine lacks."""
+    needed = [mark.args[0] for mark in item.iter_markers("needs")]
+    programs = (what for what in needed if what != "containers")
+    return next((what for what in programs if not _INSTALLED.get(what, shutil.which)(what)), None)
+
+
+def _is_all_required() -> bool:
+    return os.environ.get("REQUIRE_ALL") == "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Fail a test that is not left out although something is missing."""
+    if absent := _not_installed(item):
+        pytest.fail(f"REQUIRE_ALL is 1, but {absent} is not installed", pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)

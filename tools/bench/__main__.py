@@ -57,8 +57,8 @@ def _arguments() -> argparse.Namespace:
         type=Path,
         metavar="FOLDER",
         help=(
-            "where to write bench.json and bench.png; by default docs, and nowhere with --quick or "
-            "--only"
+            "where to write bench.json and bench.png, or beside.json; by default docs, and nowhere "
+            "with --quick, --only or --beside"
         ),
     )
     arguments = parser.parse_args()
@@ -79,8 +79,10 @@ def _checkout(text: str) -> Path:
 def run(bench: Bench, names: list[str], folder: Path | None) -> None:
     """Measure these parts, and tell of each as soon as it is done."""
     about = report.machine()
+    if bench.beside:
+        about += f"; {report.compared(bench.beside)}"
     print(about)
-    if bench.plan.replies < Plan().replies:
+    if bench.plan.replies < Plan().replies and not bench.beside:
         print("Quick: these figures only show that everything works.")
     measured: dict[str, Any] = {}
     goals: list[Goal] = []
@@ -92,7 +94,8 @@ def run(bench: Bench, names: list[str], folder: Path | None) -> None:
         goals += part.judge(measured[name])
     print(f"\n{report.goals_table(goals)}")
     if folder:
-        report.write(folder, measured, goals, about)
+        name = "beside.json" if bench.beside else "bench.json"
+        report.write(folder / name, measured, goals, about)
         if {"main", "scaling"} <= measured.keys():
             from tools.bench import plot  # noqa: PLC0415 needs more than the rest
 

@@ -2,7 +2,9 @@
 
 import json
 import platform
+import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import psutil
 
 from notifier.settings import available_cpus
+from tools import ROOT
 from tools.bench.figures import (
     Goal,
     Memory,
@@ -38,6 +41,19 @@ def machine() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     cpus = f"{available_cpus()} CPUs{_model()}, {others}"
     return f"{cpus}, {platform.system()}, Python {platform.python_version()}; {versions}"
+
+
+def compared(folder: Path) -> str:
+    """Return which commits a comparison with the checkout in `folder` is of."""
+    return f"this tree {_commit(ROOT)}, beside {folder} {_commit(folder)}"
+
+
+def _commit(folder: Path) -> str:
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    with suppress(OSError):  # no git
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        return done.stdout.strip()
+    return ""
 
 
 def _model() -> str:
@@ -196,15 +212,15 @@ PARTS = {
 }
 
 
-def write(folder: Path, measured: Mapping[str, Any], goals: Sequence[Goal], about: str) -> None:
-    """Write `bench.json`."""
+def write(path: Path, measured: Mapping[str, Any], goals: Sequence[Goal], about: str) -> None:
+    """Write all figures as JSON."""
     content = {
         "machine": about,
         **{name: _plain(value) for name, value in measured.items()},
         "goals": [goal._asdict() | {"verdict": goal.verdict} for goal in goals],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _plain(value: Any) -> Any:

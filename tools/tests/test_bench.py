@@ -453,7 +453,7 @@ def test_the_json_has_every_figure_by_name(tmp_path: Path) -> None:
         "main": Main({"bare": [some(cpu=812.3456)]}, {"bare": 59.0}),
         "memory": [Memory(20, 80.0, 95.0)],
     }
-    report.write(tmp_path / "docs", measured, [Goal("a", 1.1, 1.0)], "2 CPUs")
+    report.write(tmp_path / "docs" / "bench.json", measured, [Goal("a", 1.1, 1.0)], "2 CPUs")
     written = json.loads((tmp_path / "docs" / "bench.json").read_text())
     assert written["machine"] == "2 CPUs"
     bare = written["main"]["bare"]

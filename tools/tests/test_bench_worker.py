@@ -121,8 +121,7 @@ def test_a_strace_that_ends_at_once_is_not_waited_for(
 
 
 @linux
-@pytest.mark.needs("strace")
-def test_calls_are_counted_while_the_block_runs(busy: int) -> None:
+def test_calls_are_counted_while_the_block_runs_or_it_is_said_why_not(busy: int) -> None:
     with system_calls([busy]) as calls:
         time.sleep(0.3)
     assert calls.problem or calls.by_name["getppid"] > 10
@@ -205,8 +204,8 @@ def test_the_table_says_what_was_counted_and_what_could_not_be() -> None:
 
 
 def test_the_json_has_medians_and_calls(tmp_path: Path) -> None:
-    report.write(tmp_path, {"worker": both(60, 100)}, [], "2 CPUs")
-    sides = json.loads((tmp_path / "bench.json").read_text())["worker"]["buyer, 8 callers"]
+    report.write(tmp_path / "beside.json", {"worker": both(60, 100)}, [], "2 CPUs")
+    sides = json.loads((tmp_path / "beside.json").read_text())["worker"]["buyer, 8 callers"]
     assert sides[OURS]["figures"]["voluntary"] == 2.4
     assert sides[OURS]["calls_but_futex"] == 5.06
     assert (sides[THEIRS]["calls_but_futex"], sides[THEIRS]["problem"]) == (None, "no strace")
@@ -241,6 +240,12 @@ def test_a_checkout_whose_database_cannot_be_migrated_is_named(
 
 
 # --- the command
+
+
+def test_a_comparison_says_of_which_commits_it_is(processes: None, tmp_path: Path) -> None:
+    said = report.compared(tmp_path)
+    assert said.startswith("this tree ")
+    assert said.endswith(f", beside {tmp_path} ")  # which is no checkout
 
 
 def test_beside_measures_one_worker_only_and_writes_nothing_unless_told(
