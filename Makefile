@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Runs a command on the DB_* of the environment, on `make run`'s own database when DB_HOST is unset.
 WITH_DATABASE := $(BIN)/python -m tools.dev.postgres
 # Much of what tests do is waiting, so that four processes keep two processors busy.
-PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder
 FLASK := $(BIN)/flask --app notifier.app
 
 .DEFAULT_GOAL := help

@@ -156,6 +156,26 @@ def test_a_test_that_is_to_be_alone_comes_last_and_runs_beside_no_other(run, tmp
     assert several or "test_alone" in last
 
 
+SHARED = """
+import os, pytest
+
+@pytest.fixture(scope="module")
+def started(processes):
+    with open(os.environ["STARTED"], "a") as file:
+        print(os.environ["PYTEST_XDIST_WORKER"], file=file)
+
+@pytest.mark.parametrize("number", range(4))
+def test_of_the_module(started, number): pass
+"""
+
+
+def test_tests_that_share_a_server_stay_together(run, tmp_path):
+    arguments, started = ("-n", "2", "--dist", "loadgroup"), tmp_path / "started"
+    code, output = run(*arguments, tests=SHARED, STARTED=str(started))
+    assert (code, "4 passed" in output) == (0, True), output
+    assert len(started.read_text().splitlines()) == 1
+
+
 def test_what_cannot_be_written_as_text_does_not_end_a_run_of_several_processes(run):
     surrogate = 'def test_odd():\n    print("\\udcff")\n    assert "\\udcff" == ""\n'
     code, output = run("-n", "1", tests=surrogate)

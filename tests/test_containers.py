@@ -8,6 +8,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -59,13 +60,11 @@ Say = Callable[[str], None]
 @pytest.fixture(scope="module")
 def say(request: pytest.FixtureRequest) -> Say:
     """Write a line where whoever runs the tests sees it."""
-    plugin = request.config.pluginmanager.getplugin
-    reporter, capture = plugin("terminalreporter"), plugin("capturemanager")
+    capture = request.config.pluginmanager.getplugin("capturemanager")
 
     def say(line: str) -> None:
         with capture.global_and_fixture_disabled():
-            reporter.ensure_newline()
-            reporter.write_line(f"  {line}")
+            sys.stderr.write(f"\n  {line}\n")  # in a process of xdist's there is no reporter
 
     return say
 
