@@ -55,7 +55,7 @@ class PreferencesUnavailable(Exception):
 class Fault(StrEnum):
     """How far an exchange came that ended without a status line."""
 
-    URL = "url"  # nobody can be called
+    URL = "url"  # no request can be made of the URL and the header fields
     DNS = "dns"
     CONNECT = "connect"  # a proxy's tunnel included
     TLS = "tls"

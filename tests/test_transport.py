@@ -120,6 +120,16 @@ def test_the_provider_gets_the_body_and_the_headers_as_given(
     assert received.headers["user-agent"] == "notifier/test"
 
 
+@pytest.mark.parametrize("value", ["a\r\nX-Other: b", "a\n", "a\r", "\u20ac"])
+def test_a_header_field_that_would_not_arrive_as_it_is_is_not_sent(
+    transport: Transport, provider: ScriptedProvider, value: str
+) -> None:
+    with pytest.raises(TransportError) as caught:
+        post(transport, provider.url, headers={"X-Key": value})
+    assert caught.value.fault == "url"
+    assert provider.connections == 0
+
+
 NO_STATUS_LINE: dict[str, tuple[Script, str]] = {
     "hangs": (hang, "timeout"),
     "resets": (reset, "reset"),

@@ -141,8 +141,7 @@ class WireAdapter(BaseAdapter):
             TransportError: there was no status line.
         """
         post = cast("_Request", request).post
-        with _failing_as(Fault.URL):
-            route = self._route(post.url)
+        route = self._route(post.url)
         message, budget, answer = _message(route.head, post), Budget(post.deadline), None
         while answer is None:
             connection = self._take(route.idle) or self._connector.connect(budget, route)
@@ -169,18 +168,32 @@ class WireAdapter(BaseAdapter):
             connection.close()
 
     def _find_route(self, url: str) -> Route:
-        prepared = requests.Request("POST", url).prepare()
-        url = prepared.url or url
-        place, proxy = Place.of(url), self._connector.proxies.of(url)
-        target = prepared.path_url
-        lines = [f"Host: {_host_field(url)}", f"User-Agent: {self._user_agent}", "Accept: */*"]
+        """Return the way to `url`.
+
+        Raises:
+            TransportError: it is no URL that can be called, or its proxy's is none.
+        """
+        with _failing_as(Fault.URL):
+            prepared = requests.Request("POST", url).prepare()
+            url = prepared.url or url
+            place, proxy = Place.of(url), self._connector.proxies.of(url)
+            head = self._head(prepared, url, None if place.is_tls else proxy)
+        return Route(place, proxy, head, self._idle_of((place, proxy)))
+
+    def _head(self, prepared: requests.PreparedRequest, url: str, proxy: Proxy | None) -> bytes:
+        """Return what is the same for all requests to `url`; `proxy` is told the whole of it."""
+        target = requests.utils.urldefragauth(url) if proxy else prepared.path_url
+        lines = [
+            f"POST {target} HTTP/1.1",
+            f"Host: {_host_field(url)}",
+            f"User-Agent: {self._user_agent}",
+            "Accept: */*",
+        ]
         if "Authorization" in prepared.headers:  # from the URL's user and password
             lines.append(f"Authorization: {prepared.headers['Authorization']!s}")
-        if proxy and not place.is_tls:
-            target = requests.utils.urldefragauth(url)
+        if proxy:
             lines += proxy.credentials.splitlines()
-        head = "\r\n".join([f"POST {target} HTTP/1.1", *lines, ""]).encode("latin-1")
-        return Route(place, proxy, head, self._idle_of((place, proxy)))
+        return "\r\n".join([*lines, ""]).encode("latin-1")
 
     def _idle_of(self, key: object) -> deque[Connection]:
         """Return the idle connections of an endpoint; close those that others no longer use."""
@@ -267,16 +280,27 @@ def _host_field(url: str) -> str:
 
 
 def _message(head: bytes, post: _Post) -> bytes:
+    """Return a request as it goes out.
+
+    Raises:
+        TransportError: a header field would end early, or has characters that none can have.
+    """
     fields = "".join([f"{name}: {value}\r\n" for name, value in post.headers.items()])
+    if not fields.count("\r") == fields.count("\n") == len(post.headers):
+        raise TransportError(Fault.URL)
     rest = f"{fields}Content-Length: {len(post.body)}\r\n\r\n"
-    return head + rest.encode("latin-1") + post.body
+    try:
+        return head + rest.encode("latin-1") + post.body
+    except UnicodeEncodeError:
+        raise TransportError(Fault.URL) from None
 
 
 def _response(request: requests.PreparedRequest, answer: Answer) -> requests.Response:
     response = requests.Response()
     response.request, response.url = request, request.url or ""
     response.status_code = answer.status
-    response.headers.update(answer.headers)
-    response.headers.pop("location", None)  # or requests would prepare the redirect
+    if answer.headers:
+        response.headers.update(answer.headers)
+        response.headers.pop("location", None)  # or requests would prepare the redirect
     response.raw = None if answer.body is None else BytesIO(answer.body)
     return response
