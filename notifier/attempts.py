@@ -24,6 +24,9 @@ _BY_FAULT = {
     Fault.PROTOCOL: AttemptOutcome.UNKNOWN,
 }
 
+# Why a provider was skipped whose breaker is open.
+_NOT_ADMITTED = "breaker"
+
 ACCEPTED = range(200, 300)
 REJECTED = range(300, 500)
 
@@ -71,7 +74,7 @@ class Attempts:
         try:
             self._guarded(provider, message, deadline)
         except AttemptFailed as failure:
-            times = self._refused.times(provider.id) if failure.reason == "breaker" else 1
+            times = self._refused.times(provider.id) if failure.reason == _NOT_ADMITTED else 1
             if times:
                 _log_failure(provider, failure, times)
             raise
@@ -94,7 +97,7 @@ class Attempts:
                 log.debug("breaker admits", extra={"host": provider.endpoint})
                 self._recorded(call, provider, message, deadline)
         except CircuitBreakerError:
-            raise AttemptFailed(AttemptOutcome.SKIPPED, "breaker") from None
+            raise AttemptFailed(AttemptOutcome.SKIPPED, _NOT_ADMITTED) from None
 
     def _recorded(self, call: Call, provider: Provider, message: Message, deadline: float) -> None:
         try:

@@ -62,7 +62,8 @@ class RollingWindow:
         if not self._buckets or self._buckets[-1][0] != number:
             self._buckets.append([number, 0, 0])
         self._buckets[-1][1] += 1
-        self._buckets[-1][2] += failed
+        if failed:
+            self._buckets[-1][2] += 1
 
     def totals(self, now: float) -> tuple[int, int]:
         """Return calls and failures of the window that ends at `now`."""

@@ -20,6 +20,7 @@ from notifier.environ import Secret
 from notifier.settings import Settings
 from notifier.store import migrations
 from notifier.store.db import Database
+from notifier.wire import streams
 from notifier.wire.transport import Transport
 from tests.certificates import make_certificate
 from tests.scripted_provider import Script, ScriptedProvider
@@ -30,6 +31,7 @@ Environment = dict[str, str]
 MakeSettings = Callable[..., Settings]
 MakeProvider = Callable[..., ScriptedProvider]
 MakeTransport = Callable[..., Transport]
+LookUp = Callable[[], list[streams.Address]]
 Growth = Callable[[str], dict[tuple[str, ...], float]]
 
 # What a developer's shell sets must not decide a test: only what a test sets does.
@@ -235,6 +237,20 @@ def make_transport() -> Iterator[MakeTransport]:
             return transport
 
         yield make
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[[LookUp], None]:
+    """Make every name resolve to what `look_up` returns; numeric addresses stay themselves."""
+    real = streams.look_up
+
+    def use(look_up: LookUp) -> None:
+        def replaced(host: str, port: int, flags: int = 0) -> list[streams.Address]:
+            return real(host, port, flags) if flags else look_up()
+
+        monkeypatch.setattr(streams, "look_up", replaced)
+
+    return use
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from notifier.attempts import Attempts
 from notifier.breakers import Breakers, Policy
 from notifier.errors import AttemptFailed
 from notifier.models import Message, Provider
-from notifier.wire import exchange, streams
+from notifier.wire import exchange
 from notifier.wire.transport import Transport
 from tests.fixtures import MakeProvider, MakeTransport
 from tests.posting import failure, post
@@ -612,20 +612,6 @@ def test_a_provider_that_leaves_just_before_the_notification_is_sent_fails_it_no
     assert post(transport, provider.url) == 200
     assert went.is_set()
     assert (provider.connections, len(provider.received)) == (2, 2)
-
-
-@pytest.fixture
-def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make every name resolve to what `look_up` returns; numeric addresses stay themselves."""
-    real = streams.look_up
-
-    def use(look_up: Callable[[], list[Any]]) -> None:
-        def replaced(host: str, port: int, flags: int = 0) -> list[Any]:
-            return real(host, port, flags) if flags else look_up()
-
-        monkeypatch.setattr(streams, "look_up", replaced)
-
-    return use
 
 
 def addresses(port: int, count: int = 1) -> list[Any]:
