@@ -20,7 +20,7 @@ from notifier.environ import Secret
 from notifier.settings import Settings
 from notifier.store import migrations
 from notifier.store.db import Database
-from notifier.wire import streams
+from notifier.wire import exchange, streams
 from notifier.wire.transport import Transport
 from tests.certificates import make_certificate
 from tests.scripted_provider import Script, ScriptedProvider
@@ -31,6 +31,8 @@ Environment = dict[str, str]
 MakeSettings = Callable[..., Settings]
 MakeProvider = Callable[..., ScriptedProvider]
 MakeTransport = Callable[..., Transport]
+# The CA bundle and the server's context, both None for plain HTTP.
+Wire = tuple[Path | None, ssl.SSLContext | None]
 LookUp = Callable[[], list[streams.Address]]
 Growth = Callable[[str], dict[tuple[str, ...], float]]
 
@@ -237,6 +239,31 @@ def make_transport() -> Iterator[MakeTransport]:
             return transport
 
         yield make
+
+
+@pytest.fixture(params=["http", "https"])
+def wire(request: pytest.FixtureRequest) -> Wire:
+    """The CA bundle and the server's context, both None for plain HTTP."""
+    if request.param == "http":
+        return None, None
+    bundle, context = request.getfixturevalue("certificate")
+    return bundle, context
+
+
+@pytest.fixture
+def provider(make_provider: MakeProvider, wire: Wire) -> ScriptedProvider:
+    return make_provider(tls=wire[1])
+
+
+@pytest.fixture
+def transport(make_transport: MakeTransport, wire: Wire) -> Transport:
+    return make_transport(wire[0])
+
+
+@pytest.fixture
+def short_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that would otherwise spend the whole second each."""
+    monkeypatch.setattr(exchange, "DRAIN_SECONDS", 0.2)
 
 
 @pytest.fixture

@@ -25,11 +25,12 @@ from notifier.attempts import Attempts
 from notifier.breakers import Breakers, Policy
 from notifier.errors import AttemptFailed
 from notifier.models import Message, Provider
-from notifier.wire import exchange
 from notifier.wire.transport import Transport
-from tests.fixtures import MakeProvider, MakeTransport
+from tests.fixtures import MakeProvider, MakeTransport, Wire
 from tests.posting import failure, post
 from tests.scripted_provider import (
+    CHUNKED,
+    STATUS_LINE,
     Peer,
     Received,
     Script,
@@ -37,11 +38,14 @@ from tests.scripted_provider import (
     TLSByHand,
     answer,
     close,
+    drips,
+    floods,
     hang,
     reset,
+    sends,
 )
 from tests.sockets import LOOPBACK, not_answering, refusing
-from tests.test_transport import CHUNKED, ODD_ENDS, STATUS_LINE, drips, floods, sends
+from tests.test_transport import ODD_ENDS
 from tests.timing import eventually, within
 
 SECONDS = 0.4  # for an attempt that only its deadline ends
@@ -59,7 +63,6 @@ POLICY = Policy(
 STATES = {"accepted": "closed", "rejected": "closed", "unknown": "open", "not_sent": "open"}
 
 Certificate = tuple[Path, ssl.SSLContext]
-Wire = tuple[Path | None, ssl.SSLContext | None]
 ByHand = Callable[[Peer, TLSByHand], None]
 
 
@@ -402,15 +405,6 @@ def message(size: int = 100) -> Message:
     return Message("buyer@example.com", "Hello", "x" * size)
 
 
-@pytest.fixture(params=["http", "https"])
-def wire(request: pytest.FixtureRequest) -> Wire:
-    """The CA bundle and the server's context, both None for plain HTTP."""
-    if request.param == "http":
-        return None, None
-    bundle, context = request.getfixturevalue("certificate")
-    return bundle, context
-
-
 @pytest.fixture
 def transport(make_transport: MakeTransport, wire: Wire) -> Transport:
     return used(make_transport(wire[0]))
@@ -421,17 +415,6 @@ def used(transport: Transport) -> Transport:
     with refusing() as port:
         failure(transport, f"https://{LOOPBACK}:{port}/")
     return transport
-
-
-@pytest.fixture
-def provider(make_provider: MakeProvider, wire: Wire) -> ScriptedProvider:
-    return make_provider(tls=wire[1])
-
-
-@pytest.fixture
-def short_drain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that would otherwise spend the whole second each."""
-    monkeypatch.setattr(exchange, "DRAIN_SECONDS", 0.2)
 
 
 def meet(

@@ -219,7 +219,7 @@ def test_the_authorities_are_read_at_the_first_https_call_and_only_then(
         read.append(ca_bundle)
         context.load_verify_locations(ca_bundle)
 
-    monkeypatch.setattr("notifier.wire.transport.trust", trust)
+    monkeypatch.setattr("notifier.wire.connector.trust", trust)
     transport, plain = make_transport(bundle), make_provider()
     secure = [make_provider(tls=context) for _ in range(2)]
     assert post(transport, plain.url) == 200

@@ -1,29 +1,24 @@
 """How a POST goes out: the way to a URL, over a kept connection or a new one."""
 
-import socket
-import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import cached_property, lru_cache
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
 from io import BytesIO
 from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
-import certifi
 import requests
 from requests.adapters import BaseAdapter
 
-from notifier.environ import trust
 from notifier.errors import Fault, TransportError
 from notifier.models import DEFAULT_PORTS
-from notifier.single_flight import SingleFlight
-from notifier.wire import streams
+from notifier.wire.connector import Connector, failing_as
 from notifier.wire.exchange import STATUS_ONLY, Answer, Connection, Wanted
-from notifier.wire.proxies import Place, Proxies, Proxy, open_tunnel
-from notifier.wire.streams import TLS, Address, Budget, Overlong, Stream
+from notifier.wire.proxies import Place, Proxies, Proxy
+from notifier.wire.streams import Budget
 
 # URLs whose route is remembered.
 ROUTES = 100
@@ -44,7 +39,9 @@ class Transport:
     ) -> None:
         self._session = requests.Session()
         self._session.trust_env = False
-        adapter = WireAdapter(Connector(ca_bundle, Proxies(proxies)), connections, user_agent)
+        adapter = WireAdapter(
+            Connector(ca_bundle), Proxies(proxies), connections=connections, user_agent=user_agent
+        )
         for scheme in DEFAULT_PORTS:
             self._session.mount(f"{scheme}://", adapter)
 
@@ -118,9 +115,11 @@ class WireAdapter(BaseAdapter):
     which there are.
     """
 
-    def __init__(self, connector: "Connector", connections: int, user_agent: str) -> None:
+    def __init__(
+        self, connector: Connector, proxies: Proxies, *, connections: int, user_agent: str
+    ) -> None:
         super().__init__()
-        self._connector = connector
+        self._connector, self._proxies = connector, proxies
         self._connections, self._user_agent = connections, user_agent
         self._lock = threading.Lock()
         self._idle: dict[object, deque[Connection]] = {}
@@ -144,11 +143,16 @@ class WireAdapter(BaseAdapter):
         route = self._route(post.url)
         message, budget, answer = _message(route.head, post), Budget(post.deadline), None
         while answer is None:
-            connection = self._take(route.idle) or self._connector.connect(budget, route)
+            connection = self._take(route.idle) or self._connector.connect(
+                budget, route.place, route.proxy
+            )
             answer = connection.post(budget, message, post.wanted)
             if connection.reusable:
                 self._keep(route.idle, connection)
         return _response(request, answer)
+
+    def _connect(self, budget: Budget, route: Route) -> Connection:
+        return self._connector.connect(budget, route.place, route.proxy)
 
     def _take(self, idle: deque[Connection]) -> Connection | None:
         now = time.monotonic()
@@ -173,10 +177,10 @@ class WireAdapter(BaseAdapter):
         Raises:
             TransportError: it is no URL that can be called, or its proxy's is none.
         """
-        with _failing_as(Fault.URL):
+        with failing_as(Fault.URL):
             prepared = requests.Request("POST", url).prepare()
             url = prepared.url or url
-            place, proxy = Place.of(url), self._connector.proxies.of(url)
+            place, proxy = Place.of(url), self._proxies.of(url)
             head = self._head(prepared, url, None if place.is_tls else proxy)
         return Route(place, proxy, head, self._idle_of((place, proxy)))
 
@@ -208,69 +212,6 @@ def _close_stale(idle: deque[Connection]) -> None:
     with suppress(IndexError):  # there is none, or another thread was faster
         while not idle[0].is_fresh(now):
             idle.popleft().close()
-
-
-class Connector:
-    """Makes connections to providers, through the proxies there are."""
-
-    def __init__(self, ca_bundle: str | None, proxies: Proxies) -> None:
-        self.proxies = proxies
-        self._ca_bundle = ca_bundle
-        self._look_ups: SingleFlight[tuple[str, int], list[Address]] = SingleFlight("look-up")
-
-    @cached_property
-    def _tls(self) -> ssl.SSLContext:
-        """The one context; reading the authorities takes as long as a hundred notifications."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        trust(context, self._ca_bundle or certifi.where())
-        return context
-
-    def connect(self, budget: Budget, route: Route) -> Connection:
-        """Return a new connection over `route`.
-
-        Raises:
-            TransportError: there is none.
-        """
-        place, proxy = route.place, route.proxy
-        addresses = self._resolve(budget, proxy.place if proxy else place)
-        with _failing_as(Fault.CONNECT):
-            plain = streams.connect(budget, addresses)
-        stream: Stream = plain
-        try:
-            if proxy and proxy.place.is_tls:
-                stream = self._encrypt(budget, stream, proxy.place)
-            if proxy and place.is_tls:
-                with _failing_as(Fault.CONNECT):
-                    open_tunnel(budget, stream, proxy.credentials, place)
-            if place.is_tls:
-                stream = self._encrypt(budget, stream, place)
-        except BaseException:
-            plain.close()
-            raise
-        return Connection(stream, plain)
-
-    def _encrypt(self, budget: Budget, stream: Stream, place: Place) -> Stream:
-        budget.begin_phase()
-        with _failing_as(Fault.TLS):
-            return TLS(budget, stream, self._tls, place.name)
-
-    def _resolve(self, budget: Budget, place: Place) -> list[Address]:
-        host, port = place.name, place.port
-        with _failing_as(Fault.DNS):
-            try:
-                return streams.look_up(host, port, socket.AI_NUMERICHOST)
-            except socket.gaierror:  # no address but a name
-                return self._look_ups.run(
-                    (host, port), lambda: streams.look_up(host, port), budget.time_left()
-                )
-
-
-@contextmanager
-def _failing_as(fault: Fault) -> Iterator[None]:
-    try:
-        yield
-    except (requests.RequestException, OSError, Overlong, ValueError) as error:
-        raise TransportError(fault) from error
 
 
 def _host_field(url: str) -> str:
