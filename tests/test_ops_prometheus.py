@@ -124,6 +124,7 @@ def promtool(*arguments: str, stdin: str | None = None) -> str:
         "test rules rules_test.yml",
     ],
 )
+@pytest.mark.usefixtures("processes")
 def test_promtool_is_content_with(command: str) -> None:
     assert "SUCCESS" in promtool(*command.split())
 
