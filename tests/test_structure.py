@@ -22,6 +22,7 @@ import pytest
 from gunicorn.config import Config
 from gunicorn.workers.gthread import ThreadWorker
 
+from notifier.serving import master
 from notifier.settings import WITHOUT_EFFECT, Settings
 from notifier.store.db import DATABASE_WAIT
 
@@ -138,8 +139,13 @@ def test_a_package_itself_imports_nothing(package: Path) -> None:
     assert list(imported_names(package)) == []
 
 
-def test_gunicorns_configuration_imports_only_the_settings_the_logs_and_the_worker() -> None:
-    assert imported_modules(CONFIGURATION) == {"logs", "settings", "serving.worker"}
+def test_gunicorns_configuration_imports_only_the_settings_and_what_serves() -> None:
+    ours = {"settings", "serving", "serving.master", "serving.worker"}
+    assert imported_modules(CONFIGURATION) == ours
+
+
+def test_gunicorns_configuration_is_values_and_thin_hooks() -> None:
+    assert len(CONFIGURATION.read_text().splitlines()) <= 80
 
 
 def test_gunicorns_configuration_loads_nothing_that_belongs_to_the_workers() -> None:
@@ -247,11 +253,10 @@ def test_every_shipped_value_is_one_that_gunicorn_knows_and_takes(
 def test_metrics_are_kept_in_memory_only_where_there_is_room(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Who writes to a memory file system that is full is killed."""
-    conf = gunicorn_conf(monkeypatch)
+    """A write to a full memory file system kills the process."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=15 * 2**20))
-    assert conf["_new_folder"]().parent == tmp_path
+    assert master.make_metrics_folder().parent == tmp_path
 
 
 def test_each_timeout_leaves_room_for_those_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
