@@ -51,7 +51,6 @@ on_starting = master.on_starting
 pre_fork = master.pre_fork
 post_fork = master.post_fork
 post_worker_init = master.post_worker_init
-pre_request = master.pre_request
 worker_exit = master.worker_exit
 child_exit = master.child_exit
 on_exit = master.on_exit

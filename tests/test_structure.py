@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 from gunicorn.config import Config
-from gunicorn.workers.gthread import ThreadWorker
 
 from notifier.serving import master
+from notifier.serving.worker import Worker
 from notifier.settings import WITHOUT_EFFECT, Settings
 from notifier.store.db import DATABASE_WAIT
 
@@ -226,7 +226,7 @@ def test_gunicorn_is_shipped_with_threads_without_preload_and_without_a_control_
         "control_socket_disable": True,
     }
     assert {name: conf[name] for name in shipped} == shipped
-    assert issubclass(conf["worker_class"], ThreadWorker)
+    assert conf["worker_class"] is Worker
 
 
 @pytest.mark.parametrize("threads", [1, 32, 512])

@@ -172,12 +172,6 @@ def post_worker_init(worker: Any) -> None:
     worker.serving[0] = True
 
 
-def pre_request(worker: Any, request: Any) -> None:
-    """Move callers that keep their connection to another instance while this one stops."""
-    if worker.draining[0]:
-        request.force_close()
-
-
 def worker_exit(server: Any, worker: Any) -> None:
     """End the threads and connections of the service in `worker`, which may not have loaded it."""
     app = getattr(worker, "wsgi", None)
