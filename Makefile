@@ -6,10 +6,12 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 # Runs a command on the DB_* of the environment, on `make run`'s own database when DB_HOST is unset.
 WITH_DATABASE := $(BIN)/python -m tools.dev.postgres
+# Much of what tests do is waiting, so that four processes keep two processors busy.
+PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder
 FLASK := $(BIN)/flask --app notifier.app
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint measure bench chaos migrate rollback providers up down
+.PHONY: help install run check test lint measure bench chaos migrate rollback providers up down
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,8 +27,11 @@ install: .venv/installed ## Create .venv and install what is pinned.
 run: install ## Start the service, PostgreSQL and four mock providers; Ctrl-C stops all.
 	@exec $(BIN)/python -m tools.dev.run
 
-test: install lint ## Check the style and types, and run every test.
-	$(BIN)/python -m pytest
+check: install lint ## Check the style and types, and run every test that needs no server; takes a minute.
+	$(PYTEST) -m "not servers"
+
+test: install lint ## Check the style and types, and run every test; takes five minutes.
+	$(PYTEST)
 
 lint: install ## Check style, format and types.
 	$(BIN)/ruff check .
@@ -39,8 +44,8 @@ measure: install ## Measure how late changes are seen and what outages cost; tak
 chaos: install ## Break everything around the service under load, and check what must hold; takes three minutes.
 	@exec $(BIN)/python -m tools.chaos
 
-bench: .venv/bench-installed ## Measure the service beside comparable stacks; takes ten minutes.
-	@exec $(BIN)/python -m tools.bench
+bench: .venv/bench-installed ## Measure the service beside comparable stacks, or beside another checkout: BESIDE=FOLDER, QUICK=1.
+	@exec $(BIN)/python -m tools.bench $(if $(BESIDE),--beside '$(BESIDE)') $(if $(QUICK),--quick)
 
 .venv/bench-installed: .venv/installed requirements-bench.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt

@@ -1,19 +1,18 @@
 """The only place that wires things together; nothing imports it."""
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from urllib.request import getproxies_environment
 
 from flask import Flask
 
-from notifier import __version__, metrics
+from notifier import __version__
 from notifier.attempts import Attempts
 from notifier.breakers import Breakers, Policy
 from notifier.capacity import Capacity
-from notifier.cli import migrate, providers
+from notifier.cli import commands
+from notifier.cli.parts import read_settings
 from notifier.delivery import Delivery
-from notifier.settings import MIN_DEADLINE, Settings, settings_or_exit
+from notifier.notifications import Notifier
+from notifier.settings import MIN_DEADLINE, Settings
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
 from notifier.store.refresher import Refresher
@@ -23,56 +22,20 @@ from notifier.wire.transport import Transport
 # Seconds that a notification may wait for its turn: a quick refusal beats a growing queue.
 PATIENCE = 1.0
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Notifier:
-    """The parts of the service in one worker, made after the fork.
-
-    `stopping` says whether the service has been asked to stop.
-    """
-
-    settings: Settings
-    preferences: Preferences
-    refresher: Refresher
-    attempts: Attempts
-    delivery: Delivery
-    capacity: Capacity
-    stopping: Callable[[], bool] = lambda: False
-
-    def start(self, stopping: Callable[[], bool]) -> None:
-        """Begin to serve; a process that only runs a command never calls it."""
-        self.stopping = stopping
-        self.refresher.start()
-        metrics.WORKER_STARTS.inc()
-
-    def close(self) -> None:
-        """Undo the making in reverse; one failure is logged and the rest still close."""
-        for close in (self.delivery.close, self.attempts.close, self.refresher.close):
-            _close(close)
-
-
-def _close(close: Callable[[], None]) -> None:
-    try:
-        close()
-    except Exception:
-        log.exception("could not close", extra={"part": close.__qualname__})
-
 
 def create_app(settings: Settings | None = None) -> Flask:
     """Return the WSGI application; without `settings` they are read from the environment."""
-    settings = settings or settings_or_exit()
+    settings = settings or read_settings()
     app = Flask("notifier", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = body.READ_LIMIT
     app.url_map.merge_slashes = False  # a doubled slash is no such path, not a redirect to HTML
-    app.extensions["notifier"] = build(settings)
+    if settings:  # None where flask only looks for a command
+        app.extensions["notifier"] = build(settings)
     app.register_blueprint(notify.blueprint)
     app.register_blueprint(ops.blueprint)
     requests.register(app)
     errors.register(app)
-    migrate.register(app)
-    providers.register(app)
+    commands.register(app)
     return app
 
 

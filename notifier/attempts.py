@@ -1,4 +1,4 @@
-"""How one message reaches one provider: one attempt, guarded by the breaker of its host."""
+"""How one message reaches one provider: one attempt, guarded by the breaker of its endpoint."""
 
 import json
 import logging
@@ -9,14 +9,25 @@ from pybreaker import CircuitBreakerError
 
 from notifier import logs, metrics
 from notifier.breakers import Breakers, Call
-from notifier.errors import AttemptFailed, TransportError
+from notifier.errors import AttemptFailed, AttemptOutcome, Fault, TransportError
 from notifier.models import Message, Provider
 from notifier.wire.transport import Transport
 
-# What an exchange without a status line means, by how far it came; anything else is unknown.
-OUTCOMES = {"url": "skipped", "dns": "not_sent", "connect": "not_sent", "tls": "not_sent"}
+# What an exchange without a status line means.
+_BY_FAULT = {
+    Fault.URL: AttemptOutcome.SKIPPED,
+    Fault.DNS: AttemptOutcome.NOT_SENT,
+    Fault.CONNECT: AttemptOutcome.NOT_SENT,
+    Fault.TLS: AttemptOutcome.NOT_SENT,
+    Fault.TIMEOUT: AttemptOutcome.UNKNOWN,
+    Fault.RESET: AttemptOutcome.UNKNOWN,
+    Fault.PROTOCOL: AttemptOutcome.UNKNOWN,
+}
 
-SUCCESS = range(200, 300)
+# Why a provider was skipped whose breaker is open.
+_NOT_ADMITTED = "breaker"
+
+ACCEPTED = range(200, 300)
 REJECTED = range(300, 500)
 
 # The provider asks for patience: it has not taken the message, and is not well.
@@ -24,12 +35,8 @@ TRY_LATER = frozenset(
     {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 )
 
-# Whether an outcome counts against the host. A rejection speaks for it: it answered in time. The
-# outcomes that are not here say nothing about it.
-BREAKER_FAILURE = {"not_sent": True, "unknown": True, "rejected": False}
-
-# A host that had this share of its time, and did not answer, can't blame the request's deadline:
-# the third of three attempts has always a little less than the whole.
+# An endpoint that had this share of its time, and did not answer, can't blame the request's
+# deadline: the third of three attempts has always a little less than the whole.
 FULL_ATTEMPT = 0.9
 
 # What json.dumps would make for each call.
@@ -39,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 class Attempts:
-    """Sends messages to providers. One per worker; may be used from any thread.
+    """Makes attempts at providers. One per worker; may be used from any thread.
 
     Args:
         timeout: seconds that one attempt may take.
@@ -49,7 +56,7 @@ class Attempts:
         self._transport = transport
         self._breakers = breakers
         self._timeout = timeout
-        self._refused = logs.Sparing()
+        self._refused = logs.OncePerSecond()
 
     def close(self) -> None:
         """Close the connections to the providers."""
@@ -67,63 +74,63 @@ class Attempts:
         try:
             self._guarded(provider, message, deadline)
         except AttemptFailed as failure:
-            times = self._refused.times(provider.id) if failure.reason == "breaker" else 1
+            times = self._refused.times(provider.id) if failure.reason == _NOT_ADMITTED else 1
             if times:
                 _log_failure(provider, failure, times)
             raise
 
     def send_unguarded(self, provider: Provider, message: Message) -> int:
-        """Make one attempt whatever the host's breaker says; return the status that accepted.
+        """Make one attempt whatever the endpoint's breaker says; return the status that accepted.
 
         Raises:
             AttemptFailed: the provider did not accept the message.
         """
-        if provider.host is None:
-            raise AttemptFailed("skipped", "url")
+        if provider.endpoint is None:
+            raise AttemptFailed(AttemptOutcome.SKIPPED, Fault.URL)
         return self._attempt(provider, message, time.monotonic() + self._timeout)
 
     def _guarded(self, provider: Provider, message: Message, deadline: float) -> None:
-        if provider.host is None:
-            raise AttemptFailed("skipped", "url")
+        if provider.endpoint is None:
+            raise AttemptFailed(AttemptOutcome.SKIPPED, Fault.URL)
         try:
-            with self._breakers.of(provider.host).calling() as call:
-                log.debug("breaker admits", extra={"host": provider.host})
+            with self._breakers.of(provider.endpoint).calling() as call:
+                log.debug("breaker admits", extra={"host": provider.endpoint})
                 self._recorded(call, provider, message, deadline)
         except CircuitBreakerError:
-            raise AttemptFailed("skipped", "breaker") from None
+            raise AttemptFailed(AttemptOutcome.SKIPPED, _NOT_ADMITTED) from None
 
     def _recorded(self, call: Call, provider: Provider, message: Message, deadline: float) -> None:
         try:
             self._attempt(provider, message, deadline)
         except AttemptFailed as failure:
-            if failure.outcome in BREAKER_FAILURE:
-                call.record(failed=BREAKER_FAILURE[failure.outcome])
+            call.record(failed=failure.outcome.endpoint_failed)
             raise
-        call.record(failed=False)
+        call.record(failed=AttemptOutcome.ACCEPTED.endpoint_failed)
 
     def _attempt(self, provider: Provider, message: Message, deadline: float) -> int:
         """Return the status that accepted the message."""
-        time_left = deadline - time.monotonic()
-        ends = deadline - max(0.0, time_left - self._timeout)
+        began = time.monotonic()
+        ends = min(deadline, began + self._timeout)
         try:
-            status = self._post(provider, message, ends)
+            status = self._post(provider, message, began, ends)
         except TransportError as error:
-            if time_left < FULL_ATTEMPT * self._timeout and time.monotonic() >= ends:
-                raise AttemptFailed("cut_short", "deadline") from error
-            raise AttemptFailed(OUTCOMES.get(error.kind, "unknown"), error.kind) from error
-        _judge(status)
+            is_short = ends - began < FULL_ATTEMPT * self._timeout
+            if is_short and time.monotonic() >= ends:
+                raise AttemptFailed(AttemptOutcome.DEADLINE, "deadline") from error
+            raise AttemptFailed(_BY_FAULT[error.fault], error.fault) from error
+        if status not in ACCEPTED:
+            raise AttemptFailed(_judge(status), str(status))
         return status
 
-    def _post(self, provider: Provider, message: Message, ends: float) -> int:
+    def _post(self, provider: Provider, message: Message, began: float, ends: float) -> int:
         """Call the provider, and count the call."""
-        began = time.monotonic()
         try:
-            status = self._transport.post(provider.url, _body(provider, message), _headers(), ends)
+            answer = self._transport.post(provider.url, _body(provider, message), _headers(), ends)
         except TransportError as error:
-            _count(provider, None, error.kind, began)
+            _count(provider, None, error.fault, began)
             raise
-        _count(provider, status, "", began)
-        return status
+        _count(provider, answer.status, "", began)
+        return answer.status
 
 
 def _body(provider: Provider, message: Message) -> bytes:
@@ -144,17 +151,17 @@ def _headers() -> dict[str, str]:
     return headers
 
 
-def _judge(status: int) -> None:
-    if status in SUCCESS:
-        return
-    if status in REJECTED and status not in TRY_LATER:
-        raise AttemptFailed("rejected", str(status))
-    raise AttemptFailed("not_sent" if status in TRY_LATER else "unknown", str(status))
+def _judge(status: int) -> AttemptOutcome:
+    """Return what a status that does not accept means."""
+    if status in TRY_LATER:
+        return AttemptOutcome.NOT_SENT
+    return AttemptOutcome.REJECTED if status in REJECTED else AttemptOutcome.UNKNOWN
 
 
 def _count(provider: Provider, status: int | None, error: str, began: float) -> None:
-    if provider.host and error != "url":  # else nobody was called
-        metrics.called(provider.host, status, error).record(time.monotonic() - began)
+    if provider.endpoint and error != Fault.URL:  # else nobody was called
+        seconds = time.monotonic() - began
+        metrics.client_calls(provider.endpoint, status, error).record(seconds)
 
 
 def _log_failure(provider: Provider, failure: AttemptFailed, times: int) -> None:
@@ -165,7 +172,7 @@ def _log_failure(provider: Provider, failure: AttemptFailed, times: int) -> None
             "channel": provider.channel,
             "provider": provider.name,
             "provider_id": provider.id,
-            "host": provider.host,
+            "host": provider.endpoint,
             "outcome": failure.outcome,
             "reason": failure.reason,
             "times": times,

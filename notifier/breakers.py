@@ -1,8 +1,8 @@
-"""One circuit breaker per provider host: may this host be called now?
+"""One circuit breaker per endpoint of providers: may it be called now?
 
 pybreaker supplies the states, their storage and the listeners. Its own admission is replaced:
-`CircuitBreaker.call` holds its lock while the call is under way, so that calls to one host would go
-one after another, and it counts failures in a row where we count a share of recent calls.
+`CircuitBreaker.call` holds its lock while the call is under way, so that calls to one endpoint
+would go one after another, and it counts failures in a row where we count a share of recent calls.
 """
 
 import logging
@@ -62,7 +62,8 @@ class RollingWindow:
         if not self._buckets or self._buckets[-1][0] != number:
             self._buckets.append([number, 0, 0])
         self._buckets[-1][1] += 1
-        self._buckets[-1][2] += failed
+        if failed:
+            self._buckets[-1][2] += 1
 
     def totals(self, now: float) -> tuple[int, int]:
         """Return calls and failures of the window that ends at `now`."""
@@ -87,12 +88,13 @@ class Call:
         self.generation = generation
         self.failed: bool | None = None
 
-    def record(self, *, failed: bool) -> None:
+    def record(self, *, failed: bool | None) -> None:
+        """Say how the call ended; None: nothing that speaks for or against the endpoint."""
         self.failed = failed
 
 
 class Breaker:
-    """The breaker of one host in this worker.
+    """The breaker of one endpoint in this worker.
 
     Shared between threads: everything below, guarded by `_lock`, which is held to admit and to
     record and never while a call is under way. Each change of state begins a new generation; a call
@@ -100,23 +102,23 @@ class Breaker:
     """
 
     def __init__(
-        self, host: str, policy: Policy, clock: Callable[[], float] = time.monotonic
+        self, endpoint: str, policy: Policy, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.host = host
+        self.endpoint = endpoint
         self._policy = policy
         self._clock = clock
         self._lock = threading.Lock()
-        self._changes = _Changes(host)
+        self._changes = _Changes(endpoint)
         self._storage = CircuitMemoryStorage(STATE_CLOSED)
         self._machine = CircuitBreaker(
-            name=host, state_storage=self._storage, listeners=[self._changes]
+            name=endpoint, state_storage=self._storage, listeners=[self._changes]
         )
         self._window = RollingWindow(policy.window_seconds)
         self._generation = 0
         self._in_flight = 0  # of this generation
         self._open_until = metrics.CLOSED
         self._configured = False
-        self._shown = metrics.OPEN_UNTIL.labels(host)
+        self._shown = metrics.OPEN_UNTIL.labels(endpoint)
 
     @property
     def state(self) -> str:
@@ -156,7 +158,7 @@ class Breaker:
     def _admit(self) -> Call:
         state = self._state()
         if state == STATE_OPEN:
-            raise CircuitBreakerError(f"{self.host} is open")
+            raise CircuitBreakerError(f"{self.endpoint} is open")
         if state == STATE_HALF_OPEN:
             self._admit_probe()
         self._in_flight += 1
@@ -166,7 +168,7 @@ class Breaker:
         if self._storage.state == STATE_OPEN:
             self._change(self._machine.half_open)
         if self._in_flight + self._storage.success_counter >= self._policy.max_half_open:
-            raise CircuitBreakerError(f"{self.host} is half-open and has its probes")
+            raise CircuitBreakerError(f"{self.endpoint} is half-open and has its probes")
 
     def _settle(self, call: Call) -> None:
         if call.generation != self._generation:
@@ -219,9 +221,11 @@ class Breaker:
 class _Changes(CircuitBreakerListener):
     """Counts the changes of state; keeps them until the breaker's lock is free, then logs them."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, endpoint: str) -> None:
         self._changes: deque[tuple[str | None, str, str]] = deque()
-        self._counts = {change: metrics.STATE_CHANGES.labels(host, *change) for change in CHANGES}
+        self._counts = {
+            change: metrics.STATE_CHANGES.labels(endpoint, *change) for change in CHANGES
+        }
 
     def state_change(
         self,
@@ -236,19 +240,19 @@ class _Changes(CircuitBreakerListener):
     def announce(self) -> None:
         while self._changes:
             try:
-                host, old, new = self._changes.popleft()
+                endpoint, old, new = self._changes.popleft()
             except IndexError:  # another thread was faster
                 return
             level = logging.WARNING if new == STATE_OPEN else logging.INFO
             log.log(
                 level,
                 "circuit breaker changed state",
-                extra={"host": host, "from_state": old, "to_state": new},
+                extra={"host": endpoint, "from_state": old, "to_state": new},
             )
 
 
 class Breakers:
-    """The breakers of this worker by host.
+    """The breakers of this worker by endpoint.
 
     Shared: the dict, whose single reads are atomic; `_lock` guards what changes it.
     """
@@ -256,26 +260,26 @@ class Breakers:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._lock = threading.Lock()
-        self._by_host: dict[str, Breaker] = {}
+        self._by_endpoint: dict[str, Breaker] = {}
 
-    def of(self, host: str) -> Breaker:
-        """Return the one breaker of `host` (`mail.example.com:443`), closed if it is new."""
-        return self._by_host.get(host) or self._add(host)
+    def of(self, endpoint: str) -> Breaker:
+        """Return the one breaker of `endpoint` (`mail.example.com:443`), closed if it is new."""
+        return self._by_endpoint.get(endpoint) or self._add(endpoint)
 
-    def configure(self, hosts: Set[str]) -> None:
-        """Have a breaker for each of `hosts` and for no other; one call at a time.
+    def configure(self, endpoints: Set[str]) -> None:
+        """Have a breaker for each of `endpoints` and for no other; one call at a time.
 
         A request that knows an older configuration may still ask for others, unseen.
         """
-        for host in hosts:
-            self.of(host).configure(configured=True)
+        for endpoint in endpoints:
+            self.of(endpoint).configure(configured=True)
         with self._lock:
-            gone = [self._by_host.pop(host) for host in self._by_host.keys() - hosts]
+            gone = [self._by_endpoint.pop(name) for name in self._by_endpoint.keys() - endpoints]
         for breaker in gone:
             breaker.configure(configured=False)
 
-    def _add(self, host: str) -> Breaker:
+    def _add(self, endpoint: str) -> Breaker:
         with self._lock:
-            if host not in self._by_host:
-                self._by_host[host] = Breaker(host, self._policy)
-            return self._by_host[host]
+            if endpoint not in self._by_endpoint:
+                self._by_endpoint[endpoint] = Breaker(endpoint, self._policy)
+            return self._by_endpoint[endpoint]

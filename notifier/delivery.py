@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from notifier import metrics
 from notifier.attempts import Attempts
-from notifier.errors import AttemptFailed, PreferencesUnavailable
-from notifier.models import Channel, Message, Provider, Recipient
+from notifier.errors import AttemptFailed, AttemptOutcome, PreferencesUnavailable
+from notifier.models import Channel, ChannelOutcome, Message, Provider, Recipient
 from notifier.settings import MIN_ATTEMPT
 from notifier.store.preferences import Preferences
 
@@ -21,19 +21,17 @@ CHANNELS = {
     Recipient.SELLER: (Channel.EMAIL, Channel.PUSH),
 }
 
-OUTCOMES = ("delivered", "failed", "no_provider")
-
 log = logging.getLogger(__name__)
 
 
 class ChannelResult(NamedTuple):
     """How one channel ended, through which provider, after how many attempts.
 
-    `outcome` is one of `OUTCOMES`; `skipped` counts the providers that were not asked.
+    `skipped` counts the providers that were not asked.
     """
 
     channel: Channel
-    outcome: str
+    outcome: ChannelOutcome
     provider: str | None = None
     attempts: int = 0
     skipped: int = 0
@@ -46,12 +44,9 @@ class Report:
     channels: tuple[ChannelResult, ...]
 
     @property
-    def outcome(self) -> str:
-        """`delivered` if every channel has, else `no_provider` if one has none, else `failed`."""
-        outcomes = {result.outcome for result in self.channels}
-        if outcomes == {"delivered"}:
-            return "delivered"
-        return "no_provider" if "no_provider" in outcomes else "failed"
+    def outcome(self) -> ChannelOutcome:
+        """That of the channel that ended worst."""
+        return ChannelOutcome.worst(result.outcome for result in self.channels)
 
 
 class Delivery:
@@ -78,12 +73,12 @@ class Delivery:
             deadline: of the whole request, on `time.monotonic()`.
         """
         began = time.monotonic()
-        outcome = "failed"  # should something unforeseen end it
+        outcome = ChannelOutcome.FAILED  # should something unforeseen end it
         try:
             report = Report(self._fan_out(CHANNELS[recipient], message, deadline))
             outcome = report.outcome
         finally:
-            metrics.notified(recipient, outcome).record(time.monotonic() - began)
+            metrics.notifications(recipient, outcome).record(time.monotonic() - began)
         return report
 
     def _fan_out(
@@ -106,7 +101,7 @@ class Delivery:
 
     def _through(self, channel: Channel, message: Message, deadline: float) -> ChannelResult:
         result = self._try(channel, message, deadline)
-        metrics.tried(channel, result.provider or "", result.outcome).inc()
+        metrics.channel_notifications(channel, result.provider or "", result.outcome).inc()
         return result
 
     def _try(self, channel: Channel, message: Message, deadline: float) -> ChannelResult:
@@ -114,39 +109,52 @@ class Delivery:
             providers = self._preferences.for_channel(channel, deadline)
         except PreferencesUnavailable:
             log.error("preferences unavailable", extra={"channel": channel})  # noqa: TRY400
-            return ChannelResult(channel, "failed")
+            return ChannelResult(channel, ChannelOutcome.FAILED)
         if not providers:
             log.error("no provider", extra={"channel": channel})
-            return ChannelResult(channel, "no_provider")
+            return ChannelResult(channel, ChannelOutcome.NO_PROVIDER)
         return self._first_that_accepts(channel, providers, message, deadline)
 
     def _first_that_accepts(
         self, channel: Channel, providers: Iterable[Provider], message: Message, deadline: float
     ) -> ChannelResult:
-        attempts = skipped = 0
-        for place, provider in enumerate(providers):
+        outcomes: list[AttemptOutcome] = []
+        for provider in providers:
             if deadline - time.monotonic() < MIN_ATTEMPT:
                 log.error("deadline passed", extra={"channel": channel})
                 break
-            try:
-                self._attempts.send(provider, message, deadline)
-            except AttemptFailed as failure:
-                attempts += failure.outcome != "skipped"
-                skipped += failure.outcome == "skipped"
-                if failure.outcome == "cut_short":
-                    break
-            else:
-                if place:
-                    metrics.fell_back(channel).inc()
-                return ChannelResult(channel, "delivered", provider.name, attempts + 1, skipped)
-        return ChannelResult(channel, "failed", None, attempts, skipped)
+            outcomes.append(self._attempt(provider, message, deadline))
+            if outcomes[-1] is AttemptOutcome.ACCEPTED:
+                if len(outcomes) > 1:
+                    metrics.fallbacks(channel).inc()
+                return _result(channel, ChannelOutcome.DELIVERED, provider.name, outcomes)
+            if outcomes[-1].ends_channel:
+                break
+        return _result(channel, ChannelOutcome.FAILED, None, outcomes)
+
+    def _attempt(self, provider: Provider, message: Message, deadline: float) -> AttemptOutcome:
+        try:
+            self._attempts.send(provider, message, deadline)
+        except AttemptFailed as failure:
+            return failure.outcome
+        return AttemptOutcome.ACCEPTED
+
+
+def _result(
+    channel: Channel,
+    outcome: ChannelOutcome,
+    provider: str | None,
+    attempts: list[AttemptOutcome],
+) -> ChannelResult:
+    skipped = attempts.count(AttemptOutcome.SKIPPED)
+    return ChannelResult(channel, outcome, provider, len(attempts) - skipped, skipped)
 
 
 def _start_at_zero() -> None:
     """Export what can be counted before it is, or its first increase would go unseen."""
-    for recipient, outcome in product(Recipient, OUTCOMES):
-        metrics.notified(recipient, outcome)
+    for recipient, outcome in product(Recipient, ChannelOutcome):
+        metrics.notifications(recipient, outcome)
     for channel in Channel:
-        metrics.fell_back(channel)
-        metrics.tried(channel, "", "failed")
-        metrics.tried(channel, "", "no_provider")
+        metrics.fallbacks(channel)
+        metrics.channel_notifications(channel, "", ChannelOutcome.FAILED)
+        metrics.channel_notifications(channel, "", ChannelOutcome.NO_PROVIDER)

@@ -1,5 +1,6 @@
 """The errors: what a caller is told, and what a failed attempt means for the next."""
 
+from enum import StrEnum
 from typing import ClassVar
 
 
@@ -51,30 +52,57 @@ class PreferencesUnavailable(Exception):
     """PostgreSQL gave no providers in time, and none are known from before."""
 
 
-class TransportError(Exception):
-    """An HTTP exchange ended before its status line.
+class Fault(StrEnum):
+    """How far an exchange came that ended without a status line."""
 
-    `kind` is one of `dns` `connect` `tls` `timeout` `reset` `protocol` `url`.
+    URL = "url"  # no request can be made of the URL and the header fields
+    DNS = "dns"
+    CONNECT = "connect"  # a proxy's tunnel included
+    TLS = "tls"
+    # From here on the provider may have the request.
+    TIMEOUT = "timeout"
+    RESET = "reset"
+    PROTOCOL = "protocol"
+
+
+class TransportError(Exception):
+    """An HTTP exchange ended before its status line; `fault` says how far it came."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+        super().__init__(fault)
+
+
+class AttemptOutcome(StrEnum):
+    """How one attempt at a provider ended, and what follows from it.
+
+    `endpoint_failed` is what the endpoint's breaker records: True a failure, False a success, None
+    nothing. `ends_channel` says that no further provider may be tried.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        super().__init__(kind)
+    endpoint_failed: bool | None
+    ends_channel: bool
+
+    def __new__(
+        cls, value: str, endpoint_failed: bool | None, ends_channel: bool = False
+    ) -> "AttemptOutcome":
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.endpoint_failed, member.ends_channel = endpoint_failed, ends_channel
+        return member
+
+    ACCEPTED = "accepted", False, True
+    NOT_SENT = "not_sent", True  # the provider does not have the message
+    UNKNOWN = "unknown", True  # it may have the message
+    REJECTED = "rejected", False  # it has read the message and does not want it: it answered
+    SKIPPED = "skipped", None  # it was not asked
+    DEADLINE = "deadline", None, True  # the request's deadline cut the attempt short
 
 
 class AttemptFailed(Exception):
-    """One provider did not accept the message; `reason` says why in one word or status.
+    """One provider did not accept the message; `reason` says why in one word or status."""
 
-    `outcome` is one of
-
-    - `not_sent`: the provider does not have the message
-    - `unknown`: it may have it
-    - `rejected`: it has read the message and does not want it
-    - `skipped`: it was not asked
-    - `cut_short`: the request's deadline passed; no further provider may be tried
-    """
-
-    def __init__(self, outcome: str, reason: str) -> None:
+    def __init__(self, outcome: AttemptOutcome, reason: str) -> None:
         self.outcome = outcome
         self.reason = reason
         super().__init__(f"{outcome}: {reason}")

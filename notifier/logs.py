@@ -31,8 +31,8 @@ _QUOTES_THE_REQUEST = re.compile(
 
 _MOST_CAUSES = 20
 
-# A line for each request would be all that the log has.
-SPARING_PAUSE = 1.0
+# Seconds between two lines about the same: one for each request would fill the log.
+LOG_INTERVAL = 1.0
 
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
@@ -59,7 +59,7 @@ class _Formatter(JsonFormatter):
         super().add_fields(log_data, record, message_dict)
 
     def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802
-        return describe(ei[1]) if ei[1] else ""
+        return frames(ei[1]) if ei[1] else ""
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -71,14 +71,14 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def describe(error: BaseException) -> str:
+def frames(error: BaseException) -> str:
     """Return class and frames of `error` and its causes, oldest first, without their texts."""
-    return "\n".join(reversed([_describe_one(link) for link in causes(error)]))
+    return "\n".join(reversed([_frames_of_one(link) for link in causes(error)]))
 
 
-def _describe_one(error: BaseException) -> str:
-    frames = "".join(traceback.format_list(traceback.extract_tb(error.__traceback__)))
-    return f"{type(error).__module__}.{type(error).__qualname__}\n{frames}".rstrip()
+def _frames_of_one(error: BaseException) -> str:
+    lines = "".join(traceback.format_list(traceback.extract_tb(error.__traceback__)))
+    return f"{type(error).__module__}.{type(error).__qualname__}\n{lines}".rstrip()
 
 
 def log_dead_thread(ended: threading.ExceptHookArgs) -> None:
@@ -90,11 +90,11 @@ def log_dead_thread(ended: threading.ExceptHookArgs) -> None:
         )
 
 
-class Sparing:
-    """Says when something that happens for every request is logged: once a second, with a count.
+class OncePerSecond:
+    """Says when to log what happens with every request: once a second, with a count.
 
-    What is counted last is said with the next time, however late that comes. Shared: the times,
-    guarded by `_lock`.
+    The last count appears with the next log line, however late. Shared: the times, guarded by
+    `_lock`.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -110,7 +110,7 @@ class Sparing:
             times = self._times[key] = self._times.get(key, 0) + 1
             if now < self._again_at.get(key, now):
                 return 0
-            self._again_at[key], self._times[key] = now + SPARING_PAUSE, 0
+            self._again_at[key], self._times[key] = now + LOG_INTERVAL, 0
         return times
 
 

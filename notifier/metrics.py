@@ -161,14 +161,14 @@ class Timed(NamedTuple):
 
 
 @cache
-def served(method: str, route: str, status: int) -> Timed:
+def server_requests(method: str, route: str, status: int) -> Timed:
     """Return the instruments of requests that were answered so; looked up once for each kind."""
     labels = (method, route, str(status))
     return Timed(_SERVER_REQUESTS.labels(*labels), _SERVER_DURATION.labels(*labels))
 
 
 @cache
-def called(host: str, status: int | None, error: str = "") -> Timed:
+def client_calls(host: str, status: int | None, error: str = "") -> Timed:
     """Return the instruments of calls to `host` that ended so; looked up once for each kind."""
     labels = ("POST", host, _code(status), error)
     return Timed(_CLIENT_REQUESTS.labels(*labels), _CLIENT_DURATION.labels(*labels))
@@ -181,7 +181,7 @@ def _code(status: int | None) -> str:
 
 
 @cache
-def notified(recipient: str, outcome: str) -> Timed:
+def notifications(recipient: str, outcome: str) -> Timed:
     """Return the instruments of notifications that ended so; looked up once for each kind."""
     return Timed(
         _NOTIFICATIONS.labels(recipient, outcome), _NOTIFICATION_DURATION.labels(recipient)
@@ -189,13 +189,13 @@ def notified(recipient: str, outcome: str) -> Timed:
 
 
 @cache
-def tried(channel: str, provider: str, outcome: str) -> Counter:
+def channel_notifications(channel: str, provider: str, outcome: str) -> Counter:
     """Return the instrument of channels that ended so; looked up once for each kind."""
     return _NOTIFICATION_CHANNELS.labels(channel, provider, outcome)
 
 
 @cache
-def fell_back(channel: str) -> Counter:
+def fallbacks(channel: str) -> Counter:
     """Return the instrument of fallbacks in `channel`; looked up once for each channel."""
     return _FALLBACKS.labels(channel)
 

@@ -1,5 +1,6 @@
 """The values that travel through the service. All of them are frozen."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -23,6 +24,26 @@ class Recipient(StrEnum):
     SELLER = "seller"
 
 
+class ChannelOutcome(StrEnum):
+    """How a notification ended on one channel, or on all of them: the worst decides."""
+
+    severity: int
+
+    def __new__(cls, value: str, severity: int) -> "ChannelOutcome":
+        member = str.__new__(cls, value)
+        member._value_, member.severity = value, severity
+        return member
+
+    DELIVERED = "delivered", 0
+    FAILED = "failed", 1
+    NO_PROVIDER = "no_provider", 2
+
+    @classmethod
+    def worst(cls, outcomes: Iterable["ChannelOutcome"]) -> "ChannelOutcome":
+        """Return the outcome of a notification whose channels ended so."""
+        return max(outcomes, key=lambda outcome: outcome.severity)
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """What the recipient gets: an e-mail address, a title and a text. Hidden from `repr`."""
@@ -36,7 +57,7 @@ class Message:
 class Provider:
     """A row of `notification_preferences`.
 
-    `url` is the column `host`; `host` is the name the breaker, the logs and the metrics use for it
+    `url` is the column `host`; `endpoint` is its name in the logs, the metrics and for the breaker
     (`mail.example.com:443`), None when the column holds no usable URL.
     """
 
@@ -44,7 +65,7 @@ class Provider:
     channel: Channel
     name: str
     url: str = field(repr=False)
-    host: str | None
+    endpoint: str | None
     secret_key: str = field(repr=False)
 
     @classmethod
@@ -52,10 +73,10 @@ class Provider:
         """Take `(id, provider_type, provider_name, host, secret_key)` as PostgreSQL returns it."""
         provider_id, channel, name, url, secret_key = row
         url = url.strip()
-        return cls(provider_id, Channel(channel), name, url, host_label(url), secret_key or "")
+        return cls(provider_id, Channel(channel), name, url, endpoint_of(url), secret_key or "")
 
 
-def host_label(url: str) -> str | None:
+def endpoint_of(url: str) -> str | None:
     """Return lower-case `host:port`, the port always written, or None if `url` cannot be called.
 
     urllib3's parser is the one that requests will use on the same text.

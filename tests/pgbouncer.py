@@ -12,7 +12,8 @@ from notifier.settings import Settings
 from notifier.store.db import Database
 from tests.service import free_port
 from tests.timing import eventually
-from tools.dev import cluster
+from tools import HOST
+from tools.dev import programs
 
 # Debian's servers are where only root's path leads.
 PATH = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin"
@@ -30,9 +31,9 @@ class PgBouncer:
     """
 
     def __init__(self, server: dict[str, str], pool_mode: str = "transaction") -> None:
-        self.environment = server | {"DB_HOST": cluster.HOST, "DB_PORT": str(free_port())}
+        self.environment = server | {"DB_HOST": HOST, "DB_PORT": str(free_port())}
         self._folder = Path(tempfile.mkdtemp(prefix="notifier-pgbouncer-"))
-        cluster._give_to_account(self._folder)
+        programs.give_to_account(self._folder)
         self._log = self._folder / "pgbouncer.log"
         self._process: subprocess.Popen[bytes] | None = None
         settings = Settings.from_env(server)
@@ -42,7 +43,7 @@ class PgBouncer:
             [databases]
             * = host={server["DB_HOST"]} port={server["DB_PORT"]}
             [pgbouncer]
-            listen_addr = {cluster.HOST}
+            listen_addr = {HOST}
             listen_port = {self.environment["DB_PORT"]}
             unix_socket_dir =
             auth_type = scram-sha-256
@@ -53,7 +54,7 @@ class PgBouncer:
             file = self._folder / name
             file.touch(0o600)
             file.write_text(text)
-            cluster._give_to_account(file)
+            programs.give_to_account(file)
 
     def __enter__(self) -> "PgBouncer":
         """Return once a query has come through."""
@@ -65,7 +66,7 @@ class PgBouncer:
                     [binary, "pgbouncer.ini"],
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    **cluster._as_account(self._folder),
+                    **programs.as_account(self._folder),
                 )
             eventually(self._answers)
         except BaseException:

@@ -18,11 +18,11 @@ def post(
     seconds: float = 5.0,
 ) -> int:
     """Return the status of a post that may take `seconds`."""
-    return transport.post(url, body, headers or {}, time.monotonic() + seconds)
+    return transport.post(url, body, headers or {}, time.monotonic() + seconds).status
 
 
 def failure(transport: Transport, url: str, body: bytes = b"{}", *, seconds: float = 0.4) -> str:
     """Return how a post failed; it has to, and soon after its deadline at the latest."""
     with within(seconds + 2), pytest.raises(TransportError) as caught:
         post(transport, url, body, seconds=seconds)
-    return caught.value.kind
+    return caught.value.fault

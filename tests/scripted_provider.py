@@ -193,6 +193,42 @@ def close(peer: Peer, _: Received) -> None:
     peer.close()
 
 
+STATUS_LINE = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = STATUS_LINE + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def sends(data: bytes, then: Script = close) -> Script:
+    """Return a script that sends `data`, and then does something else."""
+
+    def script(peer: Peer, received: Received) -> None:
+        peer.send(data)
+        then(peer, received)
+
+    return script
+
+
+def say_goodbye(peer: Peer, _: Received) -> None:
+    peer.say_goodbye()
+
+
+def drips(data: bytes) -> Script:
+    return lambda peer, _: peer.drip(data, pause=0.02)
+
+
+def floods(data: bytes) -> Script:
+    """Return a script that sends `data` over and over, as fast as it can."""
+
+    def script(peer: Peer, _: Received) -> None:
+        while True:
+            peer.send(data)
+
+    return script
+
+
+def announces(length: int, then: Script) -> Script:
+    return sends(STATUS_LINE + f"Content-Length: {length}\r\n\r\n".encode(), then)
+
+
 class ScriptedProvider:
     """Serves `script` on a free loopback port, over TLS if `tls` is a context for it; set `script`
     to change its mind.

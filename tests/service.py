@@ -35,13 +35,13 @@ def clean_environment() -> dict[str, str]:
 
 
 class Service:
-    """A running gunicorn; its log goes to the file `log`."""
+    """A running gunicorn, by default of one worker; its log goes to the file `log`."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"service-{self.port}.log"
-        ours = {"HTTP_SERVER_PORT": str(self.port), "WEB_CONCURRENCY": "2", "LOG_LEVEL": "DEBUG"}
+        ours = {"HTTP_SERVER_PORT": str(self.port), "WEB_CONCURRENCY": "1", "LOG_LEVEL": "DEBUG"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [GUNICORN],
@@ -67,7 +67,7 @@ class Service:
         return self
 
     def workers_wanted(self) -> int:
-        return int(psutil.Process(self.process.pid).environ().get("WEB_CONCURRENCY", 2))
+        return int(psutil.Process(self.process.pid).environ().get("WEB_CONCURRENCY", 1))
 
     def booted(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children()
@@ -75,8 +75,8 @@ class Service:
     def _serves(self) -> bool:
         try:
             return self.metric("worker_starts_total") >= self.workers_wanted()
-        except requests.ConnectionError:
-            return False
+        except (requests.ConnectionError, requests.Timeout):
+            return False  # the master listens long before a worker answers
 
     def notify(
         self, recipient: str = "buyer", session: Any = requests, **options: Any

@@ -18,7 +18,8 @@ from psycopg import sql
 
 from tests.service import free_port
 from tests.timing import eventually
-from tools.dev import cluster
+from tools import HOST
+from tools.dev import cluster, programs
 
 ADMIN = "postgres"
 START_SECONDS = 30
@@ -26,7 +27,7 @@ START_SECONDS = 30
 
 def binaries() -> Path | None:
     """Return where the newest PostgreSQL of the system is; Debian does not put it on the path."""
-    found = [path for pattern in cluster.SYSTEM for path in Path("/").glob(pattern)]
+    found = [path for pattern in programs.SYSTEM for path in Path("/").glob(pattern)]
     servers = [path for path in found if (path / "postgres").exists()]
     return max(servers, key=_major_version, default=None)
 
@@ -64,7 +65,7 @@ class SystemPostgres:
         self._admins: str = primary._admins if primary else secrets.token_urlsafe(12)
         self._port = free_port()
         self._folder = Path(tempfile.mkdtemp(prefix="notifier-system-"))
-        cluster._give_to_account(self._folder)
+        programs.give_to_account(self._folder)
         self._data = self._folder / "data"
         self._log = self._folder / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -72,7 +73,7 @@ class SystemPostgres:
     @property
     def environment(self) -> dict[str, str]:
         return {
-            "DB_HOST": cluster.HOST,
+            "DB_HOST": HOST,
             "DB_PORT": str(self._port),
             "DB_NAME": cluster.NAME,
             "DB_USERNAME": cluster.NAME,
@@ -121,7 +122,7 @@ class SystemPostgres:
     def _initialise(self) -> None:
         password = self._folder / "password"
         password.write_text(self._admins)
-        cluster._give_to_account(password)
+        programs.give_to_account(password)
         options = [f"--username={ADMIN}", f"--pwfile={password}", "--encoding=UTF8", "--locale=C"]
         self._run("initdb", *options)
         rules = [f"local {database} all scram-sha-256" for database in ("all", "replication")]
@@ -143,7 +144,7 @@ class SystemPostgres:
         target = self._data / name
         target.touch(0o600)
         target.write_bytes(source.read_bytes())
-        cluster._give_to_account(target)
+        programs.give_to_account(target)
 
     def _copy(self, source: "SystemPostgres") -> None:
         where = f"host={source._folder} port={source._port} user={ADMIN} password={self._admins}"
@@ -159,7 +160,7 @@ class SystemPostgres:
             stderr=subprocess.STDOUT,
             timeout=60,
             check=False,
-            **cluster._as_account(self._folder),
+            **programs.as_account(self._folder),
         )
         assert done.returncode == 0, os.fsdecode(done.stdout)
 
@@ -167,7 +168,7 @@ class SystemPostgres:
         """Start the server and return once it takes connections."""
         settings = {
             "port": self._port,
-            "listen_addresses": cluster.HOST,
+            "listen_addresses": HOST,
             "unix_socket_directories": self._folder,
             "fsync": "off",
             "ssl": "on" if self._tls else "off",
@@ -179,7 +180,7 @@ class SystemPostgres:
                 [self._binary("postgres"), "-D", self._data, *options],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                **cluster._as_account(self._folder),
+                **programs.as_account(self._folder),
             )
         eventually(self._answers, START_SECONDS)
 

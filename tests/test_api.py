@@ -20,10 +20,10 @@ from notifier import logs
 from notifier.app import build, create_app
 from notifier.capacity import Capacity
 from notifier.delivery import ChannelResult, Report
-from notifier.models import Channel, Message, Recipient
+from notifier.models import Channel, ChannelOutcome, Message, Recipient
 from notifier.settings import MIN_DEADLINE, Settings
 from notifier.web.body import MAX_BODY_BYTES
-from tests.conftest import Growth, MakeSettings
+from tests.fixtures import Growth, MakeSettings
 
 NOTIFY = "/api/v1.0/recipient/buyer/notify"
 GOOD = {"to": "buyer@example.com", "title": "Your order", "message": "It is on its way"}
@@ -58,7 +58,7 @@ class FakeDelivery:
         self.deadlines.append(deadline)
         self.request_ids.append(logs.request_id.get())
         self.act()
-        return Report((ChannelResult(Channel.EMAIL, self.outcome, "email 1", 2),))
+        return Report((ChannelResult(Channel.EMAIL, ChannelOutcome(self.outcome), "email 1", 2),))
 
     def close(self) -> None:
         """Nothing to close."""

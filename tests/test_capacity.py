@@ -16,7 +16,7 @@ import requests
 from notifier import capacity as capacity_module
 from notifier.capacity import Capacity
 from notifier.errors import Overloaded
-from tests.conftest import Growth, MakeProvider
+from tests.fixtures import Growth, MakeProvider
 from tests.scripted_provider import Peer, Received, answer
 from tests.service import MESSAGE, Service
 from tests.sockets import until_the_end
@@ -124,14 +124,25 @@ def test_who_has_waited_long_enough_is_refused_and_leaves_the_queue(growth: Grow
     assert is_as_new(capacity, 1)
 
 
-def test_who_leaves_the_queue_leaves_the_others_their_turn(pool: ThreadPoolExecutor) -> None:
+def test_who_leaves_the_queue_leaves_the_others_their_turn(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     capacity = Capacity(2, LONG)
     take(capacity, 2)
     came: list[str] = []
-    capacity._patience = SHORT
-    impatient = queue(pool, capacity, lambda: came.append("impatient"))
-    capacity._patience = LONG
+    patience_ends = threading.Event()
+
+    class Turn:
+        """Never comes; the wait for it ends when the test says so."""
+
+        def acquire(self, timeout: float | None = None) -> bool:
+            return timeout is None or not patience_ends.wait(timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(capacity_module, "threading", SimpleNamespace(Lock=Turn))
+        impatient = queue(pool, capacity, lambda: came.append("impatient"))
     patient = queue(pool, capacity, lambda: came.append("patient"))
+    patience_ends.set()
     with pytest.raises(Overloaded):
         impatient.result(LONG / 10)
     give(capacity)

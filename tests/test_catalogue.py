@@ -15,10 +15,11 @@ from notifier.errors import Refused
 from notifier.models import Channel
 from notifier.settings import Settings
 from notifier.store import catalogue
-from notifier.store.catalogue import Entry, Values
+from notifier.store.catalogue import Entry
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
-from tests.conftest import Environment, connect, one_role
+from notifier.store.values import Values
+from tests.fixtures import Environment, connect, one_role
 from tests.timing import eventually, within
 
 URL = "https://mail.example.com/v1/send"
@@ -292,18 +293,23 @@ def test_an_active_row_with_the_same_channel_and_url_is_in_the_way(
 
 @pytest.mark.parametrize(("present", "url"), DIFFERENT)
 def test_a_different_url_is_not(
-    present: str, url: str, owner: Database, add_provider: AddProvider
+    present: str, url: str, owner: Database, database: Environment, add_provider: AddProvider
 ) -> None:
     add_provider(present)
-    catalogue.add(owner, values(host=url))
+    added = catalogue.add(owner, values(host=url))
+    assert (added.id, added.state) == (2, "active")
+    assert [row["host"] for row in stored(database)] == [present, url]
 
 
 def test_neither_the_other_channels_row_nor_a_removed_one_is_in_the_way(
     owner: Database, add_provider: AddProvider
 ) -> None:
-    add_provider(URL, "PushNotification")
-    catalogue.remove(owner, add_provider(URL, "Email"))
-    catalogue.add(owner, values(host=URL))
+    other = add_provider(URL, "PushNotification")
+    removed = add_provider(URL, "Email")
+    catalogue.remove(owner, removed)
+    added = catalogue.add(owner, values(host=URL))
+    states = {entry.id: entry.state for entry in catalogue.entries(owner)}
+    assert states == {other: "active", removed: "removed", added.id: "active"}
 
 
 @pytest.mark.parametrize(
@@ -416,7 +422,7 @@ def test_the_list_is_by_channel_and_in_the_order_in_which_the_service_tries(
     preferences = Preferences(Database(Settings.from_env(database)), 60)
     for channel in Channel:
         active = catalogue.entries(owner, channel=channel, active=True)
-        tried = preferences.providers(channel, time.monotonic() + 10)
+        tried = preferences.for_channel(channel, time.monotonic() + 10)
         assert ids(active) == [provider.id for provider in tried]
         assert len(active) == 4
     assert ids(catalogue.entries(owner, active=True)) == [7, 6, 8, 10, 2, 1, 3, 5]
@@ -529,7 +535,7 @@ def test_nobody_who_reads_waits_for_a_change(
     with catalogue._changing(owner), within(1.5):
         assert ids(catalogue.entries(owner)) == [1]
         preferences = Preferences(Database(Settings.from_env(database)), 60)
-        assert preferences.providers(Channel.EMAIL, time.monotonic() + 1)
+        assert preferences.for_channel(Channel.EMAIL, time.monotonic() + 1)
 
 
 ACTS: dict[str, Callable[[Database], object]] = {

@@ -23,7 +23,7 @@ from notifier import logs
 from notifier.app import create_app
 from notifier.cli.providers import providers
 from notifier.settings import Settings
-from tests.conftest import Environment, MakeProvider, connect, one_role
+from tests.fixtures import Environment, MakeProvider, connect, one_role
 from tests.scripted_provider import Peer, Received, Script, answer, hang, reset
 from tests.service import ROOT, clean_environment
 from tests.sockets import LOOPBACK, refusing

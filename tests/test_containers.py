@@ -8,6 +8,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -59,13 +60,11 @@ Say = Callable[[str], None]
 @pytest.fixture(scope="module")
 def say(request: pytest.FixtureRequest) -> Say:
     """Write a line where whoever runs the tests sees it."""
-    plugin = request.config.pluginmanager.getplugin
-    reporter, capture = plugin("terminalreporter"), plugin("capturemanager")
+    capture = request.config.pluginmanager.getplugin("capturemanager")
 
     def say(line: str) -> None:
         with capture.global_and_fixture_disabled():
-            reporter.ensure_newline()
-            reporter.write_line(f"  {line}")
+            sys.stderr.write(f"\n  {line}\n")  # in a process of xdist's there is no reporter
 
     return say
 
@@ -97,7 +96,7 @@ def containers() -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _system(say: Say) -> Iterator[None]:
+def _system(processes: None, say: Say) -> Iterator[None]:
     """Build the image and start the system; at the end nothing of it is left."""
     # Images may have to be downloaded first. Every command here has a limit of its own.
     faulthandler.cancel_dump_traceback_later()

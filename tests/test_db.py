@@ -3,8 +3,6 @@
 import os
 import secrets
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,14 +11,14 @@ from typing import Any
 
 import psycopg
 import pytest
-from psycopg import sql
+from psycopg import errors, sql
 
+from notifier.app import create_app
 from notifier.settings import Settings
-from notifier.store.db import Connection, Database, cut_off, reason, transaction
+from notifier.store.db import Connection, Database, bounded, log_fields, reason, transaction
 from tests.certificates import make_certificate
-from tests.conftest import Environment, connect, one_role
+from tests.fixtures import Environment, connect, one_role
 from tests.pgbouncer import PgBouncer
-from tests.service import ROOT, clean_environment
 from tests.sockets import LOOPBACK, not_answering, refusing, silent
 from tests.system_postgres import SystemPostgres, Tls
 from tests.timing import eventually, within
@@ -79,7 +77,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 @pytest.fixture(scope="module")
-def tls_server(certificates: Certificates) -> Iterator[Environment]:
+def tls_server(processes: None, certificates: Certificates) -> Iterator[Environment]:
     """The `DB_*` of a server that speaks nothing but TLS, with all that verifying it takes."""
     with SystemPostgres(Tls(certificates.server)) as server:
         yield server.environment | verified(certificates)
@@ -87,7 +85,7 @@ def tls_server(certificates: Certificates) -> Iterator[Environment]:
 
 @pytest.fixture(scope="module")
 def strict_server(
-    certificates: Certificates, tmp_path_factory: pytest.TempPathFactory
+    processes: None, certificates: Certificates, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Environment]:
     """The same of a server that wants a certificate of its clients too."""
     known = tmp_path_factory.mktemp("clients") / "known.pem"
@@ -211,17 +209,9 @@ def test_a_client_whose_certificate_or_key_cannot_be_used_is_refused(
 
 def migrate(environment: Environment) -> tuple[int, str]:
     """Run the command; return its exit code and what it says, on either stream."""
-    done = subprocess.run(
-        [sys.executable, "-m", "flask", "--app", "notifier.app", "migrate"],
-        cwd=ROOT,
-        env=clean_environment() | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return done.returncode, done.stdout
+    app = create_app(Settings.from_env(environment))
+    result = app.test_cli_runner().invoke(args=["migrate"])
+    return result.exit_code, result.output
 
 
 @pytest.mark.needs("postgresql")
@@ -322,7 +312,8 @@ def test_of_several_hosts_the_first_that_serves_is_used(
 
 def test_a_host_whose_name_is_unknown_is_passed_over(database: Environment) -> None:
     several = database_of(database, DB_HOST=f"no-such-host.invalid,{LOOPBACK}")
-    several.connect().close()
+    with several.connect() as connection:
+        assert value(connection, "SELECT current_database()") == database["DB_NAME"]
 
 
 @pytest.mark.needs("postgresql")
@@ -354,6 +345,7 @@ def test_a_host_that_hangs_is_given_two_seconds(database: Environment) -> None:
 
 
 @pytest.mark.needs("postgresql")
+@pytest.mark.usefixtures("processes")
 def test_who_needs_the_primary_passes_a_standby_over() -> None:
     with SystemPostgres() as primary, primary.standby() as standby:
         ports = [standby.environment["DB_PORT"], primary.environment["DB_PORT"]]
@@ -462,7 +454,7 @@ def test_nobody_waits_for_a_server_process_that_has_stopped(database: Environmen
     backend = connection.info.backend_pid
     os.kill(backend, signal.SIGSTOP)
     try:
-        with within(5), pytest.raises(psycopg.OperationalError) as raised, cut_off(connection, 0.3):
+        with within(5), pytest.raises(psycopg.OperationalError) as raised, bounded(connection, 0.3):
             connection.execute("SELECT 1")
     finally:
         os.kill(backend, signal.SIGCONT)
@@ -470,7 +462,7 @@ def test_nobody_waits_for_a_server_process_that_has_stopped(database: Environmen
     assert connection.broken
 
 
-def test_what_is_done_in_time_is_not_cut_off(database: Environment) -> None:
+def test_work_that_is_done_in_time_is_not_ended(database: Environment) -> None:
     with database_of(database).connect() as connection:
         for _ in range(3):
             with transaction(connection, 5):
@@ -485,6 +477,75 @@ def test_a_reason_names_no_host_no_user_and_no_database(database: Environment) -
     assert "nobody-here" in str(raised.value)
     assert reason(raised.value) == ONE_IS_WRONG
     assert reason(RuntimeError("about user nobody-here")) == "unknown"
+
+
+IS_STANDBY = "the server is a standby"
+LACKS_PRIVILEGE = "the user lacks a privilege: migrate grants it"
+NOT_THERE = "the database, the user or the table does not exist"
+NO_ANSWER = "no answer in time"
+ENDED = "PostgreSQL ended the connection"
+
+# What the service may meet once it is connected: statements, SQLSTATE and reason of the last one.
+PROVOKED = [
+    ("SELECT FROM no_such_table", "42P01", NOT_THERE),
+    ("SELECT no_such_column FROM notification_preferences", "42703", NOT_THERE),
+    ("SELECT 'Email'::no_such_type", "42704", NOT_THERE),
+    ("SELECT no_such_function()", "42883", NOT_THERE),
+    ("SELECT FROM pg_authid", "42501", LACKS_PRIVILEGE),
+    ("SET statement_timeout = 50; SELECT pg_sleep(60)", "57014", NO_ANSWER),
+    ("SET TRANSACTION READ ONLY; CREATE TABLE mine ()", "25006", IS_STANDBY),
+    ("SELECT pg_terminate_backend(pg_backend_pid())", "57P01", ENDED),
+]
+
+
+@pytest.mark.parametrize(("statements", "state", "why"), PROVOKED, ids=lambda value: value[:20])
+def test_what_a_server_refuses_is_told_by_its_sqlstate(
+    statements: str, state: str, why: str, database: Environment
+) -> None:
+    with database_of(database).connect() as connection, pytest.raises(psycopg.Error) as raised:
+        connection.execute(statements.encode())
+    assert (raised.value.sqlstate, reason(raised.value)) == (state, why)
+
+
+@pytest.mark.parametrize(("state", "why"), [(state, why) for _, state, why in PROVOKED])
+def test_the_language_of_the_server_does_not_matter_where_there_is_a_sqlstate(
+    state: str, why: str, database: Environment
+) -> None:
+    said = f"DO $$ BEGIN RAISE EXCEPTION 'keine Berechtigung' USING ERRCODE = '{state}'; END $$"
+    with database_of(database).connect() as connection, pytest.raises(psycopg.Error) as raised:
+        connection.execute(said.encode())
+    assert str(raised.value).startswith("keine Berechtigung")
+    assert reason(raised.value) == why
+
+
+# Errors as psycopg makes them, with what makes the difference: the class, or else the text.
+MADE = [
+    (errors.AdminShutdown("timeout"), ENDED),
+    (errors.CrashShutdown("autre langue"), ENDED),
+    (errors.DatabaseDropped("autre langue"), ENDED),
+    (errors.IdleSessionTimeout("autre langue"), ENDED),
+    (errors.IdleInTransactionSessionTimeout("autre langue"), ENDED),
+    (errors.LockNotAvailable("autre langue"), NO_ANSWER),
+    (errors.InvalidSchemaName("autre langue"), NOT_THERE),
+    (
+        errors.ProtocolViolation("server login has been failing"),
+        "the pooler cannot reach PostgreSQL",
+    ),
+    (errors.CannotConnectNow("the database system is shutting down"), "PostgreSQL is stopping"),
+    (errors.ConnectionTimeout("connection timeout expired"), NO_ANSWER),
+    (psycopg.OperationalError("FATAL:  permission denied for database x"), LACKS_PRIVILEGE),
+    (psycopg.OperationalError('FATAL:  database "x" does not exist'), NOT_THERE),
+    (psycopg.OperationalError("server is in hot standby mode"), IS_STANDBY),
+    (psycopg.OperationalError("FATAL:  autre langue"), "unknown"),
+    (errors.UniqueViolation("autre langue"), "unknown"),
+    (OSError("Connection refused"), "refused"),
+]
+
+
+@pytest.mark.parametrize(("error", "why"), MADE, ids=repr)
+def test_a_reason_is_told_by_sqlstate_before_text(error: Exception, why: str) -> None:
+    assert reason(error) == why
+    assert log_fields(error) == {"error": type(error).__name__, "reason": why}
 
 
 # --- a pooler

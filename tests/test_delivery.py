@@ -16,14 +16,14 @@ import pytest
 from notifier import logs
 from notifier.attempts import Attempts
 from notifier.breakers import Breakers, Policy
-from notifier.delivery import OUTCOMES, ChannelResult, Delivery, Report
+from notifier.delivery import ChannelResult, Delivery, Report
 from notifier.errors import PreferencesUnavailable
-from notifier.models import Channel, Message, Provider, Recipient
+from notifier.models import Channel, ChannelOutcome, Message, Provider, Recipient
 from notifier.settings import MIN_DEADLINE, Settings
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
-from notifier.wire import exchange
-from tests.conftest import Environment, Growth, MakeProvider, MakeTransport
+from notifier.wire import streams
+from tests.fixtures import Environment, Growth, MakeProvider, MakeTransport
 from tests.scripted_provider import (
     Peer,
     Received,
@@ -265,8 +265,8 @@ def test_the_next_provider_is_asked_when_the_first_cannot_be_reached(
     made = make(Known(email=(first_row, second_row)), timeout=TIMEOUT)
     assert made.to(Recipient.BUYER)
     assert len(second.received) == 1
-    assert first_row.host
-    assert made.recorded(first_row.host) == "failure"
+    assert first_row.endpoint
+    assert made.recorded(first_row.endpoint) == "failure"
     assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 2)]
 
 
@@ -284,7 +284,7 @@ def test_a_row_without_a_usable_url_is_skipped_with_an_error_in_the_log(
     made = make(Known(email=rows(url, second.url)))
     assert made.to(Recipient.BUYER)
     assert len(second.received) == 1
-    assert list(made.breakers._by_host) == [second.host]
+    assert list(made.breakers._by_endpoint) == [second.host]
     assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 1, skipped=1)]
     (error,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert (error.__dict__["provider_id"], error.__dict__["reason"]) == (1, "url")
@@ -431,7 +431,7 @@ def test_a_notification_and_its_channels_are_counted_by_how_they_ended(  # noqa:
     assert growth("notifications_total") == {("seller", outcome): 1}
     assert growth("notification_duration_seconds_count") == {("seller",): 1}
     assert growth("notification_channel_total") == {
-        (channel, "", end) if end in OUTCOMES else (channel, end, "delivered"): 1
+        (channel, "", end) if end in list(ChannelOutcome) else (channel, end, "delivered"): 1
         for channel, end in zip(Channel, channels, strict=True)
     }
     assert sum(growth("notification_fallback_total").values()) == fallbacks
@@ -509,7 +509,7 @@ def slow_to_reach(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     with ExitStack() as stack:
         stack.callback(released.set)
         if request.param == "look-up":
-            monkeypatch.setattr(exchange, "look_up", look_up)
+            monkeypatch.setattr(streams, "look_up", look_up)
             yield "http://mail.example.com:80/send"
         elif request.param == "connect":
             yield f"http://{LOOPBACK}:{stack.enter_context(not_answering())}/send"
@@ -525,8 +525,8 @@ def test_an_attempt_cut_short_before_its_message_is_sent_counts_for_nothing_eith
     made = make(Known(email=(slow, then)), timeout=10, deadline=0.5)
     with within(3):
         assert not made.to(Recipient.BUYER)
-    assert slow.host
-    assert (made.recorded(slow.host), second.received) == ("nothing", [])
+    assert slow.endpoint
+    assert (made.recorded(slow.endpoint), second.received) == ("nothing", [])
 
 
 def test_with_less_than_a_quarter_of_a_second_left_no_attempt_is_begun(
@@ -559,6 +559,33 @@ def test_a_hanging_host_counts_as_failed_where_the_deadline_is_one_attempt_long(
     made = make(Known(email=rows(provider.url)), timeout=0.4, deadline=settings.notify_deadline)
     assert not made.to(Recipient.BUYER)
     assert made.recorded(provider.host) == "failure"
+
+
+def test_the_other_channels_are_awaited_where_the_first_fails_in_an_unforeseen_way(
+    make: Callable[..., Made], make_provider: MakeProvider
+) -> None:
+    """Else whoever asked hears of an error, while messages are still being sent."""
+    asked = threading.Event()
+
+    def slow(peer: Peer, received: Received) -> None:
+        asked.set()
+        peer.pause(0.3)
+        answer()(peer, received)
+
+    push = make_provider(slow)
+    pushes = rows(push.url, channel=Channel.PUSH)
+
+    class Broken:
+        def for_channel(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
+            if channel is Channel.PUSH:
+                return pushes
+            assert asked.wait(10)
+            raise ZeroDivisionError
+
+    made = make(Broken())
+    with pytest.raises(ZeroDivisionError):
+        made.to(Recipient.SELLER)
+    assert made.recorded(push.host) == "success"
 
 
 def test_the_deadline_bounds_all_attempts_of_all_channels_together(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import MakeProvider
+from tests.fixtures import MakeProvider
 from tests.scripted_provider import Peer, Received, Script, answer
 from tests.service import Service
 from tests.test_hostile import BAD_TLS, BIG, CAST, by_hand

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import requests
 
-from tests.conftest import MakeProvider
+from tests.fixtures import MakeProvider
 from tests.scripted_provider import Peer, Received, answer
 from tests.service import ROOT, Service, clean_environment
 from tests.sockets import LOOPBACK, not_answering, silent
@@ -48,6 +48,10 @@ class Gate:
         self._open.set()
 
 
+# Between the requests of a caller: enough for the workers to start beside them.
+CALLERS_PAUSE = 0.005
+
+
 @contextmanager
 def callers(service: Service, count: int, *, keep: bool) -> Iterator[list[Any]]:
     """Notify without pause from `count` threads; the list gets the status or error of each try.
@@ -60,7 +64,7 @@ def callers(service: Service, count: int, *, keep: bool) -> Iterator[list[Any]]:
 
     def call() -> None:
         with requests.Session() as session:
-            while not enough.is_set():
+            while not enough.wait(CALLERS_PAUSE):
                 try:
                     reply = service.notify(session=session if keep else requests)
                     outcomes.append(reply.status_code)
@@ -138,6 +142,7 @@ def test_a_service_that_knows_no_providers_and_cannot_ask_is_not_ready_until_it_
     eventually(lambda: readiness(service)[0] == 200)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("hanging", [silent, not_answering])
 def test_readiness_is_answered_within_a_second_however_the_database_hangs(
     start_service: StartService, hanging: Callable[[], AbstractContextManager[int]]
@@ -188,7 +193,7 @@ def test_while_draining_it_is_not_ready_and_still_serves(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
 ) -> None:
     add_provider(make_provider().url)
-    service = start_service(DRAIN_DELAY="1h")
+    service = start_service(WEB_CONCURRENCY="2", DRAIN_DELAY="1h")
     with requests.Session() as kept:
         assert readiness(service, kept)[0] == 200
         assert service.notify().headers["Connection"] == "keep-alive"
@@ -250,7 +255,9 @@ def test_old_workers_serve_until_the_new_ones_do(
 ) -> None:
     config, hold = tmp_path / "held_back.py", tmp_path / "hold"
     config.write_text(HELD_BACK)
-    service = start_service(GUNICORN_CMD_ARGS=f"--config {config}", HOLD=str(hold))
+    service = start_service(
+        WEB_CONCURRENCY="2", GUNICORN_CMD_ARGS=f"--config {config}", HOLD=str(hold)
+    )
     old = service.booted()
     hold.touch()
     service.process.send_signal(signal.SIGHUP)
@@ -285,7 +292,9 @@ def test_a_new_worker_that_dies_is_replaced_by_another_and_not_by_an_old_one(
 ) -> None:
     config, die = tmp_path / "first_dies.py", tmp_path / "die"
     config.write_text(FIRST_DIES)
-    service = start_service(GUNICORN_CMD_ARGS=f"--config {config}", DIE=str(die))
+    service = start_service(
+        WEB_CONCURRENCY="2", GUNICORN_CMD_ARGS=f"--config {config}", DIE=str(die)
+    )
     old = service.booted()
     die.touch()
     service.process.send_signal(signal.SIGHUP)
@@ -315,7 +324,7 @@ def test_under_load_a_drained_stop_refuses_connections_and_fails_no_request(
 ) -> None:
     """Callers that leave when they see a 503, as a load balancer does, lose nothing."""
     add_provider(make_provider().url)
-    service = start_service(DRAIN_DELAY="3s")
+    service = start_service(WEB_CONCURRENCY="2", DRAIN_DELAY="3s")
     with callers(service, 6, keep=True) as outcomes:
         eventually(lambda: len(outcomes) > 50)
         service.process.send_signal(signal.SIGTERM)
@@ -332,7 +341,7 @@ def test_a_reload_under_load_fails_no_request_and_loses_no_count(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider, keep: bool
 ) -> None:
     add_provider(make_provider().url)
-    service = start_service()
+    service = start_service(WEB_CONCURRENCY="2")
     with callers(service, 6, keep=keep) as outcomes:
         for starts in (4, 6, 8):
             reload(service, starts)
@@ -377,7 +386,7 @@ def test_a_reload_with_an_unusable_file_is_refused_and_works_once_that_is_mended
     assert service.booted() == before
     assert readiness(service)[0] == 200
 
-    reload(service, starts=4)
+    reload(service, starts=2)
     assert set(service.booted()).isdisjoint(before)
     assert readiness(service)[0] == 200
     assert service.stop() == 0
@@ -419,7 +428,7 @@ def test_a_killed_worker_leaves_no_gauge_behind(
     gate, failing = Gate(), make_provider(answer(503))
     add_provider(failing.url)
     add_provider(make_provider(gate).url, priority=1)
-    service = start_service(CIRCUIT_BREAKER_MIN_REQUESTS_BEFORE_TRIP="1")
+    service = start_service(WEB_CONCURRENCY="2", CIRCUIT_BREAKER_MIN_REQUESTS_BEFORE_TRIP="1")
     with ThreadPoolExecutor(4) as pool:
         under_way = [pool.submit(service.notify) for _ in range(4)]
         gate.wait_for(4)
@@ -437,7 +446,7 @@ def test_a_killed_worker_leaves_no_gauge_behind(
 def test_however_often_workers_are_replaced_their_files_do_not_pile_up(
     start_service: StartService,
 ) -> None:
-    service = start_service()
+    service = start_service(WEB_CONCURRENCY="2")
     (folder,) = metrics_folders(service)
     before = sorted(folder.iterdir())
     for starts in range(3, 7):
@@ -454,14 +463,14 @@ def test_a_scrape_while_a_worker_starts_steps_over_the_file_it_has_just_made(
     service = start_service()
     (folder,) = metrics_folders(service)
     (folder / "gauge_livesum_9.db").touch()
-    assert service.metric("worker_starts_total") == 2
+    assert service.metric("worker_starts_total") == 1
 
 
 def test_a_metrics_folder_that_was_tidied_up_costs_counts_and_nothing_else(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
 ) -> None:
     add_provider(make_provider().url)
-    service = start_service()
+    service = start_service(WEB_CONCURRENCY="2")
     (folder,) = metrics_folders(service)
     shutil.rmtree(folder)
     assert service.notify().status_code == 200
@@ -480,7 +489,7 @@ def test_each_master_has_a_metrics_folder_of_its_own_and_removes_it(
     """Also after a reload, whose environment an upgrade hands on."""
     add_provider(make_provider().url)
     service = start_service(PROMETHEUS_MULTIPROC_DIR="/no/such/folder")
-    reload(service, starts=4)
+    reload(service, starts=2)
     (folder,) = metrics_folders(service)
 
     with second_master(service):
@@ -488,7 +497,7 @@ def test_each_master_has_a_metrics_folder_of_its_own_and_removes_it(
         assert service.stop() == 0
         assert not folder.exists()
         assert service.notify().status_code == 200
-        assert service.metric("worker_starts_total") == 2
+        assert service.metric("worker_starts_total") == 1
         _, new_folder = metrics_folders(service)
         assert new_folder.exists()
     assert not new_folder.exists()
@@ -499,7 +508,9 @@ def second_master(service: Service) -> Iterator[psutil.Process]:
     """Send SIGUSR2; yield the master that it starts, once its workers count; then stop it."""
     service.process.send_signal(signal.SIGUSR2)
     eventually(lambda: len(metrics_folders(service)) == 2)
-    eventually(lambda: len(list(metrics_folders(service)[1].glob("counter_*.db"))) == 2)
+    eventually(
+        lambda: len([*metrics_folders(service)[1].glob("counter_*.db")]) == service.workers_wanted()
+    )
     old = psutil.Process(service.process.pid)
     (master,) = (child for child in old.children() if child.children())
     try:
@@ -517,7 +528,7 @@ def test_an_upgrade_fails_no_request_and_its_old_master_does_not_drain(
 ) -> None:
     """Both masters listen on one socket: the old one's 503 would speak against the new one too."""
     add_provider(make_provider().url)
-    service = start_service(DRAIN_DELAY="1h")
+    service = start_service(WEB_CONCURRENCY="2", DRAIN_DELAY="1h")
     with second_master(service):
         with callers(service, 6, keep=keep) as outcomes:
             eventually(lambda: len(outcomes) > 20)

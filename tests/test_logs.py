@@ -206,7 +206,7 @@ def test_an_exception_is_logged_as_classes_and_frames_without_its_text(
 
 
 def test_an_exception_without_a_traceback_is_logged_as_its_class() -> None:
-    assert logs.describe(ValueError(SECRET)) == "builtins.ValueError"
+    assert logs.frames(ValueError(SECRET)) == "builtins.ValueError"
 
 
 def test_an_exception_that_another_handler_has_formatted_keeps_its_text_to_itself(
@@ -264,6 +264,7 @@ def test_configured_twice_a_line_is_still_written_once(stream: io.StringIO, line
     assert [(line["message"], line["app"]) for line in lines()] == [("a warning", "other-name")]
 
 
+@pytest.mark.usefixtures("processes")
 def test_lines_go_to_stdout() -> None:
     act = (
         "import logging; from notifier import logs; logs.configure('an app', 'INFO');"
@@ -278,10 +279,10 @@ def test_lines_go_to_stdout() -> None:
 
 def test_what_happens_often_is_logged_once_a_second_with_how_often_it_happened() -> None:
     now = 0.0
-    sparing = logs.Sparing(lambda: now)
+    sparing = logs.OncePerSecond(lambda: now)
     assert [sparing.times("a") for _ in range(3)] == [1, 0, 0]
     assert sparing.times("b") == 1
-    now = logs.SPARING_PAUSE - 0.001
+    now = logs.LOG_INTERVAL - 0.001
     assert sparing.times("a") == 0
-    now = logs.SPARING_PAUSE
+    now = logs.LOG_INTERVAL
     assert [sparing.times(key) for key in "aab"] == [4, 0, 1]

@@ -12,8 +12,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from notifier import __version__, metrics
 from notifier.breakers import CHANGES, Breaker, Breakers, Policy
 from notifier.settings import Settings
-from tests.conftest import Growth, MakeProvider, connect
-from tests.scripted_provider import Peer, Received, answer
+from tests.fixtures import (
+    Environment,
+    Growth,
+    MakeProvider,
+    connect,
+    create_database,
+    insert_provider,
+)
+from tests.scripted_provider import Peer, Received, ScriptedProvider, answer
 from tests.service import Service
 from tests.timing import eventually
 
@@ -84,21 +91,30 @@ class Used:
     delivering: str
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def used(
-    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
-) -> Used:
-    failing, delivering = make_provider(answer(503)), make_provider()
-    add_provider(failing.url, priority=1, name="email 1")
-    add_provider(delivering.url, priority=2, name="email 2")
-    service = start_service(WEB_CONCURRENCY="1").wait_until_listening()
+    tmp_path_factory: pytest.TempPathFactory, server: Environment, _migrated: Environment
+) -> Iterator[Used]:
+    database = create_database(server, _migrated["DB_NAME"])
+    with ScriptedProvider(answer(503)) as failing, ScriptedProvider() as delivering:
+        insert_provider(database, failing.url, priority=1, name="email 1")
+        insert_provider(database, delivering.url, priority=2, name="email 2")
+        service = Service(tmp_path_factory.mktemp("used"), database)
+        try:
+            service.wait_until_ready().wait_until_listening()
+            _use(service)
+            yield Used(service, failing.host, delivering.host)
+        finally:
+            service.stop()
+
+
+def _use(service: Service) -> None:
     for _ in range(5):
         assert service.notify("buyer").status_code == 200
     assert service.notify("seller").status_code == 500
     assert service.notify("nobody").status_code == 422
     assert requests.get(f"{service.url}/no/such/path", timeout=5).status_code == 404
     assert requests.request("GRAB", f"{service.url}/healthz", timeout=5).status_code == 405
-    return Used(service, failing.host, delivering.host)
 
 
 def test_names_types_and_labels_are_those_of_the_contract(used: Used) -> None:
@@ -113,7 +129,7 @@ def test_names_types_and_labels_are_those_of_the_contract(used: Used) -> None:
     assert list(found) == sorted(found)  # for those who read it themselves
 
 
-def test_requests_are_counted_by_rule_and_calls_by_host(used: Used) -> None:
+def test_requests_are_counted_by_rule_and_calls_by_endpoint(used: Used) -> None:
     route = "/api/v1.0/recipient/<recipient>/notify"
     answered = shown(used.service, "http_server_requests_total")
     assert {key: n for key, n in answered.items() if key[1] != "/metrics"} == {
@@ -202,18 +218,20 @@ def test_the_buckets_tell_apart_what_lasts_from_a_millisecond_to_a_whole_deadlin
 
 
 def test_instruments_are_looked_up_once_for_each_kind() -> None:
-    assert metrics.served("POST", "/", 200) is metrics.served("POST", "/", 200)
-    assert metrics.called(HOST, None, "dns") is metrics.called(HOST, None, "dns")
-    assert metrics.notified("buyer", "failed") is metrics.notified("buyer", "failed")
-    assert metrics.tried("Email", "", "failed") is metrics.tried("Email", "", "failed")
-    assert metrics.fell_back("Email") is metrics.fell_back("Email")
+    assert metrics.server_requests("POST", "/", 200) is metrics.server_requests("POST", "/", 200)
+    assert metrics.client_calls(HOST, None, "dns") is metrics.client_calls(HOST, None, "dns")
+    assert metrics.notifications("buyer", "failed") is metrics.notifications("buyer", "failed")
+    assert metrics.channel_notifications("Email", "", "failed") is metrics.channel_notifications(
+        "Email", "", "failed"
+    )
+    assert metrics.fallbacks("Email") is metrics.fallbacks("Email")
 
 
 @pytest.mark.parametrize(
     ("status", "label"), [(None, ""), (200, "200"), (599, "599"), (600, "_OTHER"), (999, "_OTHER")]
 )
 def test_a_provider_cannot_make_up_labels(status: int | None, label: str, growth: Growth) -> None:
-    metrics.called(HOST, status).record(0.1)
+    metrics.client_calls(HOST, status).record(0.1)
     assert growth("http_client_requests_total") == {("POST", HOST, label, ""): 1}
 
 

@@ -1,16 +1,16 @@
-"""The values that travel through the service, and the name a provider's host goes by."""
+"""The values that travel through the service, and the name of a provider's endpoint."""
 
 from dataclasses import FrozenInstanceError
 
 import pytest
 
-from notifier.models import Channel, Message, Provider, Recipient, host_label
+from notifier.models import Channel, Message, Provider, Recipient, endpoint_of
 
 SECRET = "s3cr3t-key"
 
 
 @pytest.mark.parametrize(
-    ("url", "host"),
+    ("url", "endpoint"),
     [
         ("http://mail.example.com/send", "mail.example.com:80"),
         ("https://mail.example.com/send", "mail.example.com:443"),
@@ -31,8 +31,8 @@ SECRET = "s3cr3t-key"
         ("https://xn--bcher-kva.example/", "xn--bcher-kva.example:443"),
     ],
 )
-def test_a_host_is_written_in_lower_case_with_its_port(url: str, host: str) -> None:
-    assert host_label(url) == host
+def test_an_endpoint_is_written_in_lower_case_with_its_port(url: str, endpoint: str) -> None:
+    assert endpoint_of(url) == endpoint
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_a_host_is_written_in_lower_case_with_its_port(url: str, host: str) -> N
     ],
     ids=ascii,
 )
-def test_what_cannot_be_called_has_no_host(url: str) -> None:
-    assert host_label(url) is None
+def test_what_cannot_be_called_has_no_endpoint(url: str) -> None:
+    assert endpoint_of(url) is None
 
 
 def test_a_provider_is_made_from_a_row() -> None:
@@ -88,7 +88,7 @@ def test_a_provider_is_made_from_a_row() -> None:
         channel=Channel.PUSH,
         name="pusher",
         url="https://Push.example.com/v1",
-        host="push.example.com:443",
+        endpoint="push.example.com:443",
         secret_key=SECRET,
     )
 
@@ -96,7 +96,7 @@ def test_a_provider_is_made_from_a_row() -> None:
 def test_white_space_around_a_url_is_no_part_of_it() -> None:
     provider = Provider.from_row((7, "Email", "p", "\t https://mail.example.com/v1 \r\n", SECRET))
     assert provider.url == "https://mail.example.com/v1"
-    assert provider.host == "mail.example.com:443"
+    assert provider.endpoint == "mail.example.com:443"
 
 
 @pytest.mark.parametrize("secret_key", [None, ""])
@@ -107,7 +107,7 @@ def test_a_provider_without_a_secret_has_an_empty_one(secret_key: str | None) ->
 
 def test_a_row_whose_url_cannot_be_called_is_still_a_provider() -> None:
     provider = Provider.from_row((7, "Email", "p", "mail.example.com", SECRET))
-    assert provider.host is None
+    assert provider.endpoint is None
     assert provider.url == "mail.example.com"
 
 

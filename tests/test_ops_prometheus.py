@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from notifier.cli.providers import providers
 from notifier.settings import Settings
 from notifier.store import migrations
-from tests.conftest import Environment, MakeProvider, connect
+from tests.fixtures import Environment, MakeProvider, connect
 from tests.prometheus import SHIPPED, Prometheus
 from tests.scripted_provider import ScriptedProvider, answer
 from tests.service import ROOT, Service
@@ -182,7 +182,7 @@ def test_the_commands_that_alerts_name_exist() -> None:
 @pytest.mark.parametrize("name", ALERTS)
 def test_what_an_alert_quotes_can_be_found(name: str) -> None:
     """Lines of the log, sections of the README, panels of the dashboard."""
-    logged = "".join(path.read_text() for path in (ROOT / "notifier").glob("*.py"))
+    logged = "".join(path.read_text() for path in (ROOT / "notifier").rglob("*.py"))
     readme = (ROOT / "README.md").read_text()
     titles = {panel["title"] for panel in panels()}
     text = re.sub(r"{{.*?}}", "", " ".join(ALERTS[name]["annotations"].values()))

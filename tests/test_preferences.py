@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from notifier.errors import PreferencesUnavailable
-from notifier.logs import SPARING_PAUSE
+from notifier.logs import LOG_INTERVAL
 from notifier.models import Channel, Provider
 from notifier.settings import Settings
 from notifier.store import preferences as preferences_module
@@ -27,7 +27,7 @@ from notifier.store.preferences import (
     WRITTEN,
     Preferences,
 )
-from tests.conftest import Environment, Growth, connect, one_role
+from tests.fixtures import Environment, Growth, connect, one_role
 from tests.sockets import LOOPBACK, refusing, silent
 from tests.timing import eventually, within
 
@@ -278,7 +278,7 @@ def test_what_has_expired_is_served_at_once_with_a_warning_until_it_is_replaced(
     ask(known)
     assert warnings(caplog) == 0
     clock.now += 0.001
-    for later in (0, 0, SPARING_PAUSE - 0.001, 0.002):
+    for later in (0, 0, LOG_INTERVAL - 0.001, 0.002):
         clock.now += later
         assert ids(ask(known, seconds=-1)) == [first]
     assert (warnings(caplog), counting.connections) == (2, 1)

@@ -22,7 +22,7 @@ from notifier.store import migrations, refresher
 from notifier.store.db import DATABASE_WAIT, Connection, Database
 from notifier.store.preferences import CHANGES, Preferences
 from notifier.store.refresher import LONGEST_PAUSE, SHORTEST_PAUSE, SPACING
-from tests.conftest import Environment, Growth, MakeSettings, connect
+from tests.fixtures import Environment, Growth, MakeSettings, connect
 from tests.refreshed import NAME, Refreshed, listening, refreshers, wait_until_listening
 from tests.sockets import LOOPBACK, refusing, silent
 from tests.timing import eventually, within
@@ -244,18 +244,18 @@ def test_a_change_that_is_told_while_it_reads_is_heard_afterwards(
     made = make()
     wait_until_listening()
     reload = Preferences.reload
-    added: list[int] = []
+    added: list[int] = []  # while it reads the first
 
     def then_change(preferences: Preferences, connection: Connection) -> bool:
         kept = reload(preferences, connection)
-        if len(added) == 1:
+        if not added:
             added.append(add_provider("http://b/"))
             connection.execute("SELECT 1")
         return kept
 
     monkeypatch.setattr(Preferences, "reload", then_change)
-    added.append(add_provider("http://a/"))
-    eventually(lambda: len(added) == 2 and made.ids() == added)
+    first = add_provider("http://a/")
+    eventually(lambda: added and made.ids() == [first, *added])
 
 
 @pytest.mark.usefixtures("quick")
@@ -529,8 +529,8 @@ def test_failed_attempts_pause_twice_as_long_each_time_up_to_half_a_minute(
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     chances: list[tuple[float, float]] = []
-    monkeypatch.setattr(refresher, "_by_chance", lambda *bounds: chances.append(bounds) or 1.0)
-    attempts = refresher._Attempts()
+    monkeypatch.setattr(refresher, "_jitter", lambda *bounds: chances.append(bounds) or 1.0)
+    attempts = refresher._Backoff()
     assert attempts.due()
     for _ in range(2):
         for pause in (0.5, 1, 2, 4, 8, 16, 30, 30):
@@ -549,14 +549,14 @@ def test_failed_attempts_pause_twice_as_long_each_time_up_to_half_a_minute(
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Each pause after a failure of the listener's, unshortened."""
     noted: list[float] = []
-    monkeypatch.setattr(refresher, "_by_chance", lambda _, high: high)
-    fail = refresher._Attempts.fail
+    monkeypatch.setattr(refresher, "_jitter", lambda _, high: high)
+    fail = refresher._Backoff.fail
 
     def note(attempts: Any) -> None:
         fail(attempts)
         noted.append(round(attempts.at - time.monotonic(), 1))
 
-    monkeypatch.setattr(refresher._Attempts, "fail", note)
+    monkeypatch.setattr(refresher._Backoff, "fail", note)
     return noted
 
 
@@ -696,10 +696,22 @@ def test_one_that_never_began_can_be_closed(database: Environment) -> None:
     assert open_files() == before
 
 
-def test_closing_does_not_wait_for_a_server_that_hangs(make: Make) -> None:
-    with silent() as port:
-        made = make(variables={"DB_HOST": LOOPBACK, "DB_PORT": str(port)}.items())
-        time.sleep(0.2)  # into the connection
-        with within(DATABASE_WAIT + 1):
-            made.refresher.close()
+def test_closing_leaves_a_thread_behind_that_does_not_end_in_time(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(_: Preferences, connection: Connection) -> bool:
+        hangs.set()
+        return goes_on.wait(20)
+
+    monkeypatch.setattr(Preferences, "reload", hang)
+    monkeypatch.setattr(refresher, "DATABASE_WAIT", 0.5)
+    eventually(lambda: not refreshers())  # those that other tests have left behind
+    made = make()
+    assert hangs.wait(10)
+    with within(5):
+        made.refresher.close()
+    assert refreshers() == 1
+    goes_on.set()
     eventually(lambda: refreshers() == 0)

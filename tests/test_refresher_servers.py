@@ -16,7 +16,7 @@ from notifier.store import migrations
 from notifier.store.db import Connection, Database
 from notifier.store.preferences import Preferences, _Load
 from notifier.store.refresher import PROBES
-from tests.conftest import Environment, Growth, MakeProvider, connect
+from tests.fixtures import Environment, Growth, MakeProvider, connect
 from tests.pgbouncer import PgBouncer
 from tests.refreshed import Refreshed, listening, wait_until_listening
 from tests.service import Service
@@ -54,7 +54,7 @@ def add(environment: Environment) -> int:
 
 
 @pytest.fixture(scope="module")
-def primary() -> Iterator[SystemPostgres]:
+def primary(processes: None) -> Iterator[SystemPostgres]:
     with SystemPostgres() as primary:
         migrations.migrate(Settings.from_env(primary.environment))
         yield primary
@@ -141,6 +141,7 @@ def test_of_several_hosts_the_primary_is_listened_to(
 
 
 @pytest.mark.needs("postgresql")
+@pytest.mark.usefixtures("processes")
 def test_changes_are_heard_over_tls_and_an_impostor_is_not_listened_to(
     certificate: tuple[Path, ssl.SSLContext], reasons: Reasons
 ) -> None:

@@ -17,7 +17,7 @@ from notifier.store import migrations, roles
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
 from notifier.store.roles import NotGranted
-from tests.conftest import Environment, connect, create_database
+from tests.fixtures import Environment, connect, create_database
 from tests.test_schema import NAMES, execute, migrating, rows, run, waiting
 from tests.timing import eventually
 
@@ -71,10 +71,32 @@ def may(environment: Environment, statement: str) -> bool:
 
 
 def migrate(environment: Environment) -> list[str]:
-    """Migrate; return what was told besides the line that says what is granted."""
+    """Migrate; return what was told besides the line that says what is granted.
+
+    It says to run `check-role` exactly when that finds something, which is then left out here.
+    """
     granted, *notices = migrations.migrate(Settings.from_env(environment)).notices
-    assert granted == f"role {environment['DB_USERNAME']} may read {TABLE}"
-    return notices
+    name = environment["DB_USERNAME"]
+    assert granted == f"role {name} may read {TABLE}"
+    hint = f"role {name} can do more than read: run flask --app notifier.app check-role"
+    assert (hint in notices) == bool(check_role(environment))
+    return [notice for notice in notices if notice != hint]
+
+
+def check_role(environment: Environment) -> list[str]:
+    """Return what the command finds, one line each."""
+    result = run(environment, "check-role")
+    findings = result.stdout.splitlines()
+    assert (result.exit_code, result.stderr) == (1 if findings else 0, "") or findings == [
+        f"role {environment['DB_USERNAME']} can read the providers and do nothing else"
+    ]
+    return findings if result.exit_code else []
+
+
+def excess(environment: Environment) -> list[str]:
+    """Migrate, which takes away what it can; return what the role can still do beyond reading."""
+    assert migrate(environment) == []
+    return check_role(environment)
 
 
 def refusal(environment: Environment) -> str:
@@ -429,7 +451,7 @@ def test_a_role_that_may_not_log_in_cannot_serve(make_migrator: MakeMigrator) ->
 def test_another_owners_database_stays_open_and_that_is_said(make_migrator: MakeMigrator) -> None:
     environment = make_migrator("CREATEROLE", owner=False)
     name = environment["DB_NAME"]
-    (notice,) = migrate(environment)
+    (notice,) = excess(environment)
     assert notice == (
         f'every role has TEMPORARY on DATABASE "{name}": {ADVICE}'
         f'REVOKE TEMPORARY ON DATABASE "{name}" FROM PUBLIC'
@@ -449,7 +471,7 @@ def test_another_owners_schema_that_is_open_is_said(make_migrator: MakeMigrator)
         f"REVOKE TEMPORARY ON DATABASE {environment['DB_NAME']} FROM PUBLIC;"
         " GRANT CREATE ON SCHEMA public TO PUBLIC",
     )
-    (notice,) = migrate(environment)
+    (notice,) = excess(environment)
     assert notice == (
         f'every role has CREATE on SCHEMA "public": {ADVICE}'
         'REVOKE CREATE ON SCHEMA "public" FROM PUBLIC'
@@ -503,7 +525,7 @@ def test_a_superuser_is_never_altered(fresh: Environment) -> None:
     execute_as_superuser(fresh, f"CREATE ROLE \"{name}\" SUPERUSER LOGIN PASSWORD 'as it was'")
     before = f"SELECT * FROM pg_authid WHERE rolname = '{name}'"
     authid = rows(superuser(fresh), before)
-    assert migrate(superuser(fresh)) == [
+    assert excess(superuser(fresh)) == [
         f"role {name} is a superuser and may do anything: choose another DB_USERNAME"
     ]
     assert rows(superuser(fresh), before) == authid
@@ -519,7 +541,7 @@ def test_a_role_that_owns_everything_is_told_of_and_loses_nothing(
     owner = with_role(old, migrator, "migrates")
     migrations.migrate(Settings.from_env(owner))
     swapped = superuser(owner)
-    (notice,) = migrate(swapped)
+    (notice,) = excess(swapped)
     assert notice == (
         f'role {migrator} owns DATABASE "{database}", TABLE "public"."{TABLE}", so it may do more'
         f" than read: choose another DB_USERNAME, or {ADVICE}"
@@ -537,14 +559,15 @@ def test_a_member_of_the_role_that_owns_is_told_of(fresh: Environment) -> None:
     # By the superuser: one that the owner made could not be its member.
     made = f'CREATE ROLE "{name}" LOGIN PASSWORD \'{fresh["DB_PASSWORD"]}\' IN ROLE "{owner}"'
     execute_as_superuser(fresh, made)
-    keeps_password, notice = migrate(fresh)
+    keeps_password = migrate(fresh)
+    (notice,) = check_role(fresh)
     assert notice == (
         f"role {name} is a member of {owner}, so it may do more than read: {ADVICE}"
         f'REVOKE "{owner}" FROM "{name}"'
     )
     assert may(fresh, ROW)
     obey(fresh, notice)
-    assert migrate(fresh) == [keeps_password]
+    assert migrate(fresh) == keeps_password
     assert not may(fresh, ROW)
 
 
@@ -556,7 +579,7 @@ def test_a_member_of_a_mighty_role_is_told_of(fresh: Environment, mighty: str) -
         execute_as_superuser(fresh, f"CREATE ROLE {mighty} SUPERUSER")
     assert migrate(superuser(fresh)) == []
     execute_as_superuser(fresh, f'GRANT {mighty} TO "{fresh["DB_USERNAME"]}"')
-    (notice,) = migrate(superuser(fresh))
+    (notice,) = excess(superuser(fresh))
     assert f"is a member of {mighty}, so it may do more than read" in notice
     obey(fresh, notice)
     assert migrate(superuser(fresh)) == []
@@ -567,7 +590,7 @@ def test_a_role_with_attributes_is_told_of(fresh: Environment) -> None:
     name = fresh["DB_USERNAME"]
     execute_as_superuser(fresh, f'ALTER ROLE "{name}" CREATEROLE CREATEDB REPLICATION BYPASSRLS')
     # Only a superuser may change a role that replicates.
-    (notice,) = migrate(superuser(fresh))
+    (notice,) = excess(superuser(fresh))
     assert notice == (
         f"role {name} has CREATEROLE, CREATEDB, REPLICATION, BYPASSRLS: {ADVICE}"
         f'ALTER ROLE "{name}" NOCREATEROLE NOCREATEDB NOREPLICATION NOBYPASSRLS'
@@ -579,7 +602,7 @@ def test_a_role_with_attributes_is_told_of(fresh: Environment) -> None:
 def test_what_every_role_has_is_told_of(fresh: Environment) -> None:
     migrate(fresh)
     execute(fresh, f"GRANT UPDATE, INSERT ON {TABLE} TO PUBLIC")
-    (notice,) = migrate(fresh)
+    (notice,) = excess(fresh)
     assert notice == (
         f'every role has INSERT, UPDATE on TABLE "public"."{TABLE}": {ADVICE}'
         f'REVOKE INSERT, UPDATE ON TABLE "public"."{TABLE}" FROM PUBLIC'
@@ -595,7 +618,7 @@ def test_what_it_has_by_a_role_it_is_a_member_of_is_told_of(fresh: Environment) 
     execute_as_superuser(
         fresh, f'GRANT pg_monitor TO "{name}"; GRANT UPDATE, INSERT ON {TABLE} TO pg_monitor'
     )
-    (notice,) = migrate(fresh)
+    (notice,) = excess(fresh)
     assert notice == (
         f'role {name} has INSERT, UPDATE on TABLE "public"."{TABLE}", granted by another role'
         " or to a role it is a member of: revoke that"
@@ -607,8 +630,63 @@ def test_what_it_has_granted_to_others_does_not_stop_a_migration(fresh: Environm
     execute(fresh, f'GRANT INSERT ON {TABLE} TO "{fresh["DB_USERNAME"]}" WITH GRANT OPTION')
     with serving(fresh) as connection:
         connection.execute(f"GRANT INSERT ON {TABLE} TO pg_monitor")
-    (notice,) = migrate(fresh)
+    (notice,) = excess(fresh)
     assert "has INSERT on TABLE" in notice
+
+
+# --- the check by itself
+
+
+def test_a_role_that_does_not_exist_is_found(database: Environment) -> None:
+    stranger = with_role(database)
+    assert check_role(stranger) == [
+        f"role {stranger['DB_USERNAME']} does not exist: run flask --app notifier.app migrate"
+    ]
+
+
+def test_a_role_that_cannot_serve_is_found_beside_what_it_can_do(fresh: Environment) -> None:
+    migrate(fresh)
+    name, table = fresh["DB_USERNAME"], f'"public"."{TABLE}"'
+    statements = f'ALTER ROLE "{name}" NOLOGIN; REVOKE ALL ON {TABLE} FROM "{name}"'
+    execute_as_superuser(fresh, f'{statements}; GRANT TRIGGER ON {TABLE} TO "{name}"')
+    cannot_serve, can_more = check_role(fresh)
+    assert cannot_serve == (
+        f'role {name} cannot serve yet: {ADVICE}ALTER ROLE "{name}" LOGIN;'
+        f' GRANT SELECT ON TABLE {table} TO "{name}"'
+    )
+    assert can_more.startswith(f"role {name} has TRIGGER on TABLE {table}")
+    obey(fresh, cannot_serve)
+    assert check_role(fresh) == [can_more]
+    assert can_read(fresh)
+
+
+def test_the_role_can_be_checked_by_itself(migrated: Environment) -> None:
+    """Where the service runs nobody has DB_MIGRATION_*."""
+    serving_only = {key: value for key, value in migrated.items() if "MIGRATION" not in key}
+    assert check_role(serving_only) == []
+
+
+def test_one_role_that_does_both_can_do_more_than_read(database: Environment) -> None:
+    owner = database["DB_MIGRATION_USERNAME"]
+    both = with_role(database, owner, database["DB_MIGRATION_PASSWORD"])
+    assert check_role(both)[0] == (
+        f'role {owner} owns DATABASE "{database["DB_NAME"]}", TABLE "public"."{TABLE}",'
+        " so it may do more than read: choose another DB_USERNAME"
+    )
+
+
+def test_a_check_before_the_first_migration_says_so_in_one_line(fresh: Environment) -> None:
+    result = run(fresh, "check-role")
+    expected = f"Error: there is no table {TABLE}: run flask --app notifier.app migrate\n"
+    assert (result.exit_code, result.output) == (1, expected)
+
+
+def test_a_check_changes_nothing(fresh: Environment) -> None:
+    migrate(fresh)
+    execute(fresh, f'GRANT UPDATE ON {TABLE} TO "{fresh["DB_USERNAME"]}"')
+    before = acls(fresh)
+    assert len(check_role(fresh)) == 1
+    assert acls(fresh) == before
 
 
 # --- several migrations at once
@@ -667,7 +745,7 @@ def test_who_waits_too_long_for_another_databases_migration_says_so_in_one_line(
 def test_a_role_that_others_change_all_the_time_is_given_up(
     fresh: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roles, "_roles", lambda *_: [])  # so that it is made again and again
+    monkeypatch.setattr(roles, "find_role", lambda *_: None)  # so that it is made again and again
     execute(fresh, f'CREATE ROLE "{fresh["DB_USERNAME"]}"')
     with pytest.raises(NotGranted, match="changed by others all the time: try again"):
         migrate(fresh)

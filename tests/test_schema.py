@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +19,7 @@ from notifier.settings import Settings
 from notifier.store import migrations, roles
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
-from tests.conftest import Environment, connect
+from tests.fixtures import Environment, connect
 from tests.service import ROOT, clean_environment
 from tests.sockets import LOOPBACK, refusing, silent
 from tests.timing import eventually
@@ -257,13 +258,14 @@ def test_a_run_that_is_killed_within_a_step_leaves_nothing_that_blocks_the_next(
         eventually(lambda: waiting(empty_database) == 1)
         killed.kill()
         assert killed.wait(10) == -signal.SIGKILL
-        with migrating(empty_database) as following:
+        with ThreadPoolExecutor(1) as pool:
+            following = pool.submit(run, empty_database, "migrate")
             # The killed one's server process waits on: it has not noticed.
             eventually(lambda: waiting(empty_database) == 2)
             other.execute("ROLLBACK")
-            output, errors = following.communicate(timeout=60)
-    assert (following.returncode, errors) == (0, "")
-    assert output == "".join(f"applied {name}\n" for name in NAMES[done:]) + GRANTED
+            result = following.result(60)
+    assert result.exit_code == 0
+    assert result.output == "".join(f"applied {name}\n" for name in NAMES[done:]) + GRANTED
     assert_complete(empty_database)
 
 
@@ -364,7 +366,7 @@ def test_a_database_without_an_encoding_works_too(empty_database: Environment) -
     row = " (provider_type, provider_name, host) VALUES ('Email', 'Grüße', 'http://a/')"
     execute(ascii_database, f"INSERT INTO {TABLE}{row}")
     preferences = Preferences(Database(settings_of(ascii_database)), 60)
-    (provider,) = preferences.providers(Channel.EMAIL, time.monotonic() + 10)
+    (provider,) = preferences.for_channel(Channel.EMAIL, time.monotonic() + 10)
     assert (provider.name, provider.url) == ("Grüße", "http://a/")
 
 

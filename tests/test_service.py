@@ -12,7 +12,7 @@ import psutil
 import pytest
 import requests
 
-from tests.conftest import connect, create_database
+from tests.fixtures import connect, create_database
 from tests.scripted_provider import Peer, Received, Script, answer, close, reset
 from tests.service import MESSAGE, ROOT, Service, clean_environment
 from tests.timing import eventually
@@ -52,7 +52,7 @@ def test_every_one_of_many_notifications_at_once_arrives_exactly_once(
     email, push = make_provider(answer(202)), make_provider(answer(204, b""))
     add_provider(email.url, "Email")
     add_provider(push.url, "PushNotification")
-    service = start_service()
+    service = start_service(WEB_CONCURRENCY="2")
     titles = [f"number {n}" for n in range(100)]
 
     with ThreadPoolExecutor(20) as callers:
@@ -191,6 +191,7 @@ def test_gunicorn_logs_json_and_says_what_of_a_go_environment_has_no_effect(
         ({"WEB_CONCURRENCY": "0"}, 'WEB_CONCURRENCY is "0": expected'),
     ],
 )
+@pytest.mark.usefixtures("processes")
 def test_a_wrong_environment_stops_the_start_with_one_line(
     variables: dict[str, str], expected: str
 ):
@@ -213,7 +214,7 @@ def test_a_killed_worker_is_replaced_and_costs_only_what_it_had_in_hand(
     start_service: StartService, make_provider, add_provider
 ):
     add_provider(make_provider().url)
-    service = start_service()
+    service = start_service(WEB_CONCURRENCY="2")
     victim = service.booted()[0]
     count = itertools.count()
 
@@ -319,7 +320,7 @@ def test_a_rotated_password_is_used_without_a_restart(
         owner.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", (role,)
         )
-    eventually(lambda: service.metric("preference_listener_reconnects_total") >= 2)
+    eventually(lambda: service.metric("preference_listener_reconnects_total") >= 1)
     service.wait_until_listening()
     add_provider(make_provider().url)
     eventually(lambda: service.notify().status_code == 200)

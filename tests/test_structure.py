@@ -36,6 +36,7 @@ CONFIGURATION = ROOT / "gunicorn.conf.py"
 LEVELS = {
     "app": 8,
     "web": 7,
+    "notifications": 6,
     "cli": 5,
     "delivery": 5,
     "attempts": 4,
@@ -132,6 +133,26 @@ def test_nothing_in_the_service_imports_what_developers_run() -> None:
         assert "tools" not in imported_packages(path), path
 
 
+# requests' points of extension; anything else of these libraries is used as it is.
+EXTENDED = {"BaseAdapter", "requests.PreparedRequest"}
+LIBRARIES = ("requests", "urllib3", "http", "ssl", "socket", "httptools")
+
+
+def test_the_wire_overrides_nothing_of_a_library() -> None:
+    for module, path in FILES.items():
+        if place_of(module) == "wire":
+            theirs = {
+                name.rpartition(".")[2]
+                for name in imported_names(path)
+                if name.partition(".")[0] in LIBRARIES
+            }
+            for node in ast.walk(ast.parse(path.read_text())):
+                bases = map(ast.unparse, node.bases) if isinstance(node, ast.ClassDef) else ()
+                ours = {base for base in bases if base.partition(".")[0] not in theirs}
+                extended = {ast.unparse(base) for base in getattr(node, "bases", ())} - ours
+                assert extended <= EXTENDED, f"{module} extends {extended}"
+
+
 @pytest.mark.parametrize(
     "package", [path for path in FILES.values() if path.name == "__init__.py"], ids=module_of
 )
@@ -148,6 +169,7 @@ def test_gunicorns_configuration_is_values_and_thin_hooks() -> None:
     assert len(CONFIGURATION.read_text().splitlines()) <= 80
 
 
+@pytest.mark.usefixtures("processes")
 def test_gunicorns_configuration_loads_nothing_that_belongs_to_the_workers() -> None:
     code = "import json, runpy, sys; runpy.run_path(sys.argv[1]); print(json.dumps([*sys.modules]))"
     loaded = subprocess.run(
@@ -161,6 +183,29 @@ def test_gunicorns_configuration_loads_nothing_that_belongs_to_the_workers() -> 
     modules = set(json.loads(loaded))
     assert "notifier.settings" in modules
     assert modules.isdisjoint({"flask", "werkzeug", "psycopg", "requests", "prometheus_client"})
+
+
+@pytest.mark.usefixtures("processes")
+def test_a_worker_loads_neither_the_commands_nor_what_only_they_use() -> None:
+    code = (
+        "import json, sys; from notifier.app import create_app; create_app();"
+        " print(json.dumps([*sys.modules]))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=REQUIRED,
+        capture_output=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    modules = set(json.loads(loaded))
+    store = {"catalogue", "migrations", "role_check", "roles"}
+    assert modules.isdisjoint({"yoyo", *(f"notifier.store.{name}" for name in store)})
+    assert {name for name in modules if name.startswith("notifier.cli.")} == {
+        "notifier.cli.commands",
+        "notifier.cli.parts",
+    }
 
 
 def pinned(name: str) -> dict[str, str]:

@@ -6,16 +6,10 @@ Every test runs over plain HTTP and over TLS.
 import gc
 import itertools
 import os
-import socket
-import ssl
-import sys
 import threading
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,84 +17,27 @@ from notifier.errors import TransportError
 from notifier.wire import exchange as exchange_module
 from notifier.wire.exchange import DRAIN_BYTES, DRAIN_SECONDS
 from notifier.wire.transport import Transport
-from tests.conftest import MakeProvider, MakeTransport
+from tests.fixtures import MakeProvider, MakeTransport, Wire
 from tests.posting import failure, post
 from tests.scripted_provider import (
+    CHUNKED,
+    STATUS_LINE,
     Peer,
     Received,
     Script,
     ScriptedProvider,
+    announces,
     answer,
     close,
+    drips,
+    floods,
     hang,
     reset,
+    say_goodbye,
+    sends,
 )
 from tests.sockets import silent
 from tests.timing import eventually, within
-
-STATUS_LINE = b"HTTP/1.1 200 OK\r\n"
-CHUNKED = STATUS_LINE + b"Transfer-Encoding: chunked\r\n\r\n"
-
-
-def sends(data: bytes, then: Script = close) -> Script:
-    """Return a script that sends `data`, and then does something else."""
-
-    def script(peer: Peer, received: Received) -> None:
-        peer.send(data)
-        then(peer, received)
-
-    return script
-
-
-def say_goodbye(peer: Peer, _: Received) -> None:
-    peer.say_goodbye()
-
-
-def drips(data: bytes) -> Script:
-    return lambda peer, _: peer.drip(data, pause=0.02)
-
-
-def floods(data: bytes) -> Script:
-    """Return a script that sends `data` over and over, as fast as it can."""
-
-    def script(peer: Peer, _: Received) -> None:
-        while True:
-            peer.send(data)
-
-    return script
-
-
-def announces(length: int, then: Script) -> Script:
-    return sends(STATUS_LINE + f"Content-Length: {length}\r\n\r\n".encode(), then)
-
-
-@pytest.fixture(params=["http", "https"])
-def wire(request: pytest.FixtureRequest) -> tuple[Path | None, ssl.SSLContext | None]:
-    """The CA bundle and the server's context, both None for plain HTTP."""
-    if request.param == "http":
-        return None, None
-    bundle, context = request.getfixturevalue("certificate")
-    return bundle, context
-
-
-@pytest.fixture
-def provider(
-    make_provider: MakeProvider, wire: tuple[Path | None, ssl.SSLContext | None]
-) -> ScriptedProvider:
-    return make_provider(tls=wire[1])
-
-
-@pytest.fixture
-def transport(
-    make_transport: MakeTransport, wire: tuple[Path | None, ssl.SSLContext | None]
-) -> Transport:
-    return make_transport(wire[0])
-
-
-@pytest.fixture
-def short_drain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that would otherwise spend the whole second each."""
-    monkeypatch.setattr(exchange_module, "DRAIN_SECONDS", 0.2)
 
 
 def test_at_most_64_kib_and_one_second_are_spent_on_the_rest_of_an_answer() -> None:
@@ -116,6 +53,16 @@ def test_the_provider_gets_the_body_and_the_headers_as_given(
     assert received.headers["content-length"] == "7"
     assert received.headers["x-request-id"] == "abc"
     assert received.headers["user-agent"] == "notifier/test"
+
+
+@pytest.mark.parametrize("value", ["a\r\nX-Other: b", "a\n", "a\r", "\u20ac"])
+def test_a_header_field_that_would_not_arrive_as_it_is_is_not_sent(
+    transport: Transport, provider: ScriptedProvider, value: str
+) -> None:
+    with pytest.raises(TransportError) as caught:
+        post(transport, provider.url, headers={"X-Key": value})
+    assert caught.value.fault == "url"
+    assert provider.connections == 0
 
 
 NO_STATUS_LINE: dict[str, tuple[Script, str]] = {
@@ -141,7 +88,8 @@ def test_a_provider_without_a_status_line_fails_by_its_kind_and_by_the_deadline(
     transport: Transport, provider: ScriptedProvider, name: str
 ) -> None:
     provider.script, kind = NO_STATUS_LINE[name]
-    assert failure(transport, provider.url) == kind
+    seconds = 0.4 if kind == "timeout" else 5.0
+    assert failure(transport, provider.url, seconds=seconds) == kind
     assert len(provider.received) == 1
     provider.script = answer(202)
     assert post(transport, provider.url) == 202  # and the connection is not used again
@@ -382,7 +330,7 @@ def test_many_threads_share_one_transport_and_each_gets_its_own_answer(
 
 
 def test_sockets_and_threads_are_given_back(
-    wire: tuple[Path | None, ssl.SSLContext | None],
+    wire: Wire,
 ) -> None:
     def in_use() -> tuple[int, int]:
         return len(os.listdir("/dev/fd")), threading.active_count()  # noqa: PTH208 a Path is slower
@@ -399,251 +347,3 @@ def test_sockets_and_threads_are_given_back(
             post(transport, "http://does-not-exist.invalid/", seconds=2)
     transport.close()
     eventually(lambda: in_use() == before, 5)
-
-
-# --- connections that are closed while nobody uses them
-
-
-@pytest.fixture
-def unseen_closing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a closing go unseen before a connection is used again, as if it had just begun."""
-    monkeypatch.setattr("urllib3.connectionpool.is_connection_dropped", lambda _: False)
-
-
-def one_answer_each(peer: Peer, _: Received) -> None:
-    """Answer, keep the connection by what is said, and close it."""
-    peer.send(STATUS_LINE + b"Content-Length: 2\r\n\r\n{}")
-    peer.say_goodbye()
-
-
-def closed_by_now(provider: ScriptedProvider) -> None:
-    """Wait until the provider has nothing more to do with its connections."""
-    eventually(lambda: not any(thread.is_alive() for thread in provider.serving()))
-
-
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what arrived")
-
-
-@linux_only
-@pytest.mark.usefixtures("unseen_closing")
-def test_a_connection_that_was_closed_while_it_lay_idle_fails_nothing(
-    transport: Transport, provider: ScriptedProvider
-) -> None:
-    provider.script = one_answer_each
-    for number in range(1, 6):
-        assert post(transport, provider.url) == 200
-        closed_by_now(provider)
-        assert (len(provider.received), provider.connections) == (number, number)
-
-
-@linux_only
-@pytest.mark.usefixtures("unseen_closing")
-def test_several_connections_that_were_closed_while_they_lay_idle_fail_nothing(
-    transport: Transport, provider: ScriptedProvider
-) -> None:
-    provider.script = together = Together(3)
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: post(transport, provider.url), range(3)))
-    assert provider.connections == 3
-    together.closed.set()
-    closed_by_now(provider)
-    provider.script = answer()
-    assert post(transport, provider.url) == 200
-    assert (len(provider.received), provider.connections) == (4, 4)
-
-
-class Together:
-    """Answers so many requests at the same moment; closes when it is told to."""
-
-    def __init__(self, parties: int) -> None:
-        self._here = threading.Barrier(parties, timeout=10)
-        self.closed = threading.Event()
-
-    def __call__(self, peer: Peer, _: Received) -> None:
-        self._here.wait()
-        peer.send(STATUS_LINE + b"Content-Length: 2\r\n\r\n{}")
-        self.closed.wait(10)
-        peer.say_goodbye()
-
-
-@pytest.mark.parametrize("how", [close, reset])
-def test_a_request_that_was_read_is_never_sent_again(
-    transport: Transport, provider: ScriptedProvider, how: Script
-) -> None:
-    assert post(transport, provider.url) == 200
-    provider.script = how
-    assert failure(transport, provider.url) == "reset"
-    assert (len(provider.received), provider.connections) == (2, 1)
-
-
-def test_a_request_whose_connection_is_closed_unread_by_a_reset_is_not_sent_again(
-    transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A reset may come from somebody who has read all of it."""
-    gone, send = threading.Event(), exchange_module._Connection.request
-
-    def send_and_let_go(*args: Any, **kwargs: Any) -> None:
-        send(*args, **kwargs)
-        gone.set()
-
-    def stop_reading(peer: Peer, _: Received) -> None:
-        peer.send(STATUS_LINE + b"Content-Length: 2\r\n\r\n{}")
-        gone.wait(10)
-        peer.reset()
-
-    provider.script = stop_reading
-    assert post(transport, provider.url) == 200
-    monkeypatch.setattr(exchange_module._Connection, "request", send_and_let_go)
-    assert failure(transport, provider.url) == "reset"
-    assert (len(provider.received), provider.connections) == (1, 1)
-
-
-# --- when a connection is used again
-
-KEPT: dict[str, tuple[bytes, bool]] = {
-    "a length": (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", True),
-    "the same length twice": (STATUS_LINE + b"Content-Length: 2\r\n" * 2 + b"\r\n{}", False),
-    "two lengths": (STATUS_LINE + b"Content-Length: 9\r\nContent-Length: 2\r\n\r\n{}", False),
-    "chunks": (STATUS_LINE + b"Transfer-Encoding: Chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", True),
-    "another encoding": (
-        STATUS_LINE + b"Transfer-Encoding: gzip, chunked\r\nContent-Length: 2\r\n\r\n{}",
-        False,
-    ),
-    "no body": (b"HTTP/1.1 204 No Content\r\n\r\n", True),
-    "no body, in chunks": (
-        b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n",
-        True,
-    ),
-    "nothing new": (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 7\r\n\r\n", True),
-    "no length": (STATUS_LINE + b"\r\n", False),
-    "a farewell": (STATUS_LINE + b"Connection: x, Close\r\nContent-Length: 0\r\n\r\n", False),
-    "an old version": (b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n", False),
-    "an interim answer before": (
-        b"HTTP/1.1 103 Early Hints\r\nContent-Length: 7\r\n\r\n"
-        + STATUS_LINE
-        + b"Content-Length: 0\r\n\r\n",
-        True,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", KEPT)
-def test_a_connection_is_used_again_if_it_is_clear_where_the_answer_ends(
-    transport: Transport, provider: ScriptedProvider, name: str
-) -> None:
-    text, kept = KEPT[name]
-    provider.script = sends(text, lambda *_: None)
-    statuses = [post(transport, provider.url) for _ in range(3)]
-    assert set(statuses) <= {200, 204, 304}
-    assert (len(provider.received), provider.connections) == (3, 1 if kept else 3)
-
-
-def test_what_follows_an_answer_is_not_taken_for_the_next_one(
-    transport: Transport, provider: ScriptedProvider
-) -> None:
-    """Both in one TLS record: what is left of it lies where nobody sees it from outside."""
-    stray = STATUS_LINE + b"Content-Length: 0\r\n\r\n"
-    head = STATUS_LINE + b"Content-Length: 8000\r\nX-Fill: "
-    first = head + b"x" * (8192 - len(head) - 4 - 8000) + b"\r\n\r\n" + bytes(8000)
-    assert len(first) == 8192  # as much as is read at once
-    provider.script = sends(first + stray, lambda *_: None)
-    assert post(transport, provider.url) == 200
-    provider.script = answer(503)
-    assert post(transport, provider.url) == 503
-
-
-def test_a_connection_that_lay_idle_for_long_is_not_used_again(
-    transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(exchange_module, "IDLE_SECONDS", 0.0)
-    assert [post(transport, provider.url) for _ in range(2)] == [200, 200]
-    assert (len(provider.received), provider.connections) == (2, 2)
-
-
-@pytest.mark.usefixtures("unseen_closing")
-def test_who_ends_its_side_and_reads_on_does_not_get_the_request_again(
-    transport: Transport, provider: ScriptedProvider
-) -> None:
-    half_closed = threading.Event()
-
-    def answer_and_stop_sending(peer: Peer, received: Received) -> None:
-        if not half_closed.is_set():
-            answer()(peer, received)
-            peer.stop_sending()
-            half_closed.set()
-
-    provider.script = answer_and_stop_sending
-    assert post(transport, provider.url) == 200
-    assert half_closed.wait(10)
-    assert failure(transport, provider.url) == "reset"
-    assert provider.connections == 1
-
-
-def test_single_bytes_are_not_read_for_ever() -> None:
-    exchange = exchange_module.Exchange(0.0, lambda *_: [])
-    readings = exchange_module.ANSWER_BYTES // exchange_module.READING_BYTES
-    for _ in range(readings):
-        exchange.received(1)
-    with pytest.raises(HTTPException):
-        exchange.received(1)
-
-
-def test_what_a_new_connection_ends_without_an_answer_is_not_sent_again(
-    transport: Transport, provider: ScriptedProvider
-) -> None:
-    provider.script = sends(STATUS_LINE + b"Connection: close\r\n\r\n")
-    assert post(transport, provider.url) == 200
-    provider.eager, provider.script = True, say_goodbye  # reads nothing
-    assert failure(transport, provider.url) == "reset"
-    assert provider.connections == 2
-
-
-@linux_only
-@pytest.mark.usefixtures("unseen_closing")
-def test_what_is_to_be_sent_again_fails_if_no_other_connection_can_be_made(
-    transport: Transport, wire: tuple[Path | None, ssl.SSLContext | None]
-) -> None:
-    with ScriptedProvider(one_answer_each, tls=wire[1]) as provider:
-        assert post(transport, provider.url) == 200
-        closed_by_now(provider)
-    assert failure(transport, provider.url) == "connect"
-
-
-def test_a_kept_connection_gives_the_next_request_no_more_time_than_it_has(
-    transport: Transport, provider: ScriptedProvider
-) -> None:
-    def reads_one(peer: Peer, received: Received) -> None:
-        answer()(peer, received)
-        peer.hang()
-
-    provider.script = reads_one
-    assert post(transport, provider.url, seconds=30) == 200
-    assert failure(transport, provider.url, b"x" * 8 * 1024**2, seconds=0.4) == "timeout"
-
-
-def test_what_cuts_an_exchange_off_leaves_the_connection_alone_that_it_has_given_back() -> None:
-    ours, theirs = socket.socketpair()
-    exchange = exchange_module.Exchange(0.0, lambda *_: [])
-    with ours, theirs:
-        exchange.uses(ours)
-        exchange.uses(None)
-        exchange.cut_off()
-        ours.sendall(b"x")
-        assert theirs.recv(1) == b"x"
-        exchange.uses(ours)
-        exchange.cut_off()
-        assert theirs.recv(1) == b""
-
-
-def test_an_exchange_that_has_ended_uses_no_connection(
-    transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used: list[Any] = []
-    uses = exchange_module.Exchange.uses
-    monkeypatch.setattr(
-        exchange_module.Exchange, "uses", lambda self, sock: used.append(sock) or uses(self, sock)
-    )
-    for _ in range(2):
-        assert post(transport, provider.url) == 200
-    assert used[-1] is None
-    assert any(sock is not None for sock in used)

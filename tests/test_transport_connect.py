@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from notifier.wire import exchange as exchange_module
 from notifier.wire.transport import Transport
 from tests.certificates import make_certificate, name_in_folder
-from tests.conftest import MakeProvider, MakeTransport
+from tests.fixtures import MakeProvider, MakeTransport
 from tests.posting import failure, post
 from tests.scripted_provider import answer
 from tests.sockets import LOOPBACK, not_answering, refusing, silent
@@ -30,20 +29,6 @@ def address(port: int, family: int = socket.AF_INET) -> Address:
 @pytest.fixture
 def transport(make_transport: MakeTransport) -> Transport:
     return make_transport()
-
-
-@pytest.fixture
-def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make every name resolve to what `look_up` returns; numeric addresses stay themselves."""
-    real = exchange_module.look_up
-
-    def use(look_up: Callable[[], list[Address]]) -> None:
-        def replaced(host: str, port: int, flags: int = 0) -> list[Address]:
-            return real(host, port, flags) if flags else look_up()
-
-        monkeypatch.setattr(exchange_module, "look_up", replaced)
-
-    return use
 
 
 @pytest.fixture
@@ -219,6 +204,28 @@ def test_a_certificate_of_the_bundle_is_trusted_and_its_connection_used_again(
         for _ in range(3):
             assert post(transport, f"https://{name}:{provider.port}/") == 202
         assert provider.connections == before + 1
+
+
+def test_the_authorities_are_read_at_the_first_https_call_and_only_then(
+    make_transport: MakeTransport,
+    make_provider: MakeProvider,
+    certificate: Certificate,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bundle, context = certificate
+    read: list[str] = []
+
+    def trust(context: ssl.SSLContext, ca_bundle: str) -> None:
+        read.append(ca_bundle)
+        context.load_verify_locations(ca_bundle)
+
+    monkeypatch.setattr("notifier.wire.connector.trust", trust)
+    transport, plain = make_transport(bundle), make_provider()
+    secure = [make_provider(tls=context) for _ in range(2)]
+    assert post(transport, plain.url) == 200
+    assert read == []
+    assert [post(transport, provider.url) for provider in secure] == [200, 200]
+    assert read == [str(bundle)]
 
 
 def test_a_folder_of_certificates_is_a_bundle_too(

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from notifier.wire import exchange as exchange_module
+from notifier.wire import streams
 from notifier.wire.transport import Transport
-from tests.conftest import MakeProvider, MakeTransport
+from tests.fixtures import MakeProvider, MakeTransport
 from tests.posting import failure, post
 from tests.scripted_provider import Peer, Received, Script, ScriptedProvider, answer, close, hang
 from tests.sockets import LOOPBACK, refusing, silent
@@ -234,7 +235,7 @@ def everywhere(
 ) -> Iterator[ScriptedProvider]:
     """A provider at which every connection to port 80 ends, whatever the name or address."""
     provider = make_provider()
-    real = exchange_module.look_up
+    real = streams.look_up
 
     def look_up(host: str, port: int, flags: int = 0) -> list[Any]:
         if port != 80:
@@ -242,7 +243,7 @@ def everywhere(
         how = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
         return [(*how, (LOOPBACK, provider.port))]
 
-    monkeypatch.setattr(exchange_module, "look_up", look_up)
+    monkeypatch.setattr(streams, "look_up", look_up)
     return provider
 
 

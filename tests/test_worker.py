@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from notifier.serving.connection import HEAD_BYTES, REQUEST_SECONDS, UNREAD_BODY_SECONDS
-from tests.conftest import MakeProvider
+from tests.fixtures import MakeProvider
 from tests.scripted_provider import Peer, Received, answer
 from tests.service import MESSAGE, Service
 from tests.sockets import until_the_end

@@ -3,22 +3,16 @@
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import LiteralString, TypeVar
+from typing import LiteralString
 
 import psutil
 from psycopg import sql
 
-from notifier.settings import Settings
-from notifier.store.db import Connection, Database
+from notifier.store.db import Connection
 from tools.dev import cluster, postgres
-
-PATIENCE = 60.0
-POLLING = 0.05
-
-Result = TypeVar("Result")
+from tools.rig import owner, wait_until
 
 
 @contextmanager
@@ -109,22 +103,3 @@ def _end_sessions(elsewhere: Connection, name: str) -> int:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     return len(sessions)
-
-
-def owner(server: postgres.Server, **variables: str) -> Database:
-    """Return the role that may change the rows, and who takes connections."""
-    return Database.migrating(Settings.from_env(server.env | variables))
-
-
-def wait_until(condition: Callable[[], Result]) -> Result:
-    """Return what `condition` returns once that is true; it is asked gently, and not at once.
-
-    Raises:
-        TimeoutError: it takes too long.
-    """
-    give_up = time.monotonic() + PATIENCE
-    while time.monotonic() < give_up:
-        time.sleep(POLLING)
-        if result := condition():
-            return result
-    raise TimeoutError(f"what was expected did not come within {PATIENCE:g} s")

@@ -5,27 +5,21 @@ and prints two tables. The exit code is 1 if a notification failed, or missed a 
 workers knew of. The tests make the same outages, shorter.
 """
 
-import os
 import platform
-import re
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from http import HTTPStatus
-from itertools import cycle, islice, product
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-import psycopg
 import requests
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -33,13 +27,11 @@ from notifier.models import Channel
 from notifier.settings import Settings, available_cpus
 from notifier.store import migrations
 from notifier.store.db import Database
-from tools import faults
+from tools import faults, rig
 from tools.dev import postgres
 from tools.dev.mock_provider import MockProvider
-from tools.faults import owner, wait_until
+from tools.rig import MESSAGE, REFRESHED, Service, all_hear, at_once, owner, path_of, wait_until
 
-ROOT = Path(__file__).parent.parent
-HOST = "127.0.0.1"
 WORKERS = 3
 CHANGES = 200
 OUTAGE = 5.0
@@ -49,65 +41,8 @@ CHANGES_PER_TRIAL, TRIAL = 20, 60
 
 CALLERS, CALLERS_PAUSE = 4, 0.03  # seconds from a reply to the next request
 
-REFRESHED = "preference_last_refresh_timestamp_seconds"
-LISTENING = "preference_listener_connected"
 
-
-class CannotMeasure(Exception):
-    """Why there are no figures, in one line."""
-
-
-# --- the service
-
-
-class Service(NamedTuple):
-    """A running service: where it is, and the process from which its own descend."""
-
-    url: str
-    pid: int
-
-
-@contextmanager
-def service(environment: dict[str, str], **variables: str) -> Iterator[Service]:
-    """Run gunicorn on the database of `environment`, and wait until all workers listen.
-
-    The guard stops it should we be killed.
-    """
-    with socket.create_server((HOST, 0)) as listener:
-        bind = f"{HOST}:{listener.getsockname()[1]}"
-    ours = {"WEB_CONCURRENCY": str(WORKERS), "LOG_LEVEL": "FATAL"}
-    python = [sys.executable, "-m"]
-    with subprocess.Popen(
-        [*python, "tools.dev.guard", *python, "gunicorn", "--bind", bind],
-        cwd=ROOT,
-        env={"PATH": os.environ.get("PATH", os.defpath)} | ours | environment | variables,
-        stdin=subprocess.PIPE,  # closed at the end of the block, which ends the service
-        start_new_session=True,  # out of reach of the terminal's Ctrl-C
-    ) as process:
-        running = Service(f"http://{bind}", process.pid)
-        wait_until(lambda: _is_up(process, running))
-        yield running
-
-
-def _is_up(process: "subprocess.Popen[bytes]", running: Service) -> bool:
-    if process.poll() is not None:
-        raise CannotMeasure("the service has ended by itself")
-    return len(_gauges(running.pid)) == WORKERS and all_hear(running.url)
-
-
-def series(url: str) -> dict[str, float]:
-    """Return every series without labels that the service shows on its page of metrics."""
-    page = requests.get(f"{url}/metrics", timeout=10).text
-    return {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", page, re.MULTILINE)}
-
-
-def all_hear(url: str, since: float = 0.0) -> bool:
-    """Say whether all workers have read the providers since a time, and hear of the next change."""
-    try:
-        shown = series(url)
-    except requests.ConnectionError:
-        return False
-    return shown.get(REFRESHED, 0.0) > since and shown.get(LISTENING) == 1
+# --- how late a change is seen
 
 
 def replace_provider(database: Database, url: str) -> float:
@@ -120,9 +55,6 @@ def replace_provider(database: Database, url: str) -> float:
             "UPDATE notification_preferences SET host = %s WHERE provider_type = 'Email'", (url,)
         )
         return time.time()
-
-
-# --- how late a change is seen
 
 
 class Change(NamedTuple):
@@ -197,31 +129,10 @@ def load(url: str) -> Iterator[list[Reply]]:
         yield replies
 
 
-@contextmanager
-def at_once(
-    count: int, call: Callable[[str, bool], None], enough: threading.Event
-) -> Iterator[None]:
-    """Let `count` threads call, for a recipient and over kept connections or not, until `enough`.
-
-    That is set at the end of the block, which raises what any of them has raised.
-    """
-    kinds = product(("buyer", "seller"), (True, False))
-    with ThreadPoolExecutor(count) as pool:
-        calls = [pool.submit(call, *kind) for kind in islice(cycle(kinds), count)]
-        try:
-            yield
-        finally:
-            enough.set()
-    for done in calls:
-        done.result()
-
-
 def _notify(session: Any, url: str, recipient: str) -> Reply:
-    message = {"to": "someone@example.com", "title": "Sold", "message": "Your bicycle is sold."}
     began, status = time.monotonic(), 0
     with suppress(requests.RequestException):
-        path = f"/api/v1.0/recipient/{recipient}/notify"
-        status = session.post(url + path, json=message, timeout=30).status_code
+        status = session.post(url + path_of(recipient), json=MESSAGE, timeout=30).status_code
     return Reply(status, time.monotonic() - began)
 
 
@@ -286,42 +197,34 @@ def outage(
 
 def main() -> int:
     """Print the figures; return the exit code."""
-    os.environ["no_proxy"] = "*"  # nothing here leaves the machine
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with ExitStack() as stack:
-            return measure(stack)
-    except (CannotMeasure, TimeoutError, postgres.PostgresError, psycopg.Error) as error:
-        print(f"make measure: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    return rig.exit_code("make measure", measure)
 
 
-def measure(stack: ExitStack) -> int:
+def measure() -> int:
     """Print both tables; return 1 if a notification was lost or went astray."""
-    server = postgres.acquire(ephemeral=True)
-    stack.callback(server.close)
-    email = [stack.enter_context(MockProvider(f"email {number}", 0)) for number in (1, 2)]
-    push = stack.enter_context(MockProvider("push", 0))
-    provide(server, {Channel.EMAIL: email[0].url, Channel.PUSH: push.url})
-    print(_machine(server), flush=True)
-    with service(postgres.serving(server.env)) as running:
-        lost = show_staleness(running, server, email)
-    with service(postgres.serving(server.env), CACHE_EXPIRED_TIME="1s") as running:
-        lost += show_outages(running, server, email)
+    with ExitStack() as stack:
+        server = postgres.acquire(ephemeral=True)
+        stack.callback(server.close)
+        email = [stack.enter_context(MockProvider(f"email {number}", 0)) for number in (1, 2)]
+        push = stack.enter_context(MockProvider("push", 0))
+        provide(server, email[0].url, push.url)
+        print(_machine(server), flush=True)
+        with service(server) as running:
+            lost = show_staleness(running, server, email)
+        with service(server, CACHE_EXPIRED_TIME="1s") as running:
+            lost += show_outages(running, server, email)
     return 1 if lost else 0
 
 
-def provide(server: postgres.Server, urls: Mapping[Channel, str]) -> None:
-    """Bring the schema up to date and add a provider for each channel."""
+def service(server: postgres.Server, **variables: str) -> AbstractContextManager[Service]:
+    """Run the service that is measured, which logs next to nothing."""
+    return rig.service(server.env | {"LOG_LEVEL": "FATAL"} | variables, WORKERS)
+
+
+def provide(server: postgres.Server, email: str, push: str) -> None:
+    """Bring the schema up to date and add a provider for each channel, at these URLs."""
     migrations.migrate(Settings.from_env(server.env))
-    with owner(server).connect() as connection:
-        connection.cursor().executemany(
-            "INSERT INTO notification_preferences (provider_type, provider_name, host)"
-            " VALUES (%s, 'a provider', %s)",
-            [*urls.items()],
-        )
+    rig.add_providers(owner(server), [(Channel.EMAIL, 0, email), (Channel.PUSH, 0, push)])
 
 
 def _machine(server: postgres.Server) -> str:

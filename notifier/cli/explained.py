@@ -1,4 +1,4 @@
-"""How a command ends that cannot do what it was asked to: with one line and exit code 1."""
+"""Errors that end a command with one line and exit code 1."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from notifier.store.db import first_line
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn what refuses and what PostgreSQL says into click's error, its details left out."""
+    """Turn refusals and PostgreSQL's errors into click's, without their details."""
     try:
         yield
     except Refused as error:

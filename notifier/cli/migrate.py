@@ -1,14 +1,14 @@
-"""How operators act: `flask --app notifier.app COMMAND`."""
+"""How operators change the schema: `flask --app notifier.app migrate` and `rollback`."""
 
 from collections.abc import Callable
 from typing import TypeVar
 
 import click
 import psycopg
-from flask import Flask, current_app
 from flask.cli import with_appcontext
 
 from notifier.cli.explained import explained
+from notifier.cli.parts import parts
 from notifier.errors import Refused
 from notifier.settings import Settings
 from notifier.store import migrations, roles
@@ -17,15 +17,9 @@ from notifier.store.roles import NotGranted
 Result = TypeVar("Result")
 
 
-def register(app: Flask) -> None:
-    """Add the commands to `app`."""
-    app.cli.add_command(_migrate)
-    app.cli.add_command(_rollback)
-
-
 @click.command("migrate", help="Bring the database's schema and the service's role up to date.")
 @with_appcontext
-def _migrate() -> None:
+def migrate() -> None:
     migrated = _with_database(migrations.migrate)
     for name in migrated.applied:
         click.echo(f"applied {name}")
@@ -37,7 +31,7 @@ def _migrate() -> None:
 
 @click.command("rollback", help="Undo the last migration.")
 @with_appcontext
-def _rollback() -> None:
+def rollback() -> None:
     name = _with_database(migrations.rollback)
     click.echo(f"undid {name}" if name else "nothing to undo")
 
@@ -45,7 +39,7 @@ def _rollback() -> None:
 @explained()
 def _with_database(act: Callable[[Settings], Result]) -> Result:
     try:
-        return act(current_app.extensions["notifier"].settings)
+        return act(parts().settings)
     except psycopg.errors.LockNotAvailable:
         raise Refused(
             f"another migration has been running for {roles.LOCK_WAIT}; try again when it is done"

@@ -1,41 +1,33 @@
 """How operators see and change the providers: `flask --app notifier.app providers COMMAND`."""
 
 import json
-import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import click
-from flask import Flask, current_app
 from flask.cli import AppGroup
 
 from notifier import logs
 from notifier.attempts import Attempts
+from notifier.cli import secret
 from notifier.cli.explained import explained
-from notifier.errors import AttemptFailed
+from notifier.cli.parts import parts
+from notifier.cli.tables import table
+from notifier.errors import AttemptFailed, AttemptOutcome
 from notifier.models import Channel, Message, Provider
 from notifier.store import catalogue
-from notifier.store.catalogue import Entry, Values
+from notifier.store.catalogue import Entry
 from notifier.store.db import Database
+from notifier.store.values import Values
 
-SECRET_SOURCES = ("secret_prompt", "secret_stdin", "secret_file", "no_secret")
-
-NO_TEXT = "the secret is no text in UTF-8"
-
-# A domain that nobody has, RFC 2606 section 3.
+# RFC 2606 section 3 reserves the domain: nobody receives the message.
 NOBODY = "notifier-test@example.com"
 
 Command = Callable[..., None]
-
-
-def register(app: Flask) -> None:
-    """Add the commands to `app`."""
-    app.cli.add_command(providers)
 
 
 providers = AppGroup(
@@ -123,7 +115,7 @@ def _list(*, active: bool, provider_type: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(entry) for entry in found], indent=2))
     elif found:
-        click.echo(_table(map(_shown, found)))
+        click.echo(table(map(_shown, found)))
     else:
         click.echo("no providers", err=True)
 
@@ -225,18 +217,18 @@ def _test(context: click.Context, *, entry_id: int, to: str, as_json: bool) -> N
         raise click.BadParameter("expected an e-mail address", param_hint="--to")
     entry, provider = catalogue.provider(_database(), entry_id)
     message = Message(to, "Test", "This is a test of the notifier: there is nothing to do.")
-    with closing(current_app.extensions["notifier"].attempts) as sender:
+    with closing(parts().attempts) as sender:
         result = _sent(sender, provider, message)
     shown = {name: getattr(entry, name) for name in ("id", "channel", "name", "host", "state")}
     shown |= result
-    click.echo(json.dumps(shown, indent=2) if as_json else _table([shown]))
-    if result["outcome"] != "accepted":
+    click.echo(json.dumps(shown, indent=2) if as_json else table([shown]))
+    if result["outcome"] != AttemptOutcome.ACCEPTED:
         context.exit(1)
 
 
 def _sent(sender: Attempts, provider: Provider, message: Message) -> dict[str, Any]:
-    """Make one attempt, with a request id as every message has; return what came of it."""
-    outcome, status, error = "accepted", None, None
+    """Make one attempt with a request id of its own; return its outcome."""
+    outcome, status, error = AttemptOutcome.ACCEPTED, None, None
     request_id = uuid.uuid4().hex
     token = logs.request_id.set(request_id)
     began = time.monotonic()
@@ -257,63 +249,27 @@ def _sent(sender: Attempts, provider: Provider, message: Message) -> dict[str, A
 
 
 def _database() -> Database:
-    return Database.migrating(current_app.extensions["notifier"].settings)
+    return Database.migrating(parts().settings)
 
 
 def _values(given: dict[str, Any]) -> Values:
-    """Return the columns of the options that were given."""
-    sources = [source for source in SECRET_SOURCES if given.get(source) not in (None, False)]
+    """Return the values of the given options by column."""
+    sources = [source for source in secret.OPTIONS if given.get(source) not in (None, False)]
     if len(sources) > 1:
         options = " and ".join(f"--{source.replace('_', '-')}" for source in sources)
         raise click.UsageError(f"{options} exclude each other")
     values = {
         name: value
         for name, value in given.items()
-        if name not in SECRET_SOURCES and value is not None
+        if name not in secret.OPTIONS and value is not None
     }
     if sources:
-        values["secret_key"] = _secret(given)
+        values["secret_key"] = secret.read(given)
     return cast("Values", values)
 
 
-def _secret(given: Mapping[str, Any]) -> str | None:
-    if given["secret_prompt"]:
-        return _prompted()
-    if given["secret_stdin"]:
-        if sys.stdin.isatty():
-            raise click.UsageError("standard input is a terminal: use --secret-prompt")
-        return _read_secret(sys.stdin.buffer)
-    if given["secret_file"] is not None:
-        try:
-            with Path(given["secret_file"]).open("rb") as file:
-                return _read_secret(file)
-        except OSError as error:
-            # Without its name, which may be the secret itself, given by mistake.
-            raise click.ClickException(f"--secret-file cannot be read: {error.strerror}") from None
-    return None
-
-
-def _prompted() -> str:
-    if not sys.stdin.isatty():
-        raise click.UsageError("--secret-prompt needs a terminal: use --secret-stdin")
-    try:
-        return str(click.prompt("Secret", hide_input=True, confirmation_prompt=True, err=True))
-    except UnicodeDecodeError:
-        raise click.ClickException(NO_TEXT) from None
-
-
-def _read_secret(source: BinaryIO) -> str:
-    """Return all of it but one line end; not much more than a secret can have."""
-    data = source.read(4 * catalogue.MAX_SECRET + 2)
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        raise click.ClickException(NO_TEXT) from None
-    return text[:-1].removesuffix("\r") if text.endswith("\n") else text
-
-
 def _show(entry: Entry, *, as_json: bool) -> None:
-    click.echo(json.dumps(asdict(entry), indent=2) if as_json else _table([_shown(entry)]))
+    click.echo(json.dumps(asdict(entry), indent=2) if as_json else table([_shown(entry)]))
 
 
 def _shown(entry: Entry) -> dict[str, Any]:
@@ -327,24 +283,3 @@ def _shown(entry: Entry) -> dict[str, Any]:
         "created": entry.created_at,
         "state": " ".join(filter(None, (entry.state, entry.deleted_at))),
     }
-
-
-def _table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return rows of the same columns, aligned below their names."""
-    rows = list(rows)
-    lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def _cell(value: object) -> str:
-    """Return a text that a terminal only shows, whatever is in the value."""
-    if value is None:
-        return "-"
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in str(value)
-    )

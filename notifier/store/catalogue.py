@@ -1,31 +1,21 @@
-"""The rows of `notification_preferences` as operators see and change them."""
+"""Operators' view of `notification_preferences`: list, add, edit, remove, restore."""
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypedDict
 
 import psycopg
-import requests
 from psycopg import sql
-from urllib3.util import parse_url
 
 from notifier.errors import Refused
-from notifier.models import Channel, Provider, host_label
-from notifier.store.db import Connection, Database, transaction
+from notifier.models import Provider
+from notifier.store.db import COMMAND_WAIT, NO_TABLE, Connection, Database, transaction
+from notifier.store.values import USER_INFO, Values, check_channel, check_url, checked, same_place
 
-# Seconds. An operator can wait for longer than a request, but not for another who left a
-# transaction open.
-WAIT = 10.0
+# How long to wait for another operator, who may have left a transaction open.
 LOCK_WAIT = "5s"
 
-MAX_NAME = 100
-MAX_URL = 2048
-MAX_SECRET = 16 * 1024
-_INT32 = range(-(2**31), 2**31)
-
-# Times become text here: PostgreSQL knows some that Python doesn't.
+# PostgreSQL formats the times, as it has some that Python cannot represent.
 _READ = """
     SELECT id, provider_type::text, provider_name, host, priority,
            coalesce(secret_key, '') <> '',
@@ -38,8 +28,6 @@ _READ = """
        AND (deleted_at IS NULL OR NOT %(active)s)
      ORDER BY provider_type, deleted_at IS NOT NULL, priority, id
 """
-
-_USER_INFO = re.compile(r"^([^/?#]*//)?[^/?#]*@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +48,15 @@ class Entry:
     state: str
 
 
-class Values(TypedDict, total=False):
-    """The columns that an operator sets. One that is left out stays, or gets its default."""
-
-    provider_type: str
-    provider_name: str
-    host: str
-    priority: int
-    secret_key: str | None  # None: no secret
-
-
 def entries(database: Database, *, channel: str | None = None, active: bool = False) -> list[Entry]:
     """Return the rows by channel: the active ones in the order they are tried, then the removed.
 
     Args:
-        channel: leave out the other one's.
-        active: leave out the removed ones.
+        channel: only this one.
+        active: only active rows.
 
     Raises:
-        Refused: there is no table, or the role may not read it.
+        Refused: there is no table, or the role may not read it. So do all functions below.
         psycopg.Error: PostgreSQL cannot be reached or refused. So do all functions below.
     """
     with _reading(database) as connection:
@@ -86,10 +64,10 @@ def entries(database: Database, *, channel: str | None = None, active: bool = Fa
 
 
 def provider(database: Database, entry_id: int) -> tuple[Entry, Provider]:
-    """Return a row, be it removed, and the provider that it describes, with its secret.
+    """Return a row, even a removed one, and its provider with the secret.
 
     Raises:
-        Refused: there is no such row, or it is of a channel that we don't know.
+        Refused: there is no such row, or its channel is unknown.
     """
     with _reading(database) as connection:
         entry = _entry(connection, entry_id)
@@ -98,17 +76,17 @@ def provider(database: Database, entry_id: int) -> tuple[Entry, Provider]:
             " FROM notification_preferences WHERE id = %s",
             (entry_id,),
         ).fetchall()
-    _check_channel(entry.channel)
+    check_channel(entry.channel)
     return entry, Provider.from_row(row)
 
 
 def add(database: Database, values: Values) -> Entry:
-    """Add a row: `values` need all but `priority` and `secret_key`.
+    """Add a row; only `priority` and `secret_key` may be missing from `values`.
 
     Raises:
         Refused: a value is wrong, or an active row has the same channel and URL.
     """
-    columns = _checked(values)
+    columns = checked(values)
     insert = sql.SQL("INSERT INTO notification_preferences ({}) VALUES ({}) RETURNING id").format(
         sql.SQL(", ").join(map(sql.Identifier, columns)),
         sql.SQL(", ").join(map(sql.Placeholder, columns)),
@@ -120,13 +98,13 @@ def add(database: Database, values: Values) -> Entry:
 
 
 def edit(database: Database, entry_id: int, values: Values) -> Entry:
-    """Change what `values` name, and nothing else; a removed row can be changed too.
+    """Change the columns in `values` of a row, even of a removed one.
 
     Raises:
         Refused: there is no such row, nothing to change, a value is wrong, or an active row has the
             same channel and URL.
     """
-    columns = _checked(values)
+    columns = checked(values)
     if not columns:
         raise Refused("nothing to change: say what")
     update = sql.SQL("UPDATE notification_preferences SET {} WHERE id = %(id)s").format(
@@ -171,7 +149,7 @@ def restore(database: Database, entry_id: int) -> Entry:
         channel, url, is_active = _place_of(connection, entry_id)
         if is_active:
             raise Refused(f"provider {entry_id} is not removed")
-        _check_url(url.strip())
+        check_url(url.strip())
         _check_unique(connection, channel, url, entry_id)
         connection.execute(
             "UPDATE notification_preferences SET deleted_at = NULL WHERE id = %s", (entry_id,)
@@ -181,20 +159,18 @@ def restore(database: Database, entry_id: int) -> Entry:
 
 @contextmanager
 def _reading(database: Database, *privileges: str) -> Iterator[Connection]:
-    """Yield a connection in a transaction, once the role has SELECT and `privileges`."""
+    """Yield a connection in a transaction, after checking for SELECT and `privileges`."""
     try:
-        with database.connect() as connection, transaction(connection, WAIT):
+        with database.connect() as connection, transaction(connection, COMMAND_WAIT):
             _check_privileges(connection, database.username, ["SELECT", *privileges])
             yield connection
     except psycopg.errors.UndefinedTable:
-        raise Refused(
-            "there is no table notification_preferences: run flask --app notifier.app migrate"
-        ) from None
+        raise Refused(NO_TABLE) from None
 
 
 @contextmanager
 def _changing(database: Database, *privileges: str) -> Iterator[Connection]:
-    """The same for a change, which nobody else's can overtake between its check and its write."""
+    """Yield the same for a change, with no other change between its check and its write."""
     # LOCK TABLE needs UPDATE as well.
     with _reading(database, *privileges, "UPDATE") as connection:
         connection.execute("SELECT set_config('lock_timeout', %s, true)", (LOCK_WAIT,))
@@ -208,7 +184,7 @@ def _changing(database: Database, *privileges: str) -> Iterator[Connection]:
 
 
 def _check_privileges(connection: Connection, role: str, wanted: list[str]) -> None:
-    """PostgreSQL itself would say that permission is denied, but not for what."""
+    """Refuse with the names of the missing privileges, which PostgreSQL's error does not give."""
     rows = connection.execute(
         "SELECT wanted FROM unnest(%s::text[]) wanted"
         " WHERE NOT has_table_privilege('notification_preferences', wanted)",
@@ -231,7 +207,7 @@ def _read(
 ) -> list[Entry]:
     rows = connection.execute(_READ, {"id": entry_id, "channel": channel, "active": active})
     return [
-        Entry(row_id, its_channel, name, _USER_INFO.sub(r"\1***@", url), *rest)
+        Entry(row_id, its_channel, name, USER_INFO.sub(r"\1***@", url), *rest)
         for row_id, its_channel, name, url, *rest in rows
     ]
 
@@ -244,7 +220,7 @@ def _entry(connection: Connection, entry_id: int) -> Entry:
 
 
 def _place_of(connection: Connection, entry_id: int) -> tuple[str, str, bool]:
-    """Return channel, URL and whether it is active."""
+    """Return the channel and the URL of a row, and whether it is active."""
     row = connection.execute(
         "SELECT provider_type::text, host, deleted_at IS NULL"
         " FROM notification_preferences WHERE id = %s",
@@ -267,79 +243,5 @@ def _check_unique(connection: Connection, channel: str, url: str, but: int | Non
         (channel, but),
     )
     for other, its_url in rows:
-        if _normal(its_url) == _normal(url):
+        if same_place(its_url, url):
             raise Refused(f"provider {other} is active and has the same channel and URL")
-
-
-def _normal(url: str) -> object:
-    """Return the same for two URLs of the same place."""
-    url = url.strip()
-    label = host_label(url)
-    if label is None:
-        return url
-    parts = parse_url(url)
-    return parts.scheme, label, parts.path or "/", parts.query or ""
-
-
-def _checked(values: Values) -> dict[str, Any]:
-    for column, value in values.items():
-        _CHECKS[column](value)
-    return dict(values)
-
-
-def _check_channel(channel: str) -> None:
-    if channel not in list(Channel):
-        raise Refused(f"the channel is unknown: expected {' or '.join(Channel)}")
-
-
-def _check_name(name: str) -> None:
-    if not name.strip() or not name.isprintable() or len(name) > MAX_NAME:
-        raise Refused(f"the name cannot be used: expected 1 to {MAX_NAME} printable characters")
-
-
-def _check_url(url: str) -> None:
-    """The URL is not quoted: it may hold a password."""
-    if not url.isprintable() or re.search(r"[ \\#]", url):
-        raise Refused(
-            "the host cannot be used: expected a URL without spaces, control characters,"
-            " backslashes and #"
-        )
-    if _USER_INFO.match(url):
-        raise Refused("the host cannot be used: expected a URL without user and password")
-    if len(url) > MAX_URL or not _is_called(url):
-        raise Refused(
-            "the host cannot be used: expected an http or https URL with a host, such as"
-            f" https://mail.example.com/v1/send, of up to {MAX_URL} characters"
-        )
-
-
-def _is_called(url: str) -> bool:
-    """Say whether the service would call it; requests refuses some hosts that urllib3 takes."""
-    try:
-        requests.Request("POST", url).prepare()
-    except (requests.RequestException, ValueError):
-        return False
-    return host_label(url) is not None
-
-
-def _check_priority(priority: int) -> None:
-    if priority not in _INT32:
-        raise Refused(f"the priority cannot be used: expected {_INT32.start} to {_INT32.stop - 1}")
-
-
-def _check_secret(secret: str | None) -> None:
-    if secret is None:
-        return
-    if not secret.strip():
-        raise Refused("the secret is empty")
-    if len(secret) > MAX_SECRET or re.search("[\0\ud800-\udfff]", secret):
-        raise Refused(f"the secret cannot be used: expected up to {MAX_SECRET} characters of text")
-
-
-_CHECKS: dict[str, Callable[[Any], None]] = {
-    "provider_type": _check_channel,
-    "provider_name": _check_name,
-    "host": _check_url,
-    "priority": _check_priority,
-    "secret_key": _check_secret,
-}

@@ -1,4 +1,4 @@
-"""How PostgreSQL is reached: where, as whom, and bounded in time."""
+"""Connections to PostgreSQL: where, as which role, and bounded in time."""
 
 import os
 import socket
@@ -14,18 +14,49 @@ from notifier.settings import Settings
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
-# The most that a request waits for a host. libpq's own minimum for connecting is 2 s as well.
+# Seconds. The most that a request waits for a host, and libpq's own minimum for connecting.
 DATABASE_WAIT = 2.0
 
-# The server's own limit should come first: it says what was slow.
+# The most that a command waits for an answer: an operator has more patience than a request.
+COMMAND_WAIT = 10.0
+
+# How much later than the server we give up: its error says what was slow.
 GRACE = 0.5
 
-# What libpq and the server say, and what may be told of it: their words name hosts and users.
-REASONS = {
+NO_TABLE = "there is no table notification_preferences: run flask --app notifier.app migrate"
+
+_ENDED = "PostgreSQL ended the connection"
+_IS_STANDBY = "the server is a standby"
+_LACKS_PRIVILEGE = "the user lacks a privilege: migrate grants it"
+_NO_ANSWER = "no answer in time"
+_NOT_THERE = "the database, the user or the table does not exist"
+
+# The reasons that log lines give for errors: PostgreSQL's own words name hosts and users. The
+# SQLSTATE decides where there is one, as the words come in the server's language (lc_messages).
+REASONS_BY_STATE = {
+    "25006": _IS_STANDBY,  # read_only_sql_transaction
+    "25P03": _ENDED,  # idle_in_transaction_session_timeout
+    "3F000": _NOT_THERE,  # invalid_schema_name
+    "42501": _LACKS_PRIVILEGE,  # insufficient_privilege
+    "42703": _NOT_THERE,  # undefined_column
+    "42704": _NOT_THERE,  # undefined_object
+    "42883": _NOT_THERE,  # undefined_function
+    "42P01": _NOT_THERE,  # undefined_table
+    "55P03": _NO_ANSWER,  # lock_not_available
+    "57014": _NO_ANSWER,  # query_canceled
+    "57P01": _ENDED,  # admin_shutdown
+    "57P02": _ENDED,  # crash_shutdown
+    "57P04": _ENDED,  # database_dropped
+    "57P05": _ENDED,  # idle_session_timeout
+}
+
+# Otherwise the first of these texts that the error contains decides. psycopg has no SQLSTATE for a
+# connection that fails or breaks, even if the server sent one; pgbouncer has one for everything.
+REASONS_BY_TEXT = {
     "through a pooler": "a pooler swallows notifications: set DB_LISTEN_HOST or DB_LISTEN_PORT "
     "past it, or CACHE_INVALIDATION=off",
     "cannot read the password": "password: the file cannot be read",
-    # PostgreSQL says no more of a client's certificate that is another user's.
+    # PostgreSQL says the same about a client certificate of another user.
     "password authentication failed": "password, user or DB_SSLCERT: one is wrong",
     "SASL authentication failed": "password or user: one is wrong",  # pgbouncer
     "not permitted to log in": "the user may not log in",
@@ -50,33 +81,32 @@ REASONS = {
     "is starting up": "PostgreSQL is starting",
     "in recovery mode": "PostgreSQL is starting",
     "is shutting down": "PostgreSQL is stopping",
-    "terminating connection": "PostgreSQL ended the connection",
+    "terminating connection": _ENDED,
     "too many": "PostgreSQL has no connection left",
     "remaining connection slots": "PostgreSQL has no connection left",
     "no more connections allowed": "the pooler has no connection left",
     "server login has been failing": "the pooler cannot reach PostgreSQL",
-    "in hot standby mode": "the server is a standby",
-    "read-only transaction": "the server is a standby",
-    "does not exist": "the database, the user or the table does not exist",
-    "permission denied": "the user lacks a privilege: migrate grants it",
+    "in hot standby mode": _IS_STANDBY,
+    "does not exist": _NOT_THERE,
+    "permission denied": _LACKS_PRIVILEGE,
     "Connection refused": "refused",
     "could not translate host name": "no such host",
     "failed to resolve host": "no such host",
     "No such file or directory": "no socket there",
-    "timeout": "no answer in time",
+    "timeout": _NO_ANSWER,
 }
 
 
 class Database:
-    """Connects to one place as one role. Holds no connection between uses.
+    """Connects to one place as one role, and keeps no connection.
 
-    Without more than `settings` it is the place and the role that serve. `wait` is the most, in
-    seconds, that a request waits for it: each of several hosts may take `DATABASE_WAIT`.
+    By default these are the serving ones. `wait` is how long a request waits for it at most, in
+    seconds: each of several hosts may take `DATABASE_WAIT`.
 
     Args:
-        place: hosts and ports, in the form they have in `Settings`.
-        role: a user's name and password.
-        primary: take no standby.
+        place: hosts and ports as `Settings` has them.
+        role: the name and the password of a user.
+        primary: pass standbys over.
     """
 
     def __init__(
@@ -100,30 +130,30 @@ class Database:
             "sslcert": settings.db_sslcert,
             "sslkey": settings.db_sslkey,
             "connect_timeout": int(DATABASE_WAIT),
-            "client_encoding": "utf8",  # whatever the database's: SQL_ASCII would give us bytes
+            "client_encoding": "utf8",  # a database in SQL_ASCII would give us bytes
             "application_name": settings.app_name,
             "target_session_attrs": "primary" if primary else "any",
         }
 
     @classmethod
     def listening(cls, settings: Settings) -> "Database":
-        """Return where notifications come from: DB_LISTEN_HOST, never a standby."""
+        """Return the place for LISTEN: DB_LISTEN_HOST, never a standby."""
         return cls(settings, place=settings.listen_place, primary=True)
 
     @classmethod
     def reading(cls, settings: Settings) -> "Database":
-        """Return where to read what may be a little old: DB_READ_HOST."""
+        """Return the place for reads that tolerate replication lag: DB_READ_HOST."""
         return cls(settings, place=settings.read_place)
 
     @classmethod
     def migrating(cls, settings: Settings) -> "Database":
-        """Return the role that owns the schema, DB_MIGRATION_USERNAME, by DB_LISTEN_HOST."""
+        """Return the place of `listening` for the schema's owner, DB_MIGRATION_USERNAME."""
         return cls(
             settings, place=settings.listen_place, role=settings.migrating_role, primary=True
         )
 
     def connect(self) -> Connection:
-        """Return a new connection in autocommit mode, without a time limit on what is done with it.
+        """Return a new connection in autocommit mode; `transaction` and `bounded` limit its use.
 
         Raises:
             psycopg.Error: PostgreSQL cannot be reached.
@@ -133,36 +163,36 @@ class Database:
         except (OSError, ValueError):
             file = self._password.file
             raise psycopg.OperationalError(f"cannot read the password in {file}") from None
-        # Prepared statements gain nothing on few queries and break transaction poolers.
+        # Prepared statements gain nothing for few queries and break behind transaction poolers.
         connection = psycopg.connect(
             **self._parameters, password=password, autocommit=True, prepare_threshold=None
         )
-        # Whatever the server's default: what is read after a lock or a position must be newer.
+        # Not the server's default: each statement has to see what was committed before it.
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         return connection
 
 
 @contextmanager
 def transaction(connection: Connection, seconds: float = DATABASE_WAIT) -> Iterator[None]:
-    """Hold a transaction that neither side lets last longer than `seconds`.
+    """Run the block in a transaction that both sides end after `seconds`.
 
     Raises:
         psycopg.Error: PostgreSQL was too slow, went away, or refused what was asked.
     """
     limit = str(int(1000 * seconds))
-    with cut_off(connection, seconds + GRACE), connection.transaction():
-        # The server must give up too, it does not notice that we have left; but only for this
-        # transaction, because a transaction pooler hands the session on.
+    with bounded(connection, seconds + GRACE), connection.transaction():
+        # The server has to give up too, as it does not notice that we have. The limit ends with the
+        # transaction, after which a pooler lends the session to another client.
         connection.execute("SELECT set_config('statement_timeout', %s, true)", (limit,))
         yield
 
 
 @contextmanager
-def cut_off(connection: Connection, seconds: float) -> Iterator[None]:
-    """End what the block waits for after `seconds`.
+def bounded(connection: Connection, seconds: float) -> Iterator[None]:
+    """End the connection if the block takes longer than `seconds`.
 
-    A stopped server process answers nothing and its kernel still acknowledges, so neither
-    `statement_timeout` nor TCP time-outs end the wait; shutting the socket down does.
+    A stopped server process never answers, but its kernel still acknowledges. So neither
+    `statement_timeout` nor a TCP time-out ends the wait; shutting down the socket does.
     """
     with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
         timer = threading.Timer(seconds, _shut_down, (duplicate,))
@@ -172,7 +202,7 @@ def cut_off(connection: Connection, seconds: float) -> Iterator[None]:
             yield
         finally:
             timer.cancel()
-            timer.join()  # before the duplicate is closed and its number used by something else
+            timer.join()  # before the duplicate is closed and its number reused
 
 
 def _shut_down(duplicate: socket.socket) -> None:
@@ -182,16 +212,19 @@ def _shut_down(duplicate: socket.socket) -> None:
 
 def reason(error: BaseException) -> str:
     """Return why PostgreSQL could not be asked, in words that name no host and no user."""
+    state = error.sqlstate if isinstance(error, psycopg.Error) else None
+    if state in REASONS_BY_STATE:
+        return REASONS_BY_STATE[state]
     text = str(error)
-    return next((ours for theirs, ours in REASONS.items() if theirs in text), "unknown")
+    return next((ours for theirs, ours in REASONS_BY_TEXT.items() if theirs in text), "unknown")
 
 
-def describe(error: BaseException) -> dict[str, str]:
-    """Return the fields that a log line may have about an error of PostgreSQL."""
+def log_fields(error: BaseException) -> dict[str, str]:
+    """Return what a log line may say about an error of PostgreSQL."""
     return {"error": type(error).__name__, "reason": reason(error)}
 
 
 def first_line(error: psycopg.Error) -> str:
-    """Return what an operator may read of an error; the lines after it may quote rows."""
+    """Return what an operator may read of an error: the lines after the first may quote rows."""
     line = str(error).strip().partition("\n")[0]
     return f"PostgreSQL: {line}"

@@ -1,4 +1,4 @@
-"""How the database gets its schema: the migrations, applied and undone by one process at a time."""
+"""Applies and undoes the migrations, one process at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +19,12 @@ from notifier.store.preferences import CHANGES
 
 MIGRATIONS = Path(__file__).parent.parent.parent / "migrations"
 
-# Any number will do, as long as it stays: it names this lock within the database.
+# Names the advisory lock within the database. Any number will do, but it must never change.
 LOCK_KEY = 6_684_777_082
 
 
 class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]
-    """yoyo's backend, opening connections with our parameters instead of a URL's."""
+    """yoyo's backend, with connections of our `Database` instead of a URL's."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -38,14 +38,14 @@ class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]
         return _Backend(self._database)
 
     def create_lock_table(self) -> None:
-        """Create yoyo's lock table if there is none; unlike yoyo's own, this tells of a failure."""
+        """Create yoyo's lock table unless it exists; yoyo's own method hides failures."""
         create = self.format_sql(self.create_lock_table_sql)
         with self.transaction():
             self.execute(create.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"))
 
     def get_log_data(self, migration: Any = None, operation: str = "apply") -> dict[str, Any]:
-        """Return yoyo's log row without the names of user and machine, whose look-up can fail in a
-        container and hang on a slow resolver."""
+        """Return yoyo's log row without the names of user and machine: looking them up can fail in
+        a container and hang on a slow resolver."""
         return {
             "id": str(uuid4()),
             "migration_id": migration.id,
@@ -58,30 +58,30 @@ class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]
 
 
 class Migrated(NamedTuple):
-    """The names of the migrations that were applied, and what to tell of the role that serves."""
+    """The names of the applied migrations, and lines about the serving role."""
 
     applied: list[str]
     notices: list[str]
 
 
 def migrate(settings: Settings) -> Migrated:
-    """Apply what is pending, possibly nothing, and let the role that serves read the result.
+    """Apply the pending migrations, if any, and let the serving role read the providers.
 
     Raises:
-        NotGranted: the schema is up to date, but the role that serves lacks something.
-        psycopg.Error: PostgreSQL cannot be reached or refused; what was applied before stays.
+        NotGranted: the schema is up to date, but the role cannot serve.
+        psycopg.Error: PostgreSQL cannot be reached or refused; migrations applied by then stay.
     """
     with _alone(settings) as (connection, backend):
         pending = backend.to_apply(read_migrations(str(MIGRATIONS)))
         names = [migration.id for migration in pending]
         backend.apply_migrations(pending)
-        # No trigger tells of rows that came with the table, as from a backup.
+        # No trigger fires for rows that came with the table, from a backup say.
         connection.execute(f"NOTIFY {CHANGES}")
         return Migrated(names, roles.grant(connection, settings.db_username, settings.db_password))
 
 
 def rollback(settings: Settings) -> str | None:
-    """Undo the last migration that is applied and return its name, None if there is none.
+    """Undo the last applied migration and return its name, None if there is none.
 
     Raises:
         psycopg.Error: PostgreSQL cannot be reached or refused.
@@ -97,10 +97,9 @@ def rollback(settings: Settings) -> str | None:
 def _alone(settings: Settings) -> Iterator[tuple[Connection, _Backend]]:
     """Yield a connection and yoyo's backend while no other process migrates this database.
 
-    yoyo's own lock is a row that outlives a killed process, and it looks for pending migrations
-    before it takes it. PostgreSQL's advisory lock ends with the connection, however that ends; once
-    it is ours, a row that is left is a dead process's. It is held by a transaction, which a pooler
-    cannot part from its server process.
+    yoyo's own lock is a row: it outlives a killed process, and yoyo takes it only after looking for
+    pending migrations. An advisory lock ends with its connection, so once we hold it, any row left
+    belongs to a dead process. A transaction holds it: a pooler keeps that on one server process.
     """
     database = Database.migrating(settings)
     with database.connect() as holder, holder.transaction(), database.connect() as connection:

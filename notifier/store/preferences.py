@@ -1,4 +1,4 @@
-"""Which providers serve a channel: the query, and what a worker holds of its answer."""
+"""The providers of each channel: the query, and the cache of one worker."""
 
 import itertools
 import logging
@@ -14,10 +14,10 @@ import psycopg
 
 from notifier import metrics
 from notifier.errors import PreferencesUnavailable
-from notifier.logs import Sparing
+from notifier.logs import OncePerSecond
 from notifier.models import Channel, Provider
 from notifier.single_flight import SingleFlight
-from notifier.store.db import Connection, Database, describe, transaction
+from notifier.store.db import Connection, Database, log_fields, transaction
 
 QUERY = """
     SELECT id, provider_type::text, provider_name, host, secret_key
@@ -26,25 +26,26 @@ QUERY = """
      ORDER BY provider_type, priority, id
 """
 
-# How far a standby has replayed the primary's log, in bytes; NULL on a primary.
+# How far a standby has replayed the primary's log (WAL), in bytes; NULL on a primary.
 REPLAYED = """
     SELECT CASE WHEN pg_is_in_recovery()
                 THEN coalesce((pg_last_wal_replay_lsn() - '0/0'::pg_lsn)::bigint, 0) END
 """
 
-# Where the primary's log ends: what a query has seen lies before, also what is not yet flushed.
+# Where the primary's log ends, in bytes. All that a query has seen was written before this
+# position, even if it is not flushed yet.
 WRITTEN = "SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint"
 
-# Where the trigger tells of a change, by NOTIFY with the provider type.
+# The trigger sends NOTIFY on this channel at each change, with the provider type as payload.
 CHANGES: LiteralString = "notification_preferences"
 
-# What is held is not asked for again in less: a shorter lifetime counts as this.
+# Minimum lifetime of the cache in seconds; a shorter one counts as this.
 SHORTEST_LIFETIME = 1.0
 
-# After a first load that failed nobody begins another one so soon.
+# Seconds after a failed first load in which no look-up starts another one.
 FIRST_LOAD_PAUSE = 1.0
 
-# How a look-up ends: held, the first load, expired, nothing to serve.
+# How a look-up ends: from the cache, by the first load, from an expired cache, with nothing.
 RESULTS = ("hit", "miss", "stale", "error")
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class _Held:
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """What was read, and the place in the primary's log up to which it is known to be complete."""
+    """The rows, and the position in the primary's log up to which they are known to be complete."""
 
     providers: Mapping[Channel, tuple[Provider, ...]]
     position: int
@@ -68,17 +69,17 @@ class _Load:
 class Preferences:
     """The providers of each channel, in the order they are tried.
 
-    A look-up asks PostgreSQL only while nothing is held. What is held is replaced as a whole by
-    `reload`, which somebody else calls in time, and is served until then, be it expired.
+    A look-up asks PostgreSQL only while the cache is empty. `reload`, which the refresher calls,
+    replaces the cache as a whole; until then look-ups use it, even if it has expired.
 
-    Shared: what is held, one reference that is read without a lock and replaced under `_keeping`,
-    which also guards what decides about that: the generation and the position. The time of the
-    first load is unguarded: at worst one more is begun.
+    Shared: the cache, `_held`, is one reference that is read without a lock. `_keeping` guards its
+    replacement, with the generations and the position that decide about it. The time of the first
+    load is unguarded: at worst one load too many is started.
 
     Args:
-        database: asked by the first look-up.
-        lifetime: seconds until what is held has expired.
-        on_load: is told the hosts of all providers after each load, one call at a time.
+        database: read by the first look-up.
+        lifetime: seconds until the cache has expired.
+        on_load: called with the endpoints of all providers after each load, one call at a time.
     """
 
     def __init__(
@@ -95,24 +96,24 @@ class Preferences:
         self._held: _Held | None = None
         self._keeping = threading.Lock()
         self._begun = itertools.count(1)
-        self._generation = 0  # the number of the load that is held
-        self._primarys = 0  # the number of the last load from the primary
+        self._generation = 0  # the number of the load in the cache
+        self._last_primary_load = 0  # the number of the last load from the primary
         self._position = 0  # of that load
         self._first_load: SingleFlight[str, None] = SingleFlight("preferences")
         self._first_load_at = -math.inf
         self._waiting_ends: float | None = None
-        self._stale = Sparing(clock)
+        self._stale = OncePerSecond(clock)
         self._count = {result: metrics.PREFERENCE_CACHE.labels(result) for result in RESULTS}
 
     def for_channel(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
         """Return the active providers of `channel` by priority, then id; possibly none.
 
         Args:
-            deadline: on `time.monotonic()`; nobody waits longer for the first load, nor longer
-                than the database's `wait`.
+            deadline: on `time.monotonic()`, for the first load; the database's `wait` bounds it
+                too.
 
         Raises:
-            PreferencesUnavailable: PostgreSQL cannot be asked, and nothing is held.
+            PreferencesUnavailable: the cache is empty, and PostgreSQL cannot be read.
         """
         held = self._held
         if held is None:
@@ -127,40 +128,41 @@ class Preferences:
         return held.providers[channel]
 
     def held(self) -> bool:
-        """Say whether the providers are known here, be they expired."""
+        """Return True if the cache holds providers, even if they have expired."""
         return self._held is not None
 
     def lacking(self) -> bool:
-        """Say whether a channel has no provider, as far as is known here."""
+        """Return True if the cache is empty or holds no provider for some channel."""
         held = self._held
         return held is None or not all(held.providers.values())
 
     def load(self, deadline: float) -> None:
-        """Ask PostgreSQL if nothing is held yet; `deadline` is on `time.monotonic()`.
+        """Fill the cache if it is empty; `deadline` is on `time.monotonic()`.
 
         Raises:
-            PreferencesUnavailable: it cannot be asked.
+            PreferencesUnavailable: PostgreSQL cannot be read.
         """
         if self._held is None:
             self._load_first(deadline)
 
     def reload(self, connection: Connection) -> bool:
-        """Replace what is held by what PostgreSQL has now; say whether that was not older.
+        """Read PostgreSQL into the cache; return False if the rows are stale and thus dropped.
 
-        It is older if a load that began later has ended already (for one from the primary: another
-        from there), or if it comes from a standby that has not replayed what the primary had shown.
+        Rows are stale if a load that began later has ended before, or if a standby has not yet
+        replayed what the primary has shown. A load from the primary gives way only to a later one
+        from the primary.
 
         Raises:
-            psycopg.Error: PostgreSQL cannot be asked; what is held stays.
+            psycopg.Error: PostgreSQL cannot be read; the cache stays.
         """
         generation = next(self._begun)
         return self._keep(_read(connection), generation)
 
     def _load_first(self, deadline: float) -> _Held:
-        """Return what is held after the first load, whoever began it.
+        """Return the cache after the first load, which another thread may have started.
 
-        Everybody waits for it, but only until the first of them has waited in vain: in an outage
-        threads that wait would leave none for others.
+        All threads wait for it, but only until the first one gives up: in an outage waiting threads
+        would leave none for other requests.
         """
         log.debug("preferences cache miss")
         if self._waiting_ends is None:
@@ -169,7 +171,7 @@ class Preferences:
             wait = max(0.0, min(deadline, self._waiting_ends) - time.monotonic())
             with suppress(TimeoutError):
                 self._first_load.run("all", self._ask, wait)
-        held = self._held  # the refresher may have been faster
+        held = self._held  # the refresher may have filled it
         self._count["error" if held is None else "miss"].inc()
         if held is None:
             raise PreferencesUnavailable
@@ -181,29 +183,28 @@ class Preferences:
                 self.reload(connection)
         except (psycopg.Error, OSError) as error:
             self._first_load_at = self._clock() + FIRST_LOAD_PAUSE
-            log.error("database error", extra=describe(error))  # noqa: TRY400 its text names hosts
+            log.error("database error", extra=log_fields(error))  # noqa: TRY400 its text names hosts
 
     def _keep(self, load: _Load, generation: int) -> bool:
         with self._keeping:
             behind = load.from_standby and load.position < self._position
-            # A standby that was asked later may still have less than the primary.
-            overtaken_by = self._generation if load.from_standby else self._primarys
+            # A load from a standby never outdates one from the primary: it may lag behind.
+            overtaken_by = self._generation if load.from_standby else self._last_primary_load
             if behind or generation < overtaken_by:
                 return False
             self._generation = generation
             if not load.from_standby:
-                self._primarys, self._position = generation, load.position
+                self._last_primary_load, self._position = generation, load.position
             self._held = _Held(load.providers, self._clock() + self.lifetime)
             metrics.LAST_REFRESH.set_to_current_time()
-            self._on_load(_hosts(load.providers))
+            self._on_load(_endpoints(load.providers))
         return True
 
 
 def _read(connection: Connection) -> _Load:
-    """Read the position before the rows on a standby, and after them on a primary.
+    """Return the rows and the position, read before the rows on a standby, after them on a primary.
 
-    So that what the rows show is at least what was there at the position on a standby, and at most
-    that on a primary.
+    A standby's rows are thus at least as new as its position, and a primary's at most as new.
     """
     channels = [channel.value for channel in Channel]
     with transaction(connection):
@@ -223,5 +224,5 @@ def _value(connection: Connection, query: LiteralString) -> int | None:
     return row[0] if row else None
 
 
-def _hosts(providers: Mapping[Channel, tuple[Provider, ...]]) -> set[str]:
-    return {one.host for some in providers.values() for one in some if one.host}
+def _endpoints(providers: Mapping[Channel, tuple[Provider, ...]]) -> set[str]:
+    return {one.endpoint for some in providers.values() for one in some if one.endpoint}

@@ -1,4 +1,4 @@
-"""When the preferences are read again: at a change, before they expire, and after an outage."""
+"""Reloads the preferences of a worker: at a change, before they expire, and after an outage."""
 
 import logging
 import math
@@ -14,24 +14,25 @@ from typing import LiteralString
 import psycopg
 
 from notifier import metrics
-from notifier.store.db import DATABASE_WAIT, Connection, Database, cut_off, describe
+from notifier.store.db import DATABASE_WAIT, Connection, Database, bounded, log_fields
 from notifier.store.preferences import CHANGES, Preferences
 
 PROBES: LiteralString = "notification_preferences_probe"
 
-# Many changes one after the other are read with so many seconds between them.
+# Minimum seconds between reloads during a burst of changes.
 SPACING = 0.02
 
-# A connection on which nothing came for so long is tried; it then has DATABASE_WAIT to answer.
+# An idle connection is probed after this many seconds and then has DATABASE_WAIT to answer.
 HEARTBEAT = 10.0
 
-# Nothing can be delivered through a channel without a provider, so that it is asked about again
-# soon while nobody would tell us of a new one.
+# Seconds between reloads while a channel has no provider and no connection hears of a new one:
+# nothing can be delivered through that channel.
 LACKING = 1.0
 
+# Seconds of backoff after the first failure, and at most.
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
-PROBE_WAIT = 1.0  # less than DATABASE_WAIT, which ends the connection
+PROBE_WAIT = 1.0  # shorter than DATABASE_WAIT, which ends the connection
 DEAF = "nothing is heard through a pooler: DB_LISTEN_HOST, or CACHE_INVALIDATION=off"
 
 log = logging.getLogger(__name__)
@@ -40,16 +41,16 @@ log = logging.getLogger(__name__)
 class Refresher:
     """Keeps the preferences of one worker up to date, in one thread with a connection of its own.
 
-    It listens for changes, and reads everything when it hears of one and at every connect: what was
-    told while it did not listen is not told again. Beneath that it reads everything before what is
-    held expires. Whatever fails is tried again after a pause.
+    It listens for changes and reloads all preferences at each change. It also reloads at each
+    connect, because PostgreSQL does not repeat notifications that nobody heard, and before the
+    cache expires. Failures are retried with backoff.
 
-    Only its thread touches what is here, but for what `close` uses.
+    Shared: `close` uses `_stopping` and `_end`; everything else belongs to the thread.
 
     Args:
-        database: asked where there is neither a replica nor a listening connection.
-        listening: where changes are told; None to do without.
-        replica: asked first where only time has passed; None if there is none.
+        database: read when there is neither a replica nor a listening connection.
+        listening: where to listen for changes; None to do without.
+        replica: read first when the cache is about to expire; None if there is none.
     """
 
     def __init__(
@@ -66,24 +67,24 @@ class Refresher:
         self._replica = replica
         self._connection: Connection | None = None
         self._connected_before = False
-        self._connects = _Attempts()
-        self._reloads = _Attempts()
-        self._replica_reads = _Attempts()
+        self._connects = _Backoff()
+        self._reloads = _Backoff()
+        self._replica_reads = _Backoff()
         self._heartbeat_at = 0.0
         self._stopping = False
         self._end = ExitStack()
 
     def start(self) -> None:
-        """Begin; the preferences are read at once."""
+        """Start the thread, which loads the preferences at once."""
         self._alarm, bell = socket.socketpair()
-        # A daemon: what hangs must not keep a stopping worker alive.
+        # A daemon: a hung connection must not keep a stopping worker alive.
         thread = threading.Thread(target=self._run, name="refresher", daemon=True)
         self._end.callback(thread.join, DATABASE_WAIT)
         self._end.callback(bell.close)
         thread.start()
 
     def close(self) -> None:
-        """End the thread, or leave it behind if it is waiting for PostgreSQL."""
+        """End the thread; leave it behind if it still waits for PostgreSQL after DATABASE_WAIT."""
         self._stopping = True
         self._end.close()
 
@@ -102,7 +103,7 @@ class Refresher:
             self._disconnect()
 
     def _turn(self) -> None:
-        """Do what is due, or wait for it; an error is one of the listening connection."""
+        """Do the next thing that is due, or wait for it; errors are the listening connection's."""
         if self._connection:
             self._attend(self._connection)
         elif self._listening and self._connects.due():
@@ -117,13 +118,13 @@ class Refresher:
             metrics.LISTENER_RECONNECTS.inc()
         self._connected_before = True
         self._connection = connection = place.connect()
-        with cut_off(connection, DATABASE_WAIT):
-            _check_the_way(connection, place)
+        with bounded(connection, DATABASE_WAIT):
+            _prove_delivery(connection, place)
             connection.execute(f"LISTEN {CHANGES}")
         self._preferences.reload(connection)
         self._connects.succeed(math.inf)
         self._reloaded()
-        self._put_heartbeat_off()
+        self._postpone_heartbeat()
         metrics.LISTENER_CONNECTED.set(1)
         log.info("listening for changes of preferences")
 
@@ -139,21 +140,21 @@ class Refresher:
     def _attend(self, connection: Connection) -> None:
         if heard := [*connection.notifies(timeout=0)]:
             metrics.NOTIFICATIONS_HEARD.inc(len(heard))
-            self._put_heartbeat_off()
+            self._postpone_heartbeat()
             self._preferences.reload(connection)
             self._reloaded()
             self._wait(time.monotonic() + SPACING)
         elif self._reloads.due():
             self._reload()
         elif time.monotonic() >= self._heartbeat_at:
-            with cut_off(connection, DATABASE_WAIT):
+            with bounded(connection, DATABASE_WAIT):
                 connection.execute("SELECT 1")
-            self._put_heartbeat_off()
+            self._postpone_heartbeat()
         else:
             self._wait(min(self._reloads.at, self._heartbeat_at), connection)
 
     def _reload(self) -> None:
-        """Read because time has passed: a replica may be asked, if it is not behind."""
+        """Reload because the cache is about to expire: a replica will do, unless it lags behind."""
         if self._read_replica():
             self._reloaded()
         elif self._connection:
@@ -165,7 +166,8 @@ class Refresher:
             self._reloads.fail()
 
     def _read_replica(self) -> bool:
-        """One that hangs keeps us from hearing of changes: it has pauses of its own."""
+        """Reload from the replica if it is due; it has its own backoff: while it hangs, no change
+        is heard."""
         if not self._replica or not self._replica_reads.due():
             return False
         if self._read(self._replica):
@@ -186,16 +188,16 @@ class Refresher:
         return kept
 
     def _reloaded(self) -> None:
-        wait = self._preferences.lifetime * _by_chance(0.6, 0.8)
+        wait = self._preferences.lifetime * _jitter(0.6, 0.8)
         if self._preferences.lacking() and not self._connection:
             wait = min(wait, LACKING)
         self._reloads.succeed(time.monotonic() + wait)
 
-    def _put_heartbeat_off(self) -> None:
+    def _postpone_heartbeat(self) -> None:
         self._heartbeat_at = time.monotonic() + HEARTBEAT
 
     def _wait(self, until: float, connection: Connection | None = None) -> None:
-        """Return at `until`, when there is something to read, or when `close` is called."""
+        """Return at `until`, when a notification arrives, or when `close` is called."""
         poll = select.poll()
         poll.register(self._alarm, select.POLLIN)
         if connection:
@@ -203,9 +205,8 @@ class Refresher:
         poll.poll(max(0.0, 1000 * (until - time.monotonic())))
 
 
-class _Attempts:
-    """When to try next: after failures with pauses that double, shortened by chance so that not all
-    workers come at once."""
+class _Backoff:
+    """When to try next: exponential backoff with jitter, so that the workers don't come at once."""
 
     def __init__(self) -> None:
         self.at = 0.0
@@ -215,7 +216,7 @@ class _Attempts:
         return time.monotonic() >= self.at
 
     def fail(self) -> None:
-        self.at = time.monotonic() + self._pause * _by_chance(0.5, 1.0)
+        self.at = time.monotonic() + self._pause * _jitter(0.5, 1.0)
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
     def succeed(self, next_at: float) -> None:
@@ -223,31 +224,30 @@ class _Attempts:
         self._pause = SHORTEST_PAUSE
 
 
-def _check_the_way(connection: Connection, place: Database) -> None:
-    """Make sure that what is told reaches us.
+def _prove_delivery(connection: Connection, place: Database) -> None:
+    """Make sure that notifications arrive on `connection`, by sending one.
 
-    A pooler that hands a server's session to another client after each transaction takes LISTEN
-    without a word, and nothing ever comes. That there is a pooler shows by the process id: it gives
-    clients one of its own making.
+    A pooler that pools transactions accepts LISTEN, but no notification ever arrives. The process
+    id shows that there is a pooler: it makes one up for its clients.
 
     Raises:
-        psycopg.OperationalError: nothing came.
+        psycopg.OperationalError: the notification did not arrive.
     """
     (process,) = connection.execute("SELECT pg_backend_pid()").fetchall()[0]
     if process == connection.info.backend_pid:
         return
     token = uuid.uuid4().hex
     connection.execute(f"LISTEN {PROBES}")
-    with place.connect() as other, cut_off(other, PROBE_WAIT):
+    with place.connect() as other, bounded(other, PROBE_WAIT):
         other.execute("SELECT pg_notify(%s, %s)", (PROBES, token))
     if token not in (probe.payload for probe in connection.notifies(timeout=PROBE_WAIT)):
         raise psycopg.OperationalError(DEAF)
     connection.execute(f"UNLISTEN {PROBES}")
 
 
-def _by_chance(low: float, high: float) -> float:
-    return random.uniform(low, high)  # noqa: S311 nothing secret
+def _jitter(low: float, high: float) -> float:
+    return random.uniform(low, high)  # noqa: S311 no secret depends on it
 
 
 def _log(error: BaseException) -> None:
-    log.error("database error", extra=describe(error))
+    log.error("database error", extra=log_fields(error))

@@ -1,11 +1,12 @@
 """What the API promises: the one endpoint and its reply."""
 
-from flask import Blueprint, Response, current_app, g, jsonify
+from flask import Blueprint, Response, jsonify
 
 from notifier.errors import DeliveryFailed, InvalidRequest
 from notifier.logs import mask_address
-from notifier.models import Recipient
+from notifier.models import ChannelOutcome, Message, Recipient
 from notifier.web.body import read_message
+from notifier.web.requests import current_request, notifier
 
 blueprint = Blueprint("notify", __name__, url_prefix="/api/v1.0")
 
@@ -13,18 +14,17 @@ blueprint = Blueprint("notify", __name__, url_prefix="/api/v1.0")
 @blueprint.post("/recipient/<recipient>/notify", provide_automatic_options=False)
 def notify(recipient: str) -> Response:
     """Deliver one notification, and say so only when every channel of the recipient has."""
-    to = _parse_recipient(recipient)
-    g.log_fields = {"recipient": to}
-    notifier = current_app.extensions["notifier"]
-    with notifier.capacity:
+    to, current = _parse_recipient(recipient), current_request()
+    current.log_fields["recipient"] = to
+
+    def read() -> Message:
         message = read_message()
-        deadline = g.began + notifier.settings.notify_deadline
-        report = notifier.delivery.deliver(to, message, deadline)
-    g.log_fields |= {
-        "to": mask_address(message.to),
-        "channels": [result._asdict() for result in report.channels],
-    }
-    if report.outcome != "delivered":
+        current.log_fields["to"] = mask_address(message.to)
+        return message
+
+    report = notifier().notify(to, read, current.began)
+    current.log_fields["channels"] = [result._asdict() for result in report.channels]
+    if report.outcome is not ChannelOutcome.DELIVERED:
         raise DeliveryFailed
     return jsonify(message="notification sent successfully")
 

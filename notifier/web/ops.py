@@ -3,16 +3,17 @@
 import time
 from typing import Any
 
-from flask import Blueprint, Response, current_app, jsonify
+from flask import Blueprint, Response, jsonify
 
 from notifier import metrics
 from notifier.errors import PreferencesUnavailable
 from notifier.store.preferences import Preferences
+from notifier.web.requests import OPERATORS, notifier
 
 # Who asks whether we are ready hears within a second, however PostgreSQL hangs.
 READINESS_WAIT = 0.75
 
-blueprint = Blueprint("ops", __name__)
+blueprint = Blueprint(OPERATORS, __name__)
 
 
 @blueprint.get("/healthz", provide_automatic_options=False)
@@ -24,10 +25,9 @@ def healthz() -> Response:
 @blueprint.get("/readyz", provide_automatic_options=False)
 def readyz() -> tuple[Response, int]:
     """Say whether this process should get requests, and what speaks against it."""
-    notifier = current_app.extensions["notifier"]
     checks = {
-        "preferences": _check_preferences(notifier.preferences),
-        "shutdown": _check_shutdown(stopping=notifier.stopping()),
+        "preferences": _check_preferences(notifier().preferences),
+        "shutdown": _check_shutdown(stopping=notifier().stopping()),
     }
     ready = all(check["ok"] for check in checks.values())
     return jsonify(ready=ready, checks=checks), 200 if ready else 503

@@ -1,23 +1,50 @@
-"""What surrounds every request: its id, its log line, its counts."""
+"""What surrounds every request: its id, its log line, its counts, and the service itself."""
 
 import logging
+import random
 import re
 import time
-import uuid
+from dataclasses import dataclass, field
 from http import HTTPMethod, HTTPStatus
+from typing import Any, cast
 
-from flask import Flask, Response, g, request
+from flask import Flask, Response, current_app, g, request
 
 from notifier import metrics
 from notifier.logs import request_id
-from notifier.web import ops
+from notifier.notifications import Notifier
 
 # RFC 9110's and PATCH. A caller may send any word as a method.
 METHODS = frozenset(HTTPMethod)
 
+# The blueprint whose requests are operators': counted, but not as work, and logged at DEBUG.
+OPERATORS = "ops"
+
 log = logging.getLogger(__name__)
 
 _USABLE_REQUEST_ID = re.compile(r"[\x20-\x7e]{1,128}")
+
+
+@dataclass(slots=True)
+class CurrentRequest:
+    """What is known of the request that this thread is answering.
+
+    `began` is on `time.monotonic()`; `log_fields` go into the request's log line.
+    """
+
+    began: float
+    is_operators: bool
+    log_fields: dict[str, Any] = field(default_factory=dict)
+
+
+def current_request() -> CurrentRequest:
+    """Return the one under way in this thread."""
+    return cast("CurrentRequest", g.current)
+
+
+def notifier() -> Notifier:
+    """Return the service of this worker."""
+    return cast("Notifier", current_app.extensions["notifier"])
 
 
 def register(app: Flask) -> None:
@@ -29,35 +56,40 @@ def register(app: Flask) -> None:
 
 def _begin() -> None:
     given = request.headers.get("X-Request-Id", "")
-    g.began = time.monotonic()
-    request_id.set(given if _USABLE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
-    g.of_operators = request.blueprint == ops.blueprint.name
-    if not g.of_operators:
+    request_id.set(given if _USABLE_REQUEST_ID.fullmatch(given) else _new_request_id())
+    g.current = CurrentRequest(time.monotonic(), request.blueprint == OPERATORS)
+    if not g.current.is_operators:
         metrics.ACTIVE_REQUESTS.inc()
+
+
+def _new_request_id() -> str:
+    """Return 32 hexadecimal digits; nobody need fail to guess them."""
+    return f"{random.getrandbits(128):032x}"
 
 
 def _end(response: Response) -> Response:
     response.headers["X-Request-Id"] = request_id.get() or ""
-    seconds = time.monotonic() - g.began
+    current = current_request()
+    seconds = time.monotonic() - current.began
     method = request.method if request.method in METHODS else "_OTHER"
     route = request.url_rule.rule if request.url_rule else "unmatched"
-    metrics.served(method, route, response.status_code).record(seconds)
+    metrics.server_requests(method, route, response.status_code).record(seconds)
     log.log(
-        _level(response.status_code),
+        _level(current, response.status_code),
         "request",
         extra={
             "method": method,
             "route": route,
             "status": response.status_code,
             "duration_ms": round(1000 * seconds, 1),
-            **g.get("log_fields", {}),
+            **current.log_fields,
         },
     )
     return response
 
 
-def _level(status: int) -> int:
-    if g.of_operators:
+def _level(current: CurrentRequest, status: int) -> int:
+    if current.is_operators:
         return logging.DEBUG
     if status == HTTPStatus.SERVICE_UNAVAILABLE:  # nothing is broken, and there may be many
         return logging.WARNING
@@ -65,6 +97,6 @@ def _level(status: int) -> int:
 
 
 def _forget(_: BaseException | None) -> None:
-    if not g.of_operators:
+    if not current_request().is_operators:
         metrics.ACTIVE_REQUESTS.dec()
     request_id.set(None)  # the thread may log before its next request

@@ -1,386 +1,234 @@
-"""How one HTTP exchange is held to its deadline, name look-up included.
+"""One HTTP exchange over a connection: a request goes out, the status of its answer comes back.
 
-requests and urllib3 bound single socket operations: a peer that sends a byte a second is never
-late, each resolved address gets the full connect time-out, and a name look-up has no bound at all.
-Here one deadline holds for the whole exchange: its sockets set what is left before each operation.
+The status line decides. What follows is read for the caller, where it asks for a body, or else so
+that the connection can be reused; at most 64 KiB of a body, for at most a second.
 """
 
-import select
-import socket
 import ssl
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from contextlib import suppress
 from http import HTTPStatus
-from http.client import (
-    BadStatusLine,
-    HTTPException,
-    HTTPResponse,
-    LineTooLong,
-    RemoteDisconnected,
-)
-from typing import IO, Any
+from typing import NamedTuple
 
-from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import NewConnectionError
+import httptools
 
-# What may be spent on an answer once its status line is known. The rest of the answer changes
-# nothing; it is read only so that the connection can be used again.
+from notifier.errors import Fault, TransportError
+from notifier.wire.streams import Budget, Overlong, Plain, Stream
+
+# What may be spent on an answer once its status is known.
 DRAIN_SECONDS = 1.0
 DRAIN_BYTES = 64 * 1024
 
-# The most that is read of an answer, with all that comes before and between its parts. A reading
-# counts as this at least: single bytes, come they ever so fast, would keep a worker busy.
-ANSWER_BYTES = 2 * DRAIN_BYTES
-READING_BYTES = 256
-
-# What has lain idle for longer may have been forgotten on the way, by a firewall say.
+# A firewall on the way may have forgotten a connection that was idle for longer.
 IDLE_SECONDS = 30.0
 
-# How long one waits to hear that a connection is gone for good.
+# How long to wait for the peer's RST.
 RESET_SECONDS = 0.25
 
-# Where tcpi_bytes_acked is in Linux's struct tcp_info.
-BYTES_ACKED = slice(120, 128)
 
-# The fields that say where an answer ends, and whether another may follow.
-FRAMING = {"connection", "content-length", "transfer-encoding"}
+class Wanted(NamedTuple):
+    """What a caller needs of an answer besides its status.
 
-BODILESS = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
-
-Address = tuple[Any, Any, int, str, Any]  # as getaddrinfo returns them
-
-
-@dataclass(slots=True, eq=False)
-class Exchange:
-    """What the sockets of one exchange share.
-
-    Used by one thread; others only cut it off. `_guard` sees to it that what they cut is the socket
-    of this exchange, and not yet another's.
+    Args:
+        headers: names of header fields, in lower case; not `location`, as no redirect is followed.
+        body: whether to return the body.
     """
 
-    deadline: float  # time.monotonic()
-    resolve: Callable[[str, int, float], list[Address]]  # host, port, seconds it may take
-    stage: str = "url"  # how far it came: then dns, connect, tunnel (a proxy's), tls, sent
-    unread: bool = False  # whether the connection was closed before the request reached the peer
-    _allowance: int = ANSWER_BYTES
-    _sock: socket.socket | None = None
-    _guard: threading.Lock = field(default_factory=threading.Lock)
-
-    @contextmanager
-    def under_way(self) -> Iterator[None]:
-        """Let the sockets that this thread uses in the block find this exchange."""
-        token = _current.set(self)
-        try:
-            yield
-        finally:
-            _current.reset(token)
-
-    def time_left(self) -> float:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the deadline of the exchange has passed")
-        return left
-
-    def sending(self) -> float:
-        """Note that the provider is sent something, unless it is a proxy; return the time left."""
-        if self.stage != "tunnel":
-            self.stage = "sent"
-        return self.time_left()
-
-    def received(self, count: int) -> None:
-        """Note that so many bytes of an answer have come."""
-        self._allowance -= max(count, READING_BYTES)
-        if self._allowance < 0:
-            raise LineTooLong("an answer")
-
-    def uses(self, sock: socket.socket | None) -> None:
-        """Note which socket is used, or that none is any more."""
-        with self._guard:
-            self._sock = sock
-
-    def cut_off(self) -> None:
-        """End whatever the socket is doing, from another thread."""
-        with self._guard, suppress(OSError):
-            if self._sock:
-                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
-
-    def answered(self) -> None:
-        """Note that the status has come: there is little time for the rest."""
-        self.deadline = min(self.deadline, time.monotonic() + DRAIN_SECONDS)
-
-    def connect(self, host: str, port: int) -> socket.socket:
-        """Return a socket connected to the first address of `host` that answers.
-
-        Each address gets its share of the time that is left.
-        """
-        self.stage = "dns"
-        addresses = self._resolve(host, port)
-        self.stage = "connect"
-        for addresses_left in range(len(addresses), 0, -1):
-            *how, _, address = addresses[-addresses_left]
-            try:
-                return _connected(how, address, self.time_left() / addresses_left)
-            except OSError:
-                if addresses_left == 1:
-                    raise
-        raise OSError("the name has no address")
-
-    def _resolve(self, host: str, port: int) -> list[Address]:
-        try:
-            return look_up(host, port, socket.AI_NUMERICHOST)
-        except socket.gaierror:  # no address but a name
-            return self.resolve(host, port, self.time_left())
+    headers: Collection[bytes] = ()
+    body: bool = False
 
 
-def look_up(host: str, port: int, flags: int = 0) -> list[Address]:
-    """Return the addresses of `host`, after however long it takes."""
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+class Answer(NamedTuple):
+    """An answer, its header fields by name in lower case, as far as they were wanted.
 
-
-def _connected(how: list[Any], address: Any, seconds: float) -> socket.socket:
-    sock = _BoundedSocket(*how)
-    try:
-        sock.settimeout(seconds)
-        sock.connect(address)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-# Sockets and connections are made deep inside urllib3; this is how they find their exchange.
-_current: ContextVar[Exchange] = ContextVar("exchange")
-
-
-class _BoundedSocket(socket.socket):
-    """A socket whose every operation ends at the deadline of the exchange it serves."""
-
-    def recv(self, *args: Any) -> bytes:
-        exchange = _current.get()
-        self.settimeout(exchange.time_left())
-        data = super().recv(*args)
-        exchange.received(len(data))
-        return data
-
-    def recv_into(self, *args: Any) -> int:
-        exchange = _current.get()
-        self.settimeout(exchange.time_left())
-        count = super().recv_into(*args)
-        exchange.received(count)
-        return count
-
-    def send(self, *args: Any) -> int:
-        self.settimeout(_current.get().sending())
-        return super().send(*args)
-
-    def sendall(self, *args: Any) -> None:
-        # A plain socket's time-out is for the whole of sendall(); a TLS one loops over send().
-        self.settimeout(_current.get().sending())
-        super().sendall(*args)
-
-
-class BoundedTLSSocket(_BoundedSocket, ssl.SSLSocket):
-    """The same over TLS; an SSLContext makes it."""
-
-    def do_handshake(self, block: bool = False) -> None:
-        exchange = _current.get()
-        exchange.stage = "tls"
-        exchange.uses(self)
-        self.settimeout(exchange.time_left())
-        self.suppress_ragged_eofs = False  # a reset in between would look like an end
-        super().do_handshake(block)
-
-    def recv_into(self, *args: Any) -> int:
-        """Tell a connection that has ended from one that was reset, which OpenSSL does not."""
-        self.settimeout(_current.get().time_left())
-        if not self.pending() and socket.socket.recv(self, 1, socket.MSG_PEEK) == b"":
-            return 0
-        try:
-            return super().recv_into(*args)
-        except ssl.SSLEOFError as error:
-            _current.get().time_left()  # or it was cut off
-            raise ConnectionResetError from error
-
-    def send(self, *args: Any) -> int:
-        try:
-            return super().send(*args)
-        except ssl.SSLEOFError as error:  # as a plain socket has it
-            raise BrokenPipeError from error
-
-
-class _Answer(HTTPResponse):
-    """An answer, of which only the status counts.
-
-    http.client would make an e-mail message of its fields, which takes longer than the rest of the
-    exchange, and up to 6 MiB. Here they are read for what says where the body ends.
+    `body` is None if it was not wanted, is longer than 64 KiB or did not come whole in time.
     """
 
-    # What urllib3 asks an answer for.
-    version_string = "HTTP/1.1"
-    length_remaining = None
-    headers: Any
-
-    def begin(self) -> None:
-        self.protocol, self.status, _ = self._read_status()
-        self.headers = {}
-        _current.get().answered()
-
-    def drained(self) -> bool:
-        """Read the rest, if it is not too long; say whether the next answer begins behind it."""
-        fields = _read_fields(self.fp)
-        bodiless = self.status in BODILESS
-        self.chunked = fields.get("transfer-encoding", "").lower() == "chunked" and not bodiless
-        self.chunk_left = None
-        self.length = 0 if bodiless else _length(fields)
-        if self.protocol != "HTTP/1.1" or "close" in fields.get("connection", "").lower():
-            return False
-        if not self.chunked and (self.length is None or self.length > DRAIN_BYTES):
-            return False
-        self.read(DRAIN_BYTES)
-        return self.isclosed()
-
-    def _read_status(self) -> tuple[str, int, str]:
-        """Step over interim answers, as RFC 9110, section 15.2 has it; http.client knows one."""
-        line: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
-        while line[1] < HTTPStatus.OK:
-            if line[1] == HTTPStatus.SWITCHING_PROTOCOLS:
-                raise BadStatusLine("nobody asked for another protocol")
-            _read_fields(self.fp)
-            line = super()._read_status()  # type: ignore[misc]
-        return line
+    status: int
+    headers: dict[str, str]
+    body: bytes | None
 
 
-def _read_fields(lines: IO[bytes]) -> dict[str, str]:
-    """Return the fields that matter here, up to the empty line, by name in lower case."""
-    fields: dict[str, list[str]] = {}
-    while (line := lines.readline()) not in (b"\r\n", b"\n"):
-        if not line.endswith(b"\n"):
-            raise RemoteDisconnected("within the fields of an answer")
-        name, _, value = line.decode("latin-1").partition(":")
-        if (name := name.lower()) in FRAMING:
-            fields.setdefault(name, []).append(value.strip())
-    # Said twice, they are one list: RFC 9110, section 5.3.
-    return {name: ", ".join(values) for name, values in fields.items()}
+STATUS_ONLY = Wanted()
 
 
-def _length(fields: Mapping[str, str]) -> int | None:
-    """Return the length of the body, None if it is not said, or not clearly."""
-    length = fields.get("content-length", "")
-    if "transfer-encoding" in fields or not (length.isascii() and length.isdigit()):
-        return None
-    return int(length)
+class _Disconnected(Exception):
+    """The peer ended the connection without an answer."""
 
 
-class _Connection(HTTPConnection):
-    """urllib3's connection; writes a request at once, and reads an answer for its status."""
+class _Incomplete(Exception):
+    """The peer ended the connection before its status line was complete."""
 
-    response_class = _Answer
-    _kept = False  # whether it has served a request before
-    _idle_since = 0.0  # on time.monotonic()
-    _acknowledged = None  # of what was sent before this request
 
-    def _new_conn(self) -> socket.socket:
-        try:
-            return _current.get().connect(self._dns_host, self.port)
-        except (OSError, UnicodeError) as error:  # UnicodeError: a name that IDNA refuses
-            raise NewConnectionError(self, "no connection") from error
+class Connection:
+    """A connection to a provider or proxy, kept between exchanges. Used by one thread at a time.
 
-    def _tunnel(self) -> None:
-        _current.get().stage = "tunnel"
-        super()._tunnel()
+    Args:
+        stream: carries the exchanges.
+        plain: the connection itself, which `stream` may run TLS over.
+    """
 
-    def request(  # type: ignore[override]
-        self, method: str, url: str, body: bytes, headers: Mapping[str, str], **_: object
-    ) -> None:
-        sock = _beneath(self.sock)
-        _current.get().uses(sock)
-        self._acknowledged = _acknowledged(sock) if self._kept else None
-        fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        self.send(f"{method} {url} HTTP/1.1\r\n{fields}\r\n".encode("latin-1") + body)
+    def __init__(self, stream: Stream, plain: Plain) -> None:
+        self.reusable = False
+        self._stream, self._plain = stream, plain
+        self._used_before = False
+        self._idle_since = 0.0
 
-    @property
-    def is_connected(self) -> bool:
-        """Say whether a kept connection may be used again."""
-        return super().is_connected and time.monotonic() < self._idle_since + IDLE_SECONDS
+    def is_fresh(self, now: float) -> bool:
+        """Return True if the connection has not been idle for too long."""
+        return now < self._idle_since + IDLE_SECONDS
+
+    def is_quiet(self) -> bool:
+        """Return True if the peer has neither closed it nor sent anything while it was idle."""
+        return self._plain.is_quiet()
 
     def close(self) -> None:
-        super().close()
-        self._kept = False
+        self._stream.close()
 
-    def getresponse(self) -> _Answer:  # type: ignore[override]
-        answer = _Answer(self.sock, method="POST")
-        usable = False
-        try:
-            answer.begin()
-            with suppress(OSError, HTTPException, ValueError):  # the status has decided
-                usable = answer.drained() and not _has_more(self.sock)
-        except RemoteDisconnected:
-            _current.get().unread = self._nothing_arrived()
-            raise
-        finally:
-            _current.get().uses(None)
-            answer.close()
-            if not usable:
-                self.close()
-        self._kept, self._idle_since = usable, time.monotonic()
-        return answer
+    def post(self, budget: Budget, request: bytes, wanted: Wanted = STATUS_ONLY) -> Answer | None:
+        """Return the answer; None if the peer closed the connection before the request arrived.
 
-    def _nothing_arrived(self) -> bool:
-        """Say whether a kept connection had been closed before this request arrived there.
+        Afterwards the connection is `reusable` or closed.
 
-        The peer ended it, and then refused the request by a reset, without having acknowledged any
-        of it: nobody has it, and it may be sent again (RFC 9110, section 9.2.2). Without the reset
-        the peer may only have ended its own side, and with a reset alone it may have read all.
+        Raises:
+            TransportError: there was no status line.
         """
-        before = self._acknowledged
-        if not before:  # not kept, or the system does not count
-            return False
-        sock, seconds = _beneath(self.sock), min(RESET_SECONDS, _current.get().time_left())
-        hang_up = select.poll()
-        hang_up.register(sock, 0)
-        return bool(hang_up.poll(1000 * seconds)) and _acknowledged(sock) == before
+        acknowledged = self._plain.acknowledged() if self._used_before else None
+        self.reusable = False
+        try:
+            return self._exchange(budget, request, wanted)
+        except (_Disconnected, ssl.SSLEOFError) as error:
+            if acknowledged and self._never_arrived(budget, acknowledged):
+                return None
+            raise TransportError(Fault.RESET) from error
+        except TimeoutError as error:
+            raise TransportError(Fault.TIMEOUT) from error
+        except ConnectionError as error:
+            raise TransportError(Fault.RESET) from error
+        except (OSError, Overlong, _Incomplete, httptools.HttpParserError) as error:
+            raise TransportError(Fault.PROTOCOL) from error
+        finally:
+            if not self.reusable:
+                self.close()
+
+    def _exchange(self, budget: Budget, request: bytes, wanted: Wanted) -> Answer:
+        budget.begin_phase()
+        with suppress(BrokenPipeError, ConnectionResetError):  # its answer may be here
+            self._stream.send(budget, request)
+        reader = _ThoroughReader(self._stream, wanted) if any(wanted) else _Reader(self._stream)
+        status = reader.status(budget)
+        reader.drain(budget)
+        self.reusable = reader.ended_cleanly()
+        self._used_before = True
+        self._idle_since = time.monotonic()
+        return Answer(status, reader.headers, reader.body())
+
+    def _never_arrived(self, budget: Budget, acknowledged: int) -> bool:
+        """Return True if the peer had closed the connection before the request arrived.
+
+        The peer ended its side, and refused the request by an RST without having acknowledged any
+        of it: it may be sent again (RFC 9110, section 9.2.2). Without the RST the peer may only
+        have ended its own side; an RST alone may come from a peer that has read all of it.
+        """
+        seconds = min(RESET_SECONDS, max(0.0, budget.deadline - time.monotonic()))
+        return self._plain.is_reset(seconds) and self._plain.acknowledged() == acknowledged
 
 
-def _has_more(sock: Any) -> bool:
-    """Say whether TLS holds more than has been asked for: what looks at the socket can't see it."""
-    return isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
+class _Reader:
+    """Reads one answer for its status; the `on_…` methods are what the parser calls."""
 
+    def __init__(self, stream: Stream) -> None:
+        self.headers: dict[str, str] = {}
+        self._stream = stream
+        self._parser = httptools.HttpResponseParser(self)
+        self._parser.set_dangerous_leniencies(
+            lenient_version=True, lenient_optional_cr_before_lf=True
+        )
+        self._received = self._unparsed = b""
+        self._body_bytes = 0
+        self._is_whole = self._keeps_alive = False
 
-def _beneath(sock: Any) -> socket.socket:
-    """Return the socket itself: for TLS in a proxy's TLS urllib3 has something around it."""
-    beneath: socket.socket = getattr(sock, "socket", sock)
-    return beneath
+    def status(self, budget: Budget) -> int:
+        """Return the status once its line is complete; step over interim answers.
 
+        The parser gets a line at a time: if it refuses one, that is the status line, or belongs to
+        an interim answer.
+        """
+        while True:
+            self._parser.feed_data(self._line(budget))
+            status = self._parser.get_status_code()
+            if status >= HTTPStatus.OK:
+                return status
 
-def _acknowledged(sock: socket.socket) -> int | None:
-    """Return how many bytes the peer has acknowledged; None where the system does not tell."""
-    if not sys.platform.startswith("linux"):
+    def drain(self, budget: Budget) -> None:
+        """Read the rest, unless it is too long or takes too long."""
+        budget.deadline = min(budget.deadline, time.monotonic() + DRAIN_SECONDS)
+        budget.extend(DRAIN_BYTES)
+        with suppress(OSError, Overlong, httptools.HttpParserError):
+            self._parser.feed_data(self._unparsed)
+            while not self._is_whole:
+                data = self._stream.receive(budget)
+                if not data:
+                    self.on_end()
+                    break
+                self._parser.feed_data(data)
+
+    def ended_cleanly(self) -> bool:
+        """Return True if the answer is whole and the connection can be reused."""
+        return self._is_whole and self._keeps_alive and not self._stream.has_unread()
+
+    def body(self) -> bytes | None:
         return None
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED.stop)
-    return int.from_bytes(info[BYTES_ACKED], sys.byteorder)
+
+    def on_end(self) -> None:
+        """Note that the peer ended its side within the answer."""
+
+    def on_body(self, data: bytes) -> None:
+        self._body_bytes += len(data)
+        if self._body_bytes > DRAIN_BYTES:
+            raise Overlong
+
+    def on_message_begin(self) -> None:
+        self._keeps_alive = False  # what follows a whole answer was not asked for
+
+    def on_message_complete(self) -> None:
+        if self._parser.get_status_code() >= HTTPStatus.OK:
+            self._keeps_alive = not self._is_whole and self._parser.should_keep_alive()
+            self._is_whole = True
+
+    def _line(self, budget: Budget) -> bytes:
+        while b"\n" not in self._unparsed:
+            data = self._stream.receive(budget)
+            if not data:
+                raise _Incomplete if self._received else _Disconnected
+            self._received = data
+            self._unparsed += data
+        line, end, self._unparsed = self._unparsed.partition(b"\n")
+        return line + end
 
 
-class _TLSConnection(_Connection, HTTPSConnection):
-    pass
+class _ThoroughReader(_Reader):
+    """Keeps what is wanted of header fields and body, too."""
 
+    def __init__(self, stream: Stream, wanted: Wanted) -> None:
+        super().__init__(stream)
+        self._wanted = wanted
+        self._body: list[bytes] = []
+        self._says_length = False
 
-class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Connection  # type: ignore[assignment]
+    def body(self) -> bytes | None:
+        return b"".join(self._body) if self._wanted.body and self._is_whole else None
 
-    def urlopen(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the connection back with the answer: that has been read."""
-        return super().urlopen(*args, **kwargs | {"release_conn": True})
+    def on_end(self) -> None:
+        self._is_whole = not self._says_length
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        self._says_length |= name in (b"content-length", b"transfer-encoding")
+        if name in self._wanted.headers:
+            self.headers[name.decode("latin-1")] = value.decode("latin-1")
 
-class _TLSPool(_Pool, HTTPSConnectionPool):
-    ConnectionCls = _TLSConnection  # type: ignore[assignment]
-
-
-POOLS = {"http": _Pool, "https": _TLSPool}
+    def on_body(self, data: bytes) -> None:
+        super().on_body(data)
+        self._body.append(data)

@@ -1,122 +1,27 @@
-"""How a POST goes out: one requests adapter per worker, its connections bounded by `exchange`."""
+"""How a POST goes out: the way to a URL, over a kept connection or a new one."""
 
-import ssl
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
-from http.client import HTTPException
-from ipaddress import ip_address, ip_network
-from typing import Any
-from urllib import request as urllib_request
+from io import BytesIO
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
-import certifi
 import requests
-from requests.adapters import HTTPAdapter
-from urllib3.exceptions import HTTPError, LocationParseError
-from urllib3.util import Timeout, parse_url
-from urllib3.util.ssl_ import create_urllib3_context
+from requests.adapters import BaseAdapter
 
-from notifier.environ import trust
-from notifier.errors import TransportError
-from notifier.logs import causes
+from notifier.errors import Fault, TransportError
 from notifier.models import DEFAULT_PORTS
-from notifier.single_flight import SingleFlight
-from notifier.wire import exchange
-from notifier.wire.exchange import Address, Exchange
-from notifier.wire.watchdog import Watchdog
+from notifier.wire.connector import Connector, failing_as
+from notifier.wire.exchange import STATUS_ONLY, Answer, Connection, Wanted
+from notifier.wire.proxies import Place, Proxies, Proxy
+from notifier.wire.streams import Budget
 
-# Hosts whose idle connections are kept. Beyond that one host loses its own.
-POOLED_HOSTS = 100
-
-# For requests: the sockets know what is left of the exchange's time. Made once.
-_UNBOUNDED: Any = Timeout(None)
-
-
-class _Request(requests.PreparedRequest):
-    """A prepared request that knows the pool of its connections and its target in the first line.
-
-    requests would work both out for every request, and much else that is the same for all requests
-    to a URL: they are copies of one that it has prepared.
-    """
-
-    pool: Any
-    target: str
-
-    @property
-    def over_tls(self) -> bool:
-        return (self.url or "").startswith("https:")
-
-    def with_body(self, body: bytes, headers: Mapping[str, str]) -> "_Request":
-        """Return a request of this kind with `body`, and `headers` besides its own."""
-        request = _Request()
-        request.method, request.url, request.body = self.method, self.url, body
-        request.pool, request.target = self.pool, self.target
-        length = {"Content-Length": str(len(body))}
-        request.headers = {**self.headers, **headers, **length}  # type: ignore[assignment]
-        return request
-
-
-class _Adapter(HTTPAdapter):
-    """requests' adapter with bounded connections and one TLS context for all of them."""
-
-    def __init__(self, context: ssl.SSLContext, connections: int) -> None:
-        self._context = context
-        super().__init__(pool_connections=POOLED_HOSTS, pool_maxsize=connections)
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = exchange.POOLS
-
-    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        kwargs |= {"ssl_context": self._context, "proxy_ssl_context": self._context}
-        manager = super().proxy_manager_for(proxy, **kwargs)
-        manager.pool_classes_by_scheme = exchange.POOLS
-        return manager
-
-    def close(self) -> None:
-        """Close the idle connections now, not when the garbage collector comes to their pools."""
-        for manager in (self.poolmanager, *self.proxy_manager.values()):
-            for key in manager.pools.keys():  # noqa: SIM118 it can't be iterated
-                manager.pools[key].close()
-        super().close()
-
-    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
-        """Leave the connection alone: the context verifies, and has read its CA bundle once."""
-
-    def prepared(self, url: str, headers: Mapping[str, str], proxies: dict[str, str]) -> _Request:
-        """Return what is the same for all requests to `url`."""
-        request = _Request()
-        request.prepare("POST", url, headers)
-        request.pool = super().get_connection_with_tls_context(request, True, proxies=proxies)
-        request.headers["Host"] = _host_field(request.url or "")
-        request.target = super().request_url(request, proxies)
-        return request
-
-    def get_connection_with_tls_context(self, request: Any, *_: Any, **__: Any) -> Any:
-        return request.pool
-
-    def request_url(self, request: Any, proxies: Any) -> Any:
-        return request.target
-
-    def build_response(self, req: Any, resp: Any) -> requests.Response:
-        response = requests.Response()
-        response.status_code, response.request = resp.status, req
-        return response
-
-
-def _host_field(url: str) -> str:
-    """Return the host as a request names it: without a default port, without a user's name."""
-    parts = urlsplit(url)
-    return parts.netloc.rpartition("@")[2].removesuffix(f":{DEFAULT_PORTS[parts.scheme]}")
-
-
-def tls_context(ca_bundle: str | None) -> ssl.SSLContext:
-    """Return a context that verifies against the file or folder `ca_bundle`, else certifi's."""
-    context = create_urllib3_context()
-    context.sslsocket_class = exchange.BoundedTLSSocket
-    trust(context, ca_bundle or certifi.where())
-    return context
+# URLs whose route is remembered.
+ROUTES = 100
 
 
 class Transport:
@@ -126,107 +31,217 @@ class Transport:
         ca_bundle: PEM file or folder of trusted authorities, None for certifi's.
         proxies: proxy URL by scheme and the exceptions under `no`, as
             `urllib.request.getproxies_environment` returns them.
-        connections: idle connections to keep per host.
+        connections: idle connections to keep per endpoint.
     """
 
     def __init__(
         self, ca_bundle: str | None, proxies: Mapping[str, str], connections: int, user_agent: str
     ) -> None:
-        self._proxies = dict(proxies)
-        self._look_ups: SingleFlight[tuple[str, int], list[Address]] = SingleFlight("look-up")
-        self._headers = {
-            "User-Agent": user_agent,
-            "Content-Type": "application/json",
-            "Accept": "*/*",
-        }
-        self._adapter = _Adapter(tls_context(ca_bundle), connections)
-        self._watchdog = Watchdog()
-        self._prepared = lru_cache(POOLED_HOSTS)(self._prepare)
+        self._session = requests.Session()
+        self._session.trust_env = False
+        adapter = WireAdapter(
+            Connector(ca_bundle), Proxies(proxies), connections=connections, user_agent=user_agent
+        )
+        for scheme in DEFAULT_PORTS:
+            self._session.mount(f"{scheme}://", adapter)
 
     def close(self) -> None:
         """Close the idle connections."""
-        self._adapter.close()
-        self._watchdog.close()
+        self._session.close()
 
-    def post(self, url: str, body: bytes, headers: Mapping[str, str], deadline: float) -> int:
-        """Return the status of the answer to a POST; redirects are not followed.
+    def post(
+        self,
+        url: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        deadline: float,
+        wanted: Wanted = STATUS_ONLY,
+    ) -> Answer:
+        """Return the answer to a POST; redirects are not followed.
 
         Args:
-            body: JSON.
+            headers: of this request, its content type among them.
             deadline: on `time.monotonic()`; holds for everything from the look-up to the last byte.
+            wanted: what is needed besides the status.
 
         Raises:
-            TransportError: there was no status line; its kind says how far the exchange came.
+            TransportError: there was no status line.
         """
-        current = Exchange(deadline, self._resolve)
-        with current.under_way(), _no_library_errors(current):
-            request = self._prepared(url).with_body(body, headers)
-            if not request.over_tls:
-                return self._send(request, current)
-            with self._watchdog.watching(current):
-                return self._send(request, current)
-
-    def _send(self, request: _Request, current: Exchange) -> int:
-        """Return the status; what nobody has read is sent again, at last over a new connection."""
-        while True:
-            current.unread = False
-            try:
-                return self._adapter.send(request, timeout=_UNBOUNDED).status_code
-            except requests.ConnectionError:
-                if not current.unread:
-                    raise
-
-    def _prepare(self, url: str) -> _Request:
-        return self._adapter.prepared(url, self._headers, self._proxies_for(url))
-
-    def _resolve(self, host: str, port: int, seconds: float) -> list[Address]:
-        def look_up() -> list[Address]:
-            return exchange.look_up(host, port)
-
-        return self._look_ups.run((host, port), look_up, seconds)
-
-    def _proxies_for(self, url: str) -> dict[str, str]:
-        if not self._proxies or _bypasses(parse_url(url).host or "", self._proxies):
-            return {}
-        return self._proxies
-
-
-def _bypasses(host: str, proxies: dict[str, str]) -> bool:
-    """Say whether `no_proxy` names `host`, or a network in CIDR notation that it lies in."""
-    if urllib_request.proxy_bypass_environment(host, proxies):  # type: ignore[attr-defined]
-        return True
-    try:
-        address = ip_address(host.strip("[]"))
-    except ValueError:
-        return False
-    return any(address in network for network in _networks(proxies.get("no", "")))
-
-
-def _networks(no_proxy: str) -> Iterator[Any]:
-    for entry in no_proxy.split(","):
+        request = _Request(_Post(url, body, headers, deadline, wanted))
         try:
-            yield ip_network(entry.strip(), strict=False)
-        except ValueError:
-            continue
+            response = self._session.send(
+                request, stream=True, allow_redirects=False, proxies=_NO_PROXIES
+            )
+        except requests.exceptions.InvalidSchema as error:  # no adapter for it
+            raise TransportError(Fault.URL) from error
+        return Answer(response.status_code, dict(response.headers), response.content)
 
 
-@contextmanager
-def _no_library_errors(current: Exchange) -> Iterator[None]:
-    """Turn what requests, urllib3 and http.client raise into a TransportError."""
+# Without any, requests would read the environment's for each request.
+_NO_PROXIES: dict[str, str] = {}
+
+
+class _Post(NamedTuple):
+    url: str
+    body: bytes
+    headers: Mapping[str, str]
+    deadline: float
+    wanted: Wanted
+
+
+class _Request(requests.PreparedRequest):
+    """A post as requests passes it on to the adapter."""
+
+    def __init__(self, post: _Post) -> None:
+        super().__init__()
+        self.post = post
+        self.method, self.url, self.body = "POST", post.url, post.body
+        self.headers = post.headers  # type: ignore[assignment]
+
+
+class Route(NamedTuple):
+    """The way to a URL, what each request over it begins with, and its idle connections."""
+
+    place: Place
+    proxy: Proxy | None
+    head: bytes
+    idle: deque[Connection]
+
+
+class WireAdapter(BaseAdapter):
+    """requests' extension point: sends each request over a connection of our own.
+
+    Shared: the deques of idle connections, of which only single operations are used; `_lock` guards
+    which there are.
+    """
+
+    def __init__(
+        self, connector: Connector, proxies: Proxies, *, connections: int, user_agent: str
+    ) -> None:
+        super().__init__()
+        self._connector, self._proxies = connector, proxies
+        self._connections, self._user_agent = connections, user_agent
+        self._lock = threading.Lock()
+        self._idle: dict[object, deque[Connection]] = {}
+        self._route = lru_cache(ROUTES)(self._find_route)
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        self._route.cache_clear()
+        with self._lock:
+            for idle in self._idle.values():
+                while idle:
+                    idle.pop().close()
+
+    def send(self, request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:
+        """Send a `_Request`; if it never arrived, resend it over another connection.
+
+        Raises:
+            TransportError: there was no status line.
+        """
+        post = cast("_Request", request).post
+        route = self._route(post.url)
+        message, budget, answer = _message(route.head, post), Budget(post.deadline), None
+        while answer is None:
+            connection = self._take(route.idle) or self._connector.connect(
+                budget, route.place, route.proxy
+            )
+            answer = connection.post(budget, message, post.wanted)
+            if connection.reusable:
+                self._keep(route.idle, connection)
+        return _response(request, answer)
+
+    def _connect(self, budget: Budget, route: Route) -> Connection:
+        return self._connector.connect(budget, route.place, route.proxy)
+
+    def _take(self, idle: deque[Connection]) -> Connection | None:
+        now = time.monotonic()
+        with suppress(IndexError):  # there is none left
+            while True:
+                connection = idle.pop()  # the one that was used last
+                if connection.is_fresh(now) and connection.is_quiet():
+                    return connection
+                connection.close()
+        return None
+
+    def _keep(self, idle: deque[Connection], connection: Connection) -> None:
+        _close_stale(idle)
+        if len(idle) < self._connections:
+            idle.append(connection)
+        else:
+            connection.close()
+
+    def _find_route(self, url: str) -> Route:
+        """Return the way to `url`.
+
+        Raises:
+            TransportError: it is no URL that can be called, or its proxy's is none.
+        """
+        with failing_as(Fault.URL):
+            prepared = requests.Request("POST", url).prepare()
+            url = prepared.url or url
+            place, proxy = Place.of(url), self._proxies.of(url)
+            head = self._head(prepared, url, None if place.is_tls else proxy)
+        return Route(place, proxy, head, self._idle_of((place, proxy)))
+
+    def _head(self, prepared: requests.PreparedRequest, url: str, proxy: Proxy | None) -> bytes:
+        """Return what is the same for all requests to `url`; `proxy` is told the whole of it."""
+        target = requests.utils.urldefragauth(url) if proxy else prepared.path_url
+        lines = [
+            f"POST {target} HTTP/1.1",
+            f"Host: {_host_field(url)}",
+            f"User-Agent: {self._user_agent}",
+            "Accept: */*",
+        ]
+        if "Authorization" in prepared.headers:  # from the URL's user and password
+            lines.append(f"Authorization: {prepared.headers['Authorization']!s}")
+        if proxy:
+            lines += proxy.credentials.splitlines()
+        return "\r\n".join([*lines, ""]).encode("latin-1")
+
+    def _idle_of(self, key: object) -> deque[Connection]:
+        """Return the idle connections of an endpoint; close those that others no longer use."""
+        with self._lock:
+            for idle in self._idle.values():
+                _close_stale(idle)
+            return self._idle.setdefault(key, deque())
+
+
+def _close_stale(idle: deque[Connection]) -> None:
+    now = time.monotonic()
+    with suppress(IndexError):  # there is none, or another thread was faster
+        while not idle[0].is_fresh(now):
+            idle.popleft().close()
+
+
+def _host_field(url: str) -> str:
+    """Return the host as a request names it: without a default port, without a user's name."""
+    parts = urlsplit(url)
+    return parts.netloc.rpartition("@")[2].removesuffix(f":{DEFAULT_PORTS[parts.scheme]}")
+
+
+def _message(head: bytes, post: _Post) -> bytes:
+    """Return a request as it goes out.
+
+    Raises:
+        TransportError: a header field would end early, or has characters that none can have.
+    """
+    fields = "".join([f"{name}: {value}\r\n" for name, value in post.headers.items()])
+    if not fields.count("\r") == fields.count("\n") == len(post.headers):
+        raise TransportError(Fault.URL)
+    rest = f"{fields}Content-Length: {len(post.body)}\r\n\r\n"
     try:
-        yield
-    except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as error:
-        raise TransportError(_kind(error, current.stage)) from error
+        return head + rest.encode("latin-1") + post.body
+    except UnicodeEncodeError:
+        raise TransportError(Fault.URL) from None
 
 
-def _kind(error: BaseException, stage: str) -> str:
-    if isinstance(error, requests.exceptions.InvalidURL | LocationParseError) or stage == "url":
-        return "url"
-    if stage != "sent":
-        return "connect" if stage == "tunnel" else stage
-    chain = list(causes(error))
-    if any(isinstance(link, TimeoutError) for link in chain):
-        return "timeout"
-    if any(isinstance(link, ConnectionError | ssl.SSLEOFError) for link in chain):
-        return "reset"
-    return "protocol"
+def _response(request: requests.PreparedRequest, answer: Answer) -> requests.Response:
+    response = requests.Response()
+    response.request, response.url = request, request.url or ""
+    response.status_code = answer.status
+    if answer.headers:
+        response.headers.update(answer.headers)
+        response.headers.pop("location", None)  # or requests would prepare the redirect
+    response.raw = None if answer.body is None else BytesIO(answer.body)
+    return response

@@ -5,52 +5,33 @@ could not be measured or a reply was wrong; whether the goals are met is in the 
 """
 
 import argparse
-import os
-import signal
-import subprocess
 import sys
 from contextlib import ExitStack
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
-import psycopg
-
+from tools import ROOT, rig
 from tools.bench import parts, report, stacks
 from tools.bench.figures import Goal
-from tools.bench.load import ROOT
-from tools.bench.parts import QUICK, Bench, Plan
+from tools.bench.plan import QUICK, Bench, Plan
 from tools.dev import postgres
-from tools.measure import CannotMeasure
-
-FAILURES = (
-    CannotMeasure,
-    PackageNotFoundError,
-    OSError,  # TimeoutError too
-    subprocess.SubprocessError,
-    postgres.PostgresError,
-    psycopg.Error,
-)
 
 
 def main() -> int:
     """Print the report; return the exit code."""
     arguments = _arguments()
-    os.environ["no_proxy"] = "*"  # nothing here leaves the machine
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return rig.exit_code("make bench", lambda: _bench(arguments))
+
+
+def _bench(arguments: argparse.Namespace) -> int:
     plan = QUICK if arguments.quick else Plan()
     plan = plan._replace(rounds=arguments.rounds or plan.rounds)
-    try:
-        with ExitStack() as stack:
-            server = postgres.acquire(ephemeral=True)
-            stack.callback(server.close)
-            bench = Bench(plan, server, stack.enter_context(stacks.sink()))
-            run(bench, arguments.only or [*parts.PARTS], arguments.to)
-    except FAILURES as error:
-        print(f"make bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    with ExitStack() as stack:
+        server = postgres.acquire(ephemeral=True)
+        stack.callback(server.close)
+        urls = stack.enter_context(stacks.sink())
+        bench = Bench(plan, server, urls, arguments.beside)
+        run(bench, arguments.only or [*parts.PARTS], arguments.to)
     return 0
 
 
@@ -66,25 +47,42 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, help="rounds of the main table")
     parser.add_argument(
+        "--beside",
+        type=_checkout,
+        metavar="CHECKOUT",
+        help="compare one worker with that of another checkout; unless --only says more, only that",
+    )
+    parser.add_argument(
         "--to",
         type=Path,
         metavar="FOLDER",
         help=(
-            "where to write bench.json and bench.png; by default docs, and nowhere with --quick or "
-            "--only"
+            "where to write bench.json and bench.png, or beside.json; by default docs, and nowhere "
+            "with --quick, --only or --beside"
         ),
     )
     arguments = parser.parse_args()
+    if arguments.beside and not arguments.only:
+        arguments.only = ["worker"]
     if not (arguments.to or arguments.quick or arguments.only):
         arguments.to = ROOT / "docs"
     return arguments
 
 
+def _checkout(text: str) -> Path:
+    path = Path(text).resolve()
+    if not (path / "gunicorn.conf.py").exists():
+        raise argparse.ArgumentTypeError(f"{path} has no gunicorn.conf.py")
+    return path
+
+
 def run(bench: Bench, names: list[str], folder: Path | None) -> None:
     """Measure these parts, and tell of each as soon as it is done."""
     about = report.machine()
+    if bench.beside:
+        about += f"; {report.compared(bench.beside)}"
     print(about)
-    if bench.plan.replies < Plan().replies:
+    if bench.plan.replies < Plan().replies and not bench.beside:
         print("Quick: these figures only show that everything works.")
     measured: dict[str, Any] = {}
     goals: list[Goal] = []
@@ -96,7 +94,8 @@ def run(bench: Bench, names: list[str], folder: Path | None) -> None:
         goals += part.judge(measured[name])
     print(f"\n{report.goals_table(goals)}")
     if folder:
-        report.write(folder, measured, goals, about)
+        name = "beside.json" if bench.beside else "bench.json"
+        report.write(folder / name, measured, goals, about)
         if {"main", "scaling"} <= measured.keys():
             from tools.bench import plot  # noqa: PLC0415 needs more than the rest
 

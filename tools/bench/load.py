@@ -1,26 +1,26 @@
 """Callers that keep their connections, each with one request under way, in a process of their own.
 
-    python -m tools.bench.load ORDER    # an `Order` as JSON; prints a `Turn` as JSON
+    python -m tools.bench.load ORDERS    # JSON, of what `main` takes; prints turns as JSON
 
 What it costs is not counted, but it shares the CPUs with what is measured, so it does little.
 """
 
 import json
-import platform
 import re
 import selectors
 import socket
-import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
+from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
-HOST = "127.0.0.1"
+from tools import HOST
+from tools.bench.counters import cpu_seconds, growth, switches, system_calls
+from tools.bench.turns import PATIENCE, Order, Turn
+
 BODY = b'{"to": "buyer@example.com", "title": "Sold", "message": "Your bicycle is sold."}'
 
 # How long a caller who was refused waits; less than a `Retry-After`, so that the load stays.
@@ -32,43 +32,7 @@ CLOSED = 0  # stands for the status where the connection ended instead
 # How often callers connect anew because the workers got uneven shares of them.
 ATTEMPTS = 20
 
-# Nothing for so long, and the turn ends.
-PATIENCE = 20.0
-
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Order:
-    """What to do: where, by how many callers, until `count` replies or for `seconds`.
-
-    `warm_up` replies come first and are not counted. `pids` are the processes whose CPU is.
-
-    Workers race for connections; measured with 8 callers and 2 workers, in one of five turns one
-    worker got all, and a reply cost 40 percent more. So, if possible, each of `workers` processes
-    has, of what an equal share of the warm-up's CPU would be, at least `evenness`.
-    """
-
-    port: int
-    path: str
-    callers: int
-    warm_up: int
-    count: int = sys.maxsize
-    seconds: float = 60.0
-    pids: Sequence[int] = ()
-    workers: int = 1
-    evenness: float = 0.0
-
-
-@dataclass
-class Turn:
-    """What came of it; every other status than 200 and 503 is an error, during the warm-up too."""
-
-    seconds: float = 0.0
-    cpu: float = 0.0  # seconds
-    latencies: list[float] = field(default_factory=list)  # of the 200s, in milliseconds
-    refused: int = 0
-    errors: dict[str, int] = field(default_factory=dict)
 
 
 class Caller:
@@ -128,17 +92,44 @@ class Load:
         for _ in range(ATTEMPTS):
             if self._warm_up() >= order.evenness:
                 break
-            self._hang_up()
+            self.hang_up()
         else:
             self._warm_up()
         self._turn = counted = Turn(errors=self._errors)
+        with system_calls(order.pids if order.trace else ()) as calls:
+            self._count(counted)
+        counted.calls, counted.problem = calls.by_name, calls.problem
+        self.hang_up()
+        return counted
+
+    def begin(self) -> None:
+        """Let all callers connect and call, and then rest, connected."""
+        self._warm_up()
+        self._rest()
+
+    def burst(self) -> Turn:
+        """Let all callers call, and rest; return what was counted, from rest to rest."""
+        self._turn = counted = Turn(errors=self._errors)
+        switched = switches(self._order.pids)
+        cpu, began = cpu_seconds(self._order.pids), time.perf_counter()
+        for caller in self._callers():
+            self._begin(caller)
+        self._go_on(self._order.count, self._order.seconds)
+        self._rest()
+        counted.seconds = self._last_reply - began
+        counted.cpu = cpu_seconds(self._order.pids) - cpu
+        counted.voluntary, counted.involuntary = growth(switched, switches(self._order.pids))
+        return counted
+
+    def _count(self, counted: Turn) -> None:
+        order = self._order
+        switched = switches(order.pids)
         cpu, began = cpu_seconds(order.pids), time.perf_counter()
         self._go_on(order.count, order.seconds)
         # Not until now: at a provider that is slow replies come in waves.
         counted.seconds = self._last_reply - began
         counted.cpu = cpu_seconds(order.pids) - cpu
-        self._hang_up()
-        return counted
+        counted.voluntary, counted.involuntary = growth(switched, switches(order.pids))
 
     def _warm_up(self) -> float:
         """Let all callers connect and call; return how evenly the workers share them."""
@@ -158,17 +149,26 @@ class Load:
             while self._paused and self._paused[0][0] <= time.perf_counter():
                 self._begin(self._paused.popleft()[1])
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
         """Wait for what is under way, so that what comes next begins with nothing."""
-        self._turn, self._stopping = Turn(), True
+        self._turn = Turn()
+        self._rest()
+        for caller in self._callers():
+            self._selector.unregister(caller.sock)
+            caller.sock.close()
+        self._turn = Turn()
+
+    def _rest(self) -> None:
+        """Wait for what is under way."""
+        self._stopping = True
         end = time.perf_counter() + PATIENCE
         while self._under_way and (left := end - time.perf_counter()) > 0:
             self._wait(left)
-        for key in [*self._selector.get_map().values()]:
-            self._selector.unregister(key.fileobj)
-            key.data.sock.close()
-        self._turn, self._stopping = Turn(), False
+        self._stopping = False
         self._paused.clear()
+
+    def _callers(self) -> list[Caller]:
+        return [key.data for key in self._selector.get_map().values()]
 
     def _wait(self, seconds: float) -> None:
         """Take the replies that are there, or the first to come."""
@@ -226,32 +226,26 @@ def evenness(used: Sequence[float], workers: int) -> float:
     return min(busiest) * workers / sum(busiest) if any(busiest) else 1.0
 
 
-def cpu_seconds(pids: Sequence[int]) -> float:
-    """Return the CPU time that processes have used, user and system, ended threads included."""
-    if platform.system() == "Linux":
-        # clock_getcpuclockid(3), which Python lacks. In nanoseconds, where /proc has ticks.
-        return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)
-    import psutil  # noqa: PLC0415 not needed on Linux
+def in_turns(orders: Sequence[Order], rounds: int) -> list[list[Turn]]:
+    """Return each order's bursts; in every other round the last order comes first."""
+    loads = [Load(order) for order in orders]
+    for load in loads:
+        load.begin()
+    bursts: list[list[Turn]] = [[] for _ in orders]
+    for number in range(rounds):
+        for index in [*range(len(loads))][:: -1 if number % 2 else 1]:
+            bursts[index].append(loads[index].burst())
+    for load in loads:
+        load.hang_up()
+    return bursts
 
-    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
 
-
-def take_turn(order: Order) -> Turn:
-    """Carry out an order in a process of its own.
-
-    Raises:
-        subprocess.SubprocessError: it could not, or took too long.
-    """
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.bench.load", json.dumps(asdict(order))],
-        cwd=ROOT,
-        check=True,
-        stdout=subprocess.PIPE,
-        start_new_session=True,  # out of reach of the terminal's Ctrl-C
-        timeout=order.seconds + 3 * PATIENCE,
-    )
-    return Turn(**json.loads(done.stdout))
+def main(orders: list[dict[str, Any]], rounds: int) -> None:
+    """Carry out the only order, or let orders have so many bursts; print the turns."""
+    parsed = [Order(**order) for order in orders]
+    turns: list[Any] = in_turns(parsed, rounds) if rounds else [Load(parsed[0]).run()]
+    print(json.dumps(turns, default=asdict))
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(Load(Order(**json.loads(sys.argv[1]))).run())))
+    main(**json.loads(sys.argv[1]))

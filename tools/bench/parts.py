@@ -1,22 +1,17 @@
 """What is measured, part by part."""
 
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
-import psutil
-
 from tools.bench import stacks
-from tools.bench.figures import Figures, Memory, Point, figures, median
-from tools.bench.load import Order, take_turn
+from tools.bench.figures import Figures, Memory, Point, median
+from tools.bench.plan import BUYER, SELLER, Bench, take
 from tools.bench.stacks import THREADS, WORKERS, Stack
-from tools.dev import postgres
-from tools.measure import CannotMeasure
+from tools.bench.worker import measure_worker
+from tools.rig import CannotMeasure
 
-BUYER, SELLER = (f"/api/v1.0/recipient/{who}/notify" for who in ("buyer", "seller"))
 COMPARED = {
     "bare": stacks.BARE,
     "naive": stacks.NAIVE,
@@ -34,52 +29,6 @@ EVEN, SATURATED = 0.5, 0.85
 
 COLD = "tools.bench.cold:create_app()"
 COLD_SHARE = 0.2  # of the replies that other rows get: each takes so long
-
-
-class Plan(NamedTuple):
-    """How much is done."""
-
-    rounds: int = 19
-    replies: int = 800  # for each row and round
-    seconds: float = 2.0  # of the other turns
-    workers: tuple[int, ...] = (1, 2, 4)
-    callers: tuple[int, ...] = (1, 4, 16, 64, 256)
-    notifications: int = 100_000
-
-
-QUICK = Plan(
-    rounds=5, replies=300, seconds=0.7, workers=(1, 2), callers=(1, 16, 256), notifications=10_000
-)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What all parts use."""
-
-    plan: Plan
-    server: postgres.Server
-    urls: dict[str, str]
-
-    def service(self, email: str, push: str, **how: Any) -> Any:
-        """Run the service with one provider for each channel."""
-        providers = [self.urls[email]], self.urls[push]
-        return stacks.service(stacks.database(self.server, *providers), **how)
-
-
-def take(stack: Stack, path: str, callers: int, warm_up: int, **bounds: Any) -> Figures:
-    """Take a turn.
-
-    Raises:
-        CannotMeasure: a reply was wrong, or none came.
-    """
-    order = Order(stack.port, path, callers, warm_up, pids=stack.pids(), **bounds)
-    psutil.cpu_percent()
-    turn = take_turn(order)
-    busy = psutil.cpu_percent() / 100
-    if turn.errors or not turn.latencies:
-        raise CannotMeasure(f"{len(turn.latencies)} replies were right, and wrong {turn.errors}")
-    print(".", end="", file=sys.stderr, flush=True)
-    return figures(turn, busy)
 
 
 # --- the main table
@@ -238,6 +187,7 @@ def measure_memory(bench: Bench) -> list[Memory]:
 
 PARTS: dict[str, Callable[[Bench], Any]] = {
     "main": measure_main,
+    "worker": measure_worker,
     "scaling": measure_scaling,
     "capacity": measure_capacity,
     "latency": measure_latency,

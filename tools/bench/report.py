@@ -2,7 +2,9 @@
 
 import json
 import platform
+import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import psutil
 
 from notifier.settings import available_cpus
+from tools import ROOT
 from tools.bench.figures import (
     Goal,
     Memory,
@@ -24,8 +27,11 @@ from tools.bench.figures import (
     ratio,
 )
 from tools.bench.parts import Main
+from tools.bench.worker import Work, Works, ratios, worker_goals
 
 Text = Sequence[str]
+
+OFTEN = 6  # kinds of system calls that the table names
 
 
 def machine() -> str:
@@ -35,6 +41,19 @@ def machine() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     cpus = f"{available_cpus()} CPUs{_model()}, {others}"
     return f"{cpus}, {platform.system()}, Python {platform.python_version()}; {versions}"
+
+
+def compared(folder: Path) -> str:
+    """Return which commits a comparison with the checkout in `folder` is of."""
+    return f"this tree {_commit(ROOT)}, beside {folder} {_commit(folder)}"
+
+
+def _commit(folder: Path) -> str:
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    with suppress(OSError):  # no git
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        return done.stdout.strip()
+    return ""
 
 
 def _model() -> str:
@@ -76,6 +95,43 @@ def main_table(main: Main) -> str:
         for name, (usual, to_bare, memory) in summarised(main).items()
     ]
     return table(head, rows)
+
+
+def works_table(works: Works) -> str:
+    """Show what each checkout's worker did for a notification, and how ours compares."""
+    head = ("one worker", "CPU µs", "voluntary switches", "involuntary", "system calls")
+    rows = [
+        (f"{case}: {side}" if len(sides) > 1 else case, *_work_cells(work))
+        for case, sides in works.items()
+        for side, work in sides.items()
+    ]
+    text = table((*head, "most often"), rows)
+    lines = [
+        (
+            case,
+            f"{one.ratio.median:.3f}",
+            f"{one.between[0]:.3f} to {one.between[1]:.3f}",
+            f"{one.ratio.low:.3f} to {one.ratio.high:.3f}",
+            str(one.rounds),
+        )
+        for case, one in ratios(works).items()
+    ]
+    if lines:
+        head = ("CPU: this tree / beside", "median", "95 % certain", "quartiles", "bursts")
+        text += f"\n\n{table(head, lines)}"
+    return text
+
+
+def _work_cells(work: Work) -> Text:
+    usual = median(work.bursts)
+    switches = (f"{usual.voluntary:.1f}", f"{usual.involuntary:.1f}")
+    if not usual.voluntary:
+        switches = ("not measured", "not measured")
+    if work.problem:
+        return (f"{usual.cpu:.0f}", *switches, f"not measured: {work.problem}", "")
+    often = sorted(work.calls.items(), key=lambda one: -one[1])[:OFTEN]
+    names = ", ".join(f"{name} {calls:.1f}" for name, calls in often)
+    return (f"{usual.cpu:.0f}", *switches, f"{sum(work.calls.values()):.1f}", names)
 
 
 def points_table(points: Iterable[tuple[str, Point]]) -> str:
@@ -136,6 +192,11 @@ PARTS = {
         main_table,
         lambda main: main_goals(main.rounds),
     ),
+    "worker": Part(
+        "One worker, for a notification; the system calls are those other than futex",
+        works_table,
+        worker_goals,
+    ),
     "scaling": Part(
         "How it scales",
         lambda points: points_table((point.stack, point) for point in points),
@@ -151,21 +212,23 @@ PARTS = {
 }
 
 
-def write(folder: Path, measured: Mapping[str, Any], goals: Sequence[Goal], about: str) -> None:
-    """Write `bench.json`."""
+def write(path: Path, measured: Mapping[str, Any], goals: Sequence[Goal], about: str) -> None:
+    """Write all figures as JSON."""
     content = {
         "machine": about,
         **{name: _plain(value) for name, value in measured.items()},
         "goals": [goal._asdict() | {"verdict": goal.verdict} for goal in goals],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _plain(value: Any) -> Any:
     """Turn named tuples into objects; figures keep four digits."""
     if isinstance(value, Main):
         value = summarised(value)
+    if isinstance(value, Work):
+        value = value.summary()
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):

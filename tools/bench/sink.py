@@ -14,7 +14,7 @@ from collections import deque
 from contextlib import suppress
 from typing import NamedTuple
 
-HOST = "127.0.0.1"
+from tools import HOST
 
 
 class Kind(NamedTuple):

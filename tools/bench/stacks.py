@@ -3,15 +3,14 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
-from tempfile import TemporaryFile
-from typing import IO, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import psutil
@@ -19,12 +18,9 @@ import requests
 from psycopg import sql
 
 from notifier.models import Channel
-from notifier.settings import Settings
-from notifier.store import migrations
-from tools.bench.load import HOST, ROOT
+from tools import HOST, ROOT, rig
 from tools.dev import postgres
-from tools.faults import owner, wait_until
-from tools.measure import LISTENING, CannotMeasure, series
+from tools.rig import CannotMeasure, Environment, free_port, owner, path_and, wait_until
 
 WORKERS, THREADS = 2, 32
 
@@ -32,8 +28,6 @@ WORKERS, THREADS = 2, 32
 GTHREAD = ("--worker-class", "gthread", "--keep-alive", "75", "--no-control-socket")
 
 OPENED = re.compile(r'^circuit_breaker_state_changes_total{.*to_state="open"} (\S+)$', re.MULTILINE)
-
-Environment = dict[str, str]
 
 
 class App(NamedTuple):
@@ -73,6 +67,11 @@ class Stack(NamedTuple):
         """Return the processes whose CPU counts."""
         return [process.pid for process in self.processes()]
 
+    def workers(self) -> list[int]:
+        """Return the workers alone."""
+        (master,) = psutil.Process(self.guard).children()
+        return [process.pid for process in master.children()]
+
     def memory(self) -> Use:
         """Return the megabytes that the processes use now; what several share counts in part."""
         processes = self.processes()
@@ -111,74 +110,44 @@ def compared(app: App, url: str, workers: int = WORKERS, threads: int = THREADS)
     if app.by_uvicorn:
         command = ["uvicorn", target, "--port", str(port)]
     command += ["--workers", str(workers), *app.options]
-    with _running(port, command, variables) as (stack, log):
-        wait_until(lambda: _alive(stack, log) and len(stack.pids()) > workers and _answers(port))
+    with rig.guarded(command, variables) as running:
+        stack = Stack(port, running.pid)
+        wait_until(lambda: running.alive() and len(stack.pids()) > workers and _answers(port))
         yield stack
 
 
 @contextmanager
 def service(
-    database: Environment, app: str = "", workers: int = WORKERS, threads: int = THREADS
+    database: Environment,
+    app: str = "",
+    workers: int = WORKERS,
+    threads: int = THREADS,
+    checkout: Path = ROOT,
 ) -> Iterator[Stack]:
-    """Run the service on `database` as operators do, its log going to a file."""
-    port = free_port()
-    address = f"{HOST}:{port}"
+    """Run the service of a checkout on `database` as operators do, its log going to a file."""
     variables = {
-        "WEB_CONCURRENCY": str(workers),
         "WEB_THREADS": str(threads),
         # Should it be open, it stays so.
         "CIRCUIT_BREAKER_OPEN_STATE_TIMEOUT": "1h",
     }
-    command = ["gunicorn", *([app] if app else []), "--bind", address]
-    with _running(port, command, postgres.serving(database) | variables) as (stack, log):
-        wait_until(lambda: _alive(stack, log) and _all_listen(port, workers))
-        yield stack
-
-
-@contextmanager
-def _running(
-    port: int, command: list[str], variables: Environment
-) -> Iterator[tuple[Stack, IO[bytes]]]:
-    """Run a Python module; the guard stops it should we be killed."""
-    python = [sys.executable, "-m"]
-    with (
-        TemporaryFile() as log,
-        subprocess.Popen(
-            [*python, "tools.dev.guard", *python, *command],
-            cwd=ROOT,
-            env={"PATH": os.environ.get("PATH", os.defpath)} | variables,
-            stdin=subprocess.PIPE,  # closed at the end of the block, which ends the command
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # out of reach of the terminal's Ctrl-C
-        ) as guard,
-    ):
-        yield Stack(port, guard.pid), log
+    with rig.service(database | variables, workers, app, checkout) as running:
+        yield Stack(port_of(running.url), running.pid)
 
 
 def provider(url: str) -> Stack:
     """Return a provider as if it were a stack; what it costs does not count."""
-    return Stack(port=urlsplit(url).port or 0)
+    return Stack(port_of(url))
+
+
+def port_of(url: str) -> int:
+    """Return the port of a URL that names it."""
+    return urlsplit(url).port or 0
 
 
 def breakers_opened(stack: Stack) -> int:
     """Return how often breakers have opened, over all workers and hosts."""
     page = requests.get(f"http://{HOST}:{stack.port}/metrics", timeout=10).text
     return round(sum(float(count) for count in OPENED.findall(page)))
-
-
-def free_port() -> int:
-    """Return a port that nobody has."""
-    with socket.create_server((HOST, 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def _alive(stack: Stack, log: IO[bytes]) -> bool:
-    if psutil.Process(stack.guard).status() != psutil.STATUS_ZOMBIE:
-        return True
-    log.seek(0)
-    last = [line for line in log.read().decode(errors="replace").splitlines() if line][-1:]
-    raise CannotMeasure(f"a stack has ended by itself: {' '.join(last)}")
 
 
 def _answers(port: int) -> bool:
@@ -189,26 +158,34 @@ def _answers(port: int) -> bool:
     return False
 
 
-def _all_listen(port: int, workers: int) -> bool:
-    with suppress(requests.ConnectionError):
-        shown = series(f"http://{HOST}:{port}")
-        return shown.get(LISTENING) == 1 and shown.get("worker_starts_total") == workers
-    return False
+def database(
+    server: postgres.Server, email: Sequence[str], push: str, checkout: Path = ROOT
+) -> Environment:
+    """Make a database with providers at these URLs, e-mail's in order; return its `DB_*`.
 
-
-def database(server: postgres.Server, email: Sequence[str], push: str) -> Environment:
-    """Make a database with providers at these URLs, e-mail's in order; return its `DB_*`."""
+    Its schema is that of the checkout.
+    """
     name = f"bench_{uuid.uuid4().hex[:8]}"
     with owner(server).connect() as connection:
         connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
     environment = server.env | {"DB_NAME": name}
-    migrations.migrate(Settings.from_env(environment))
+    _migrate(environment, checkout)
     rows = [(Channel.EMAIL, place, url) for place, url in enumerate(email)]
-    with owner(server, DB_NAME=name).connect() as connection:
-        connection.cursor().executemany(
-            "INSERT INTO notification_preferences"
-            " (provider_type, provider_name, priority, host, secret_key)"
-            " VALUES (%s, 'a provider', %s, %s, '0123456789abcdef')",
-            [*rows, (Channel.PUSH, 0, push)],
-        )
+    rig.add_providers(owner(server, DB_NAME=name), [*rows, (Channel.PUSH, 0, push)])
     return environment
+
+
+def _migrate(environment: Environment, checkout: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flask", "--app", "notifier.app", "migrate"],
+        check=False,
+        cwd=checkout,
+        env=path_and(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        last = done.stdout.strip().splitlines()[-1:]
+        raise CannotMeasure(f"the database of {checkout} was not migrated: {' '.join(last)}")

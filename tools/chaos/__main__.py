@@ -1,30 +1,15 @@
 """Run the chaos, and print what came of it; the exit code is 1 if an invariant was violated."""
 
 import argparse
-import os
 import random
-import signal
 import sys
 
-import psycopg
-import requests
-
-from tools import measure
+from tools import rig
 from tools.chaos import invariants
 from tools.chaos.report import report
 from tools.chaos.stage import run
-from tools.dev import postgres
 
 SECONDS = 150.0
-
-# Why there is nothing to report.
-FAILURES = (
-    measure.CannotMeasure,
-    postgres.PostgresError,
-    psycopg.Error,
-    requests.RequestException,
-    TimeoutError,
-)
 
 
 def main() -> int:
@@ -33,16 +18,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))  # noqa: S311
     parser.add_argument("--seconds", type=float, default=SECONDS)
     given = parser.parse_args()
-    os.environ["no_proxy"] = "*"  # nothing here leaves the machine
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"{parser.prog} --seed {given.seed} --seconds {given.seconds:g}\n", flush=True)
-    try:
-        seen = run(given.seed, given.seconds)
-    except FAILURES as error:
-        print(f"make chaos: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    return rig.exit_code("make chaos", lambda: _chaos(given.seed, given.seconds))
+
+
+def _chaos(seed: int, seconds: float) -> int:
+    seen = run(seed, seconds)
     violations = invariants.check(seen)
     print(report(seen, violations))
     return 1 if any(violations.values()) else 0

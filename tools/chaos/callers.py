@@ -9,12 +9,11 @@ from contextlib import contextmanager
 import requests
 
 from tools.chaos.evidence import Reply
-from tools.measure import at_once
+from tools.rig import MESSAGE, at_once, path_of
 
 CALLERS = 8  # no more than a worker has threads: none has to wait for one
 PAUSE = 0.06  # seconds from a reply to the next request
 GIVE_UP = 20.0
-MESSAGE = {"to": "someone@example.com", "title": "Sold", "message": "Your bicycle is sold."}
 
 
 @contextmanager
@@ -39,7 +38,7 @@ def _notify(session: requests.Session, url: str, recipient: str, request_id: str
     began, clock = time.time(), time.monotonic()
     try:
         answer = session.post(
-            f"{url}/api/v1.0/recipient/{recipient}/notify",
+            url + path_of(recipient),
             json=MESSAGE,
             headers={"X-Request-Id": request_id},
             timeout=GIVE_UP,

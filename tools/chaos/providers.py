@@ -9,9 +9,9 @@ from contextlib import suppress
 from io import BufferedReader
 
 from notifier.models import Channel
+from tools import HOST
 from tools.chaos.evidence import Delivery
 
-HOST = "127.0.0.1"
 ACCEPTS = "accepts"
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a TCP reset
 

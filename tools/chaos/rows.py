@@ -9,10 +9,10 @@ from typing import Any
 from notifier.models import Channel
 from notifier.settings import Settings
 from notifier.store import migrations
-from tools import faults
 from tools.chaos.evidence import Absence
 from tools.chaos.providers import Provider
 from tools.dev import postgres
+from tools.rig import owner
 
 # Of a channel's providers so many have a row at first, and at least.
 AT_FIRST, FEWEST = 3, 2
@@ -108,5 +108,5 @@ class Rows:
 
     def _execute(self, statement: Any, *arguments: object) -> None:
         self.changed = time.time()
-        with faults.owner(self._server).connect() as connection:
+        with owner(self._server).connect() as connection:
             connection.execute(statement, arguments)

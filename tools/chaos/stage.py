@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from notifier.models import Channel
-from tools import faults, measure
+from tools import faults, rig
 from tools.chaos import callers
 from tools.chaos.evidence import Delivery, Evidence, Limits, Period, read_logs, size
 from tools.chaos.providers import ACCEPTS, Provider
@@ -25,7 +25,7 @@ from tools.dev import postgres
 
 WARM_UP, CALM = 5.0, 10.0  # seconds of load before the chaos, and after it
 PROVIDERS = 4  # of a channel
-THREADS = 8
+WORKERS, THREADS = 3, 8
 ATTEMPT, DEADLINE, OPEN = 0.6, 1.8, 2.0
 MARGIN = 1.0  # seconds that a reply may take on its way to and from a loaded machine's workers
 LEAST_RATE = 10  # requests a second
@@ -56,7 +56,7 @@ class Stage:
     def __init__(
         self,
         server: postgres.Server,
-        service: measure.Service,
+        service: rig.Service,
         rows: Rows,
         providers: list[Provider],
     ) -> None:
@@ -138,7 +138,7 @@ def stage(deliveries: list[Delivery], logs: Path, **variables: str) -> Iterator[
     try:
         rows = Rows(server, providers)
         ours = {"GUNICORN_CMD_ARGS": shlex.join(["--config", str(CONFIG)]), "CHAOS_LOGS": str(logs)}
-        with measure.service(postgres.serving(server.env), **ours, **variables) as service:
+        with rig.service(server.env | ours | variables, WORKERS) as service:
             yield Stage(server, service, rows, providers)
     finally:
         for provider in providers:
@@ -163,7 +163,7 @@ def run(
         ):
             before = here.period(warm_up)
             here.run(plan(seed, seconds, PROVIDERS * len(Channel), kinds))
-            faults.wait_until(lambda: measure.all_hear(here.service.url, here.rows.changed))
+            rig.wait_until(lambda: rig.all_hear(here.service.url, here.rows.changed))
             time.sleep(ATTEMPT + OPEN + ATTEMPT)  # the last breakers open, and close again
             after = here.period(calm)
         lines = read_logs(logs)

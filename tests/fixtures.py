@@ -1,17 +1,13 @@
-"""What the tests share: PostgreSQL, databases made from a migrated one, settings, providers.
+"""What the tests share: PostgreSQL, databases made from a migrated one, settings, providers."""
 
-A test marked `needs(what)` is left out where `what` is missing, and the summary says so. `what` is
-an executable, "postgresql" for the system's own, or "containers": those tests run with
-TEST_CONTAINERS=1. REQUIRE_ALL=1 makes anything else that is missing an error.
-"""
-
+import fcntl
 import itertools
 import os
-import shutil
 import ssl
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +20,8 @@ from notifier.environ import Secret
 from notifier.settings import Settings
 from notifier.store import migrations
 from notifier.store.db import Database
+from notifier.wire import exchange, streams
 from notifier.wire.transport import Transport
-from tests import pgbouncer, system_postgres
 from tests.certificates import make_certificate
 from tests.scripted_provider import Script, ScriptedProvider
 from tests.service import Service
@@ -35,52 +31,19 @@ Environment = dict[str, str]
 MakeSettings = Callable[..., Settings]
 MakeProvider = Callable[..., ScriptedProvider]
 MakeTransport = Callable[..., Transport]
+# The CA bundle and the server's context, both None for plain HTTP.
+Wire = tuple[Path | None, ssl.SSLContext | None]
+LookUp = Callable[[], list[streams.Address]]
 Growth = Callable[[str], dict[tuple[str, ...], float]]
 
 # What a developer's shell sets must not decide a test: only what a test sets does.
 _FIELDS = [*Settings.__dataclass_fields__, *(f"{f}_file" for f in Settings.__dataclass_fields__)]
 _OURS = [*_FIELDS, "http_proxy", "https_proxy", "all_proxy", "no_proxy"]
 
-# What is looked for elsewhere than on the path.
-_INSTALLED: dict[str, Callable[[str], object]] = {
-    "postgresql": lambda _: system_postgres.binaries(),
-    "pgbouncer": lambda _: pgbouncer.executable(),
-}
+# Which process of xdist's this is: `gw0` and so on.
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 
 _names = itertools.count(1)
-
-_LEFT_OUT = pytest.StashKey[Counter[str]]()  # how many tests, by reason
-
-
-@pytest.hookimpl(trylast=True)  # so that what -k and -m leave out needs nothing
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests that need what this machine does not have."""
-    reasons = {item: reason for item in items if (reason := _missing(item))}
-    config.stash[_LEFT_OUT] = Counter(reasons.values())
-    if reasons:
-        config.hook.pytest_deselected(items=[*reasons])
-        items[:] = [item for item in items if item not in reasons]
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    """Say what was left out, and why."""
-    for reason, count in config.stash.get(_LEFT_OUT, Counter()).items():
-        terminalreporter.line(f"deselected {count} test{'s'[: count > 1]}: {reason}")
-
-
-def _missing(item: pytest.Item) -> str | None:
-    """Return why the test cannot run here; None if it can."""
-    for what in (mark.args[0] for mark in item.iter_markers("needs")):
-        if what == "containers":
-            if os.environ.get("TEST_CONTAINERS") != "1":
-                return "TEST_CONTAINERS is not 1"
-        elif not _INSTALLED.get(what, shutil.which)(what):
-            if os.environ.get("REQUIRE_ALL") == "1":
-                raise pytest.UsageError(f"REQUIRE_ALL is 1, but {what} is not installed")
-            return f"{what} is not installed"
-    return None
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -91,10 +54,37 @@ def _clean_environment() -> None:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Environment]:
-    """The `DB_*` of a throw-away PostgreSQL server."""
-    with postgres.server(ephemeral=True) as environment:
-        yield environment
+def processes() -> None:
+    """Says of a test that it starts programs, so that `make check` leaves it out."""
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    """The `DB_*` of a throw-away PostgreSQL server, which all processes of xdist's share."""
+    folder = tmp_path_factory.getbasetemp()
+    if _WORKER:
+        folder = folder.parent
+    with _locked(folder):
+        share = _join_server(folder / "server")
+    yield share.env
+    with _locked(folder):
+        share.close()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / "server.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _join_server(named: Path) -> postgres.Server:
+    """Return a share in the server whose directory a file names, or in a new one."""
+    if named.exists() and (base := Path(named.read_text())).exists():
+        return replace(postgres.acquire(base), ephemeral=True)
+    share = postgres.acquire(ephemeral=True)
+    named.write_text(str(share.base))
+    return share
 
 
 def connect(environment: Environment) -> psycopg.Connection[Any]:
@@ -111,11 +101,33 @@ def one_role(environment: Environment, name: str = "", password: str = "") -> En
 
 
 def create_database(server: Environment, template: str = "template1") -> Environment:
-    name = f"test_{next(_names)}"
-    create = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
+    name = f"test_{_WORKER}{next(_names)}"
+    # Copying files takes a third less of the processor than writing them to the log does.
+    create = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY")
     with connect(server) as connection:
         connection.execute(create.format(sql.Identifier(name), sql.Identifier(template)))
     return server | {"DB_NAME": name}
+
+
+def insert_provider(  # noqa: PLR0913 one for each column
+    environment: Environment,
+    url: str,
+    channel: str = "Email",
+    *,
+    priority: int = 0,
+    name: str = "a provider",
+    secret_key: str | None = "s3cr3t-key",
+) -> int:
+    """Insert a row into the database of `environment` and return its id."""
+    with connect(environment) as connection:
+        row = connection.execute(
+            "INSERT INTO notification_preferences"
+            " (provider_type, provider_name, host, priority, secret_key)"
+            " VALUES (%s, %s, %s, %s, %s) RETURNING id",
+            (channel, name, url, priority, secret_key),
+        ).fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 @pytest.fixture(scope="session")
@@ -139,27 +151,8 @@ def database(server: Environment, _migrated: Environment) -> Environment:
 
 @pytest.fixture
 def add_provider(database: Environment) -> Callable[..., int]:
-    """Insert a row into `database` and return its id."""
-
-    def add(
-        url: str,
-        channel: str = "Email",
-        *,
-        priority: int = 0,
-        name: str = "a provider",
-        secret_key: str | None = "s3cr3t-key",
-    ) -> int:
-        with connect(database) as connection:
-            row = connection.execute(
-                "INSERT INTO notification_preferences"
-                " (provider_type, provider_name, host, priority, secret_key)"
-                " VALUES (%s, %s, %s, %s, %s) RETURNING id",
-                (channel, name, url, priority, secret_key),
-            ).fetchone()
-        assert row is not None
-        return int(row[0])
-
-    return add
+    """Insert a row into `database` and return its id; see `insert_provider`."""
+    return partial(insert_provider, database)
 
 
 @pytest.fixture
@@ -246,6 +239,45 @@ def make_transport() -> Iterator[MakeTransport]:
             return transport
 
         yield make
+
+
+@pytest.fixture(params=["http", "https"])
+def wire(request: pytest.FixtureRequest) -> Wire:
+    """The CA bundle and the server's context, both None for plain HTTP."""
+    if request.param == "http":
+        return None, None
+    bundle, context = request.getfixturevalue("certificate")
+    return bundle, context
+
+
+@pytest.fixture
+def provider(make_provider: MakeProvider, wire: Wire) -> ScriptedProvider:
+    return make_provider(tls=wire[1])
+
+
+@pytest.fixture
+def transport(make_transport: MakeTransport, wire: Wire) -> Transport:
+    return make_transport(wire[0])
+
+
+@pytest.fixture
+def short_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that would otherwise spend the whole second each."""
+    monkeypatch.setattr(exchange, "DRAIN_SECONDS", 0.2)
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[[LookUp], None]:
+    """Make every name resolve to what `look_up` returns; numeric addresses stay themselves."""
+    real = streams.look_up
+
+    def use(look_up: LookUp) -> None:
+        def replaced(host: str, port: int, flags: int = 0) -> list[streams.Address]:
+            return real(host, port, flags) if flags else look_up()
+
+        monkeypatch.setattr(streams, "look_up", replaced)
+
+    return use
 
 
 @pytest.fixture

@@ -17,8 +17,10 @@ import psutil
 import pytest
 import requests
 
-from tests.conftest import connect
+from tests.fixtures import connect
 from tests.service import MESSAGE, ROOT, clean_environment, free_port
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 # The launcher as make runs it, with ports that are free here instead of the documented ones.
 LAUNCHER = """

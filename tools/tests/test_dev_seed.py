@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.conftest import Environment, connect
+from tests.fixtures import Environment, connect
 from tests.service import ROOT, clean_environment
 
 

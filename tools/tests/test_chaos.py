@@ -43,10 +43,11 @@ SMALL = Kinds(
 
 
 @pytest.fixture(scope="module")
-def seen() -> Evidence:
+def seen(processes: None) -> Evidence:
     return run(SEED, 8.0, SMALL, warm_up=1.5, calm=2.0)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", invariants.INVARIANTS)
 def test_in_a_small_chaos_it_holds_that(name: str, seen: Evidence) -> None:
     assert [*invariants.INVARIANTS[name](seen)] == [], report(seen, invariants.check(seen))

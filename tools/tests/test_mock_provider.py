@@ -21,7 +21,7 @@ import requests
 
 from tools.dev.mock_provider import MAX_BODY_BYTES, MAX_MESSAGES, PAGE, MockProvider, main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOTIFICATION = {
     "to": "buyer@example.com",
     "title": "Hello",
@@ -538,6 +538,7 @@ def run(*arguments: str) -> subprocess.Popen[str]:
 
 class TestCommandLine:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.usefixtures("processes")
     def test_it_serves_every_provider_until_a_signal(
         self, client: requests.Session, number: signal.Signals
     ) -> None:
@@ -557,6 +558,7 @@ class TestCommandLine:
         with pytest.raises(requests.ConnectionError):
             client.get(urls[0], timeout=5)
 
+    @pytest.mark.usefixtures("processes")
     def test_a_taken_port_ends_it_with_one_line(self, provider: MockProvider) -> None:
         with run("email 1=0", f"email 2={provider.port}") as process:
             _, errors = process.communicate(timeout=10)

@@ -23,12 +23,13 @@ import requests
 from notifier.errors import PreferencesUnavailable
 from notifier.models import Channel
 from notifier.store.db import Database
-from tests.conftest import MakeProvider
+from tests.fixtures import MakeProvider
 from tests.scripted_provider import Peer, Received, Script, answer, close
 from tests.service import MESSAGE
 from tests.timing import eventually, within
 from tools.bench import parts, report, stacks
 from tools.bench.cold import ColdPreferences
+from tools.bench.counters import cpu_seconds
 from tools.bench.figures import (
     Figures,
     Goal,
@@ -48,14 +49,12 @@ from tools.bench.load import (
     ATTEMPTS,
     BODY,
     PAUSE,
-    Order,
-    Turn,
-    cpu_seconds,
     evenness,
-    take_turn,
 )
-from tools.bench.parts import Main, take
-from tools.measure import CannotMeasure
+from tools.bench.parts import Main
+from tools.bench.plan import take
+from tools.bench.turns import Order, Turn, take_turn
+from tools.rig import CannotMeasure
 
 HEAD = b"POST /send HTTP/1.1\r\nHost: here\r\ncontent-length: 5\r\n\r\n"
 
@@ -68,7 +67,7 @@ def some(**fields: float) -> Figures:
 
 
 @pytest.fixture(scope="module")
-def providers() -> Iterator[dict[str, str]]:
+def providers(processes: None) -> Iterator[dict[str, str]]:
     with stacks.sink() as urls:
         yield urls
 
@@ -116,6 +115,7 @@ def test_the_sink_outlives_a_caller_who_leaves_before_the_answer(providers: dict
     assert requests.post(providers["slow"], json={}, timeout=5).ok
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_sink_ends_with_its_block() -> None:
     with stacks.sink() as urls:
         pass
@@ -147,6 +147,7 @@ def last(peer: Peer, received: Received) -> None:
     peer.close()
 
 
+@pytest.mark.usefixtures("processes")
 def test_callers_keep_their_connections_and_every_reply_is_counted(
     make_provider: MakeProvider,
 ) -> None:
@@ -159,6 +160,7 @@ def test_callers_keep_their_connections_and_every_reply_is_counted(
     assert {(one.path, one.body) for one in provider.received} == {("/notify", BODY)}
 
 
+@pytest.mark.usefixtures("processes")
 def test_latencies_are_those_of_each_reply(make_provider: MakeProvider) -> None:
     def slow(peer: Peer, received: Received) -> None:
         peer.pause(0.2)
@@ -170,12 +172,14 @@ def test_latencies_are_those_of_each_reply(make_provider: MakeProvider) -> None:
     assert 0.9 * sum(turn.latencies) / 1000 < turn.seconds < 5
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_reply_may_come_in_pieces(make_provider: MakeProvider) -> None:
     turn = take_turn(Order(make_provider(in_pieces).port, "/", callers=1, warm_up=0, count=3))
     assert len(turn.latencies) == 3
     assert turn.errors == {}
 
 
+@pytest.mark.usefixtures("processes")
 def test_who_is_refused_waits_a_moment_and_comes_again(make_provider: MakeProvider) -> None:
     provider = make_provider(in_turn(answer(), *[answer(503)] * 2, answer()))
     turn = take_turn(Order(provider.port, "/", callers=1, warm_up=1, count=4))
@@ -186,6 +190,7 @@ def test_who_is_refused_waits_a_moment_and_comes_again(make_provider: MakeProvid
 @pytest.mark.parametrize(
     ("script", "error"), [(answer(500), "500"), (answer(302), "302"), (close, "closed")]
 )
+@pytest.mark.usefixtures("processes")
 def test_any_other_reply_is_an_error_in_the_warm_up_too(
     make_provider: MakeProvider, script: Script, error: str
 ) -> None:
@@ -195,6 +200,7 @@ def test_any_other_reply_is_an_error_in_the_warm_up_too(
     assert turn.errors == {error: 2}
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_connection_that_is_closed_after_a_reply_is_no_error(make_provider: MakeProvider) -> None:
     provider = make_provider(in_turn(last, last, answer()))
     turn = take_turn(Order(provider.port, "/", callers=1, warm_up=0, count=5))
@@ -202,6 +208,7 @@ def test_a_connection_that_is_closed_after_a_reply_is_no_error(make_provider: Ma
     assert provider.connections == 3
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_turn_ends_in_time(make_provider: MakeProvider) -> None:
     provider = make_provider(answer())
     with within(5):
@@ -210,6 +217,7 @@ def test_a_turn_ends_in_time(make_provider: MakeProvider) -> None:
     assert turn.seconds < 2
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_turn_without_a_right_reply_or_with_a_wrong_one_measures_nothing(
     make_provider: MakeProvider,
 ) -> None:
@@ -228,6 +236,7 @@ def test_workers_share_evenly_what_each_uses_of_an_equal_share(
     assert evenness(used, workers) == pytest.approx(expected)
 
 
+@pytest.mark.usefixtures("processes")
 def test_callers_connect_anew_while_a_worker_gets_none_of_them(make_provider: MakeProvider) -> None:
     """We are the worker that gets all; the other is a process that does nothing."""
     provider = make_provider(answer())
@@ -260,6 +269,7 @@ def test_a_stack_is_measured_and_stopped(providers: dict[str, str]) -> None:
     eventually(lambda: not any(process.is_running() for process in processes))
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_stack_that_cannot_start_is_told_with_its_last_words() -> None:
     with pytest.raises(CannotMeasure, match="HTTP_SERVER_PORT"):  # noqa: SIM117
         with stacks.service({"HTTP_SERVER_PORT": "none"}):
@@ -292,7 +302,7 @@ def test_a_cold_cache_asks_at_every_look_up() -> None:
     preferences = ColdPreferences(cast(Database, database), lifetime=600)
     for _ in range(3):
         with pytest.raises(PreferencesUnavailable):
-            preferences.providers(Channel.EMAIL, time.monotonic() + 2)
+            preferences.for_channel(Channel.EMAIL, time.monotonic() + 2)
     assert database.asked == 3
 
 
@@ -443,7 +453,7 @@ def test_the_json_has_every_figure_by_name(tmp_path: Path) -> None:
         "main": Main({"bare": [some(cpu=812.3456)]}, {"bare": 59.0}),
         "memory": [Memory(20, 80.0, 95.0)],
     }
-    report.write(tmp_path / "docs", measured, [Goal("a", 1.1, 1.0)], "2 CPUs")
+    report.write(tmp_path / "docs" / "bench.json", measured, [Goal("a", 1.1, 1.0)], "2 CPUs")
     written = json.loads((tmp_path / "docs" / "bench.json").read_text())
     assert written["machine"] == "2 CPUs"
     bare = written["main"]["bare"]

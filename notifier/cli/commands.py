@@ -1,0 +1,30 @@
+"""Where flask finds the commands: `flask --app notifier.app COMMAND`."""
+
+import click
+from flask import Flask
+from flask.cli import AppGroup
+
+
+class _Commands(AppGroup):
+    """The commands, imported when flask looks for one: a worker of gunicorn never needs them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        self._import()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        self._import()
+        return super().get_command(ctx, cmd_name)
+
+    def _import(self) -> None:
+        from notifier.cli import check_role, migrate, providers  # noqa: PLC0415 see above
+
+        self.add_command(migrate.migrate)
+        self.add_command(migrate.rollback)
+        self.add_command(check_role.check_role)
+        self.add_command(providers.providers)
+
+
+def register(app: Flask) -> None:
+    """Add the commands to `app`."""
+    app.cli = _Commands(app.name)

@@ -1,0 +1,65 @@
+"""The service in one worker: a notification gets a place, a deadline and its delivery."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from notifier import metrics
+from notifier.attempts import Attempts
+from notifier.capacity import Capacity
+from notifier.delivery import Delivery, Report
+from notifier.models import Message, Recipient
+from notifier.settings import Settings
+from notifier.store.preferences import Preferences
+from notifier.store.refresher import Refresher
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Notifier:
+    """The parts of the service in one worker, made after the fork.
+
+    `stopping` says whether the service has been asked to stop.
+    """
+
+    settings: Settings
+    preferences: Preferences
+    refresher: Refresher
+    attempts: Attempts
+    delivery: Delivery
+    capacity: Capacity
+    stopping: Callable[[], bool] = lambda: False
+
+    def start(self, stopping: Callable[[], bool]) -> None:
+        """Begin to serve; a process that only runs a command never calls it."""
+        self.stopping = stopping
+        self.refresher.start()
+        metrics.WORKER_STARTS.inc()
+
+    def close(self) -> None:
+        """Undo the making in reverse; one failure is logged and the rest still close."""
+        for close in (self.delivery.close, self.attempts.close, self.refresher.close):
+            _close(close)
+
+    def notify(self, recipient: Recipient, read: Callable[[], Message], began: float) -> Report:
+        """Deliver one message over every channel of `recipient`, and report how each ended.
+
+        Args:
+            read: returns the message. It is called once there is a place: reading may take time.
+            began: when the request did, on `time.monotonic()`.
+
+        Raises:
+            Overloaded: there was no place in time; nobody was sent anything.
+            Exception: whatever `read` raises.
+        """
+        with self.capacity:
+            deadline = began + self.settings.notify_deadline
+            return self.delivery.deliver(recipient, read(), deadline)
+
+
+def _close(close: Callable[[], None]) -> None:
+    try:
+        close()
+    except Exception:
+        log.exception("could not close", extra={"part": close.__qualname__})

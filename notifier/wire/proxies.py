@@ -1,0 +1,119 @@
+"""Which proxy a URL is reached through, and the tunnel through it."""
+
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from typing import NamedTuple
+from urllib import request as urllib_request
+
+import requests
+from urllib3.util import parse_url
+
+from notifier.models import DEFAULT_PORTS
+from notifier.wire.streams import Budget, Stream
+
+
+class Place(NamedTuple):
+    """Where to connect to; `host` is a name or an address, in brackets if that is IPv6."""
+
+    is_tls: bool
+    host: str
+    port: int
+
+    @classmethod
+    def of(cls, url: str) -> "Place":
+        """Return the place of an http or https URL.
+
+        Raises:
+            ValueError: it is no such URL.
+        """
+        parts = parse_url(url)
+        if parts.scheme not in DEFAULT_PORTS or not parts.host:
+            raise ValueError("expected an http or https URL")
+        return cls(parts.scheme == "https", parts.host, parts.port or DEFAULT_PORTS[parts.scheme])
+
+    @property
+    def name(self) -> str:
+        """The host as sockets and certificates have it."""
+        return self.host.strip("[]")
+
+
+class Proxy(NamedTuple):
+    """A proxy, and the header line that names us to it, if any."""
+
+    place: Place
+    credentials: str
+
+
+class Proxies:
+    """The proxies of the environment.
+
+    Args:
+        by_scheme: proxy URL by scheme and the exceptions under `no`, as
+            `urllib.request.getproxies_environment` returns them.
+    """
+
+    def __init__(self, by_scheme: Mapping[str, str]) -> None:
+        self._by_scheme = dict(by_scheme)
+        self._networks = list(_networks(self._by_scheme.get("no", "")))
+
+    def of(self, url: str) -> Proxy | None:
+        """Return the proxy for `url`, None if there is none.
+
+        Raises:
+            ValueError: the proxy's own URL cannot be used.
+        """
+        if not self._by_scheme or self._is_exempt(parse_url(url).host or ""):
+            return None
+        proxy_url = requests.utils.select_proxy(url, self._by_scheme)
+        if not proxy_url:
+            return None
+        proxy_url = requests.utils.prepend_scheme_if_needed(proxy_url, "http")
+        return Proxy(Place.of(proxy_url), _credentials(proxy_url))
+
+    def _is_exempt(self, host: str) -> bool:
+        """Return True if `no` names `host`, or a network in CIDR notation that it lies in."""
+        if urllib_request.proxy_bypass_environment(host, self._by_scheme):  # type: ignore[attr-defined]
+            return True
+        try:
+            address = ip_address(host.strip("[]"))
+        except ValueError:
+            return False
+        return any(address in network for network in self._networks)
+
+
+def _networks(no_proxy: str) -> Iterator[IPv4Network | IPv6Network]:
+    for entry in no_proxy.split(","):
+        try:
+            yield ip_network(entry.strip(), strict=False)
+        except ValueError:
+            continue
+
+
+def _credentials(proxy_url: str) -> str:
+    user, password = requests.utils.get_auth_from_url(proxy_url)
+    if not user:
+        return ""
+    encoded = b64encode(f"{user}:{password}".encode("latin-1")).decode()
+    return f"Proxy-Authorization: Basic {encoded}\r\n"
+
+
+def open_tunnel(budget: Budget, stream: Stream, credentials: str, to: Place) -> None:
+    """Let the proxy at the other end of `stream` connect to `to`.
+
+    Raises:
+        OSError: it does not.
+        Overlong: its answer is too long.
+    """
+    target = f"{to.host}:{to.port}"
+    request = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{credentials}\r\n"
+    budget.begin_phase()
+    stream.send(budget, request.encode("latin-1"))
+    head = b""
+    while b"\r\n\r\n" not in head:
+        data = stream.receive(budget)
+        if not data:
+            raise ConnectionAbortedError("the proxy ended the connection")
+        head += data
+    if head.split(None, 2)[1:2] != [b"200"]:
+        raise ConnectionRefusedError("the proxy opens no tunnel")

@@ -1,0 +1,270 @@
+"""Byte streams to a peer, plain and over TLS. Every wait ends at the deadline of a `Budget`.
+
+A socket's own time-out bounds one operation: a peer that sends a byte a second is never late. Here
+each operation asks what is left for all of them. TLS runs over memory (`ssl.MemoryBIO`), so OpenSSL
+never waits for the peer by itself, whatever that sends.
+
+`connect`, `TLS` and the two methods of a `Stream` are all that a client of another protocol needs.
+"""
+
+import select
+import socket
+import ssl
+import struct
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple, Protocol
+
+# The most that is read in one phase: a handshake, a proxy's answer, an answer up to its status.
+PHASE_BYTES = 64 * 1024
+
+# Each read counts as this at least: single bytes, however fast they come, keep a worker busy.
+MIN_READ_BYTES = 256
+
+# As much as is read at once; TLS has no more in a record.
+READ_BYTES = 16 * 1024
+
+Address = tuple[Any, Any, int, str, Any]  # as getaddrinfo returns them
+
+# Where Linux's struct tcp_info has tcpi_bytes_acked and tcpi_bytes_received.
+_COUNTS = struct.Struct("=120xQQ")
+
+
+class Overlong(Exception):
+    """The peer sends more than is read."""
+
+
+class Budget:
+    """The time and the bytes that are left for what is under way. Used by one thread.
+
+    Args:
+        deadline: on `time.monotonic()`.
+    """
+
+    __slots__ = ("_bytes", "deadline")
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self._bytes = PHASE_BYTES
+
+    def time_left(self) -> float:
+        """Return seconds, more than 0.
+
+        Raises:
+            TimeoutError: the deadline has passed.
+        """
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the deadline has passed")
+        return left
+
+    def begin_phase(self) -> None:
+        """Let `PHASE_BYTES` be read from now on."""
+        self._bytes = PHASE_BYTES
+
+    def extend(self, count: int) -> None:
+        """Let `count` more bytes be read."""
+        self._bytes += count
+
+    def spend(self, count: int) -> None:
+        """Note that `count` bytes were read.
+
+        Raises:
+            Overlong: those were too many.
+        """
+        self._bytes -= max(count, MIN_READ_BYTES)
+        if self._bytes < 0:
+            raise Overlong
+
+
+class Stream(Protocol):
+    """Bytes to and from a peer."""
+
+    def send(self, budget: Budget, data: bytes) -> None:
+        """Send all of `data`.
+
+        Raises:
+            TimeoutError: the deadline passed before all was sent.
+            OSError: the connection is broken.
+        """
+
+    def receive(self, budget: Budget) -> bytes:
+        """Return what the peer sent, at least a byte; nothing if it has ended its side.
+
+        Raises:
+            TimeoutError: the deadline passed.
+            OSError: the connection is broken.
+            Overlong: the peer sends more than is read.
+        """
+
+    def has_unread(self) -> bool:
+        """Return True if more than was asked for lies here, received and not returned."""
+
+    def close(self) -> None: ...
+
+
+class Plain:
+    """A connected socket in blocking mode; the kernel keeps the time of a wait.
+
+    With a time-out of Python's, each operation would be two system calls that give up the
+    interpreter's lock, the first of them to poll.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._received = 0
+
+    def send(self, budget: Budget, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            self._limit(socket.SO_SNDTIMEO, budget)
+            try:
+                rest = rest[self._sock.send(rest) :]
+            except BlockingIOError:
+                raise TimeoutError from None
+
+    def receive(self, budget: Budget) -> bytes:
+        self._limit(socket.SO_RCVTIMEO, budget)
+        try:
+            data = self._sock.recv(READ_BYTES)
+        except BlockingIOError:
+            raise TimeoutError from None
+        self._received += len(data)
+        budget.spend(len(data))
+        return data
+
+    def has_unread(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def is_quiet(self) -> bool:
+        """Return True if the peer has sent nothing that was not read, its end included."""
+        counts = self._counts()
+        if counts:
+            return counts.received == self._received  # an end counts as a byte
+        return not self._wait_for(select.POLLIN, 0)
+
+    def acknowledged(self) -> int | None:
+        """Return how many bytes the peer's kernel has received; None where ours does not tell."""
+        counts = self._counts()
+        return counts.acknowledged if counts else None
+
+    def is_reset(self, seconds: float) -> bool:
+        """Return True if the peer's RST is here, or arrives within `seconds`."""
+        return self._wait_for(0, seconds)
+
+    def _limit(self, direction: int, budget: Budget) -> None:
+        seconds, rest = divmod(budget.time_left(), 1)
+        time_left = struct.pack("ll", int(seconds), max(int(1e6 * rest), 1))  # 0: no limit
+        self._sock.setsockopt(socket.SOL_SOCKET, direction, time_left)
+
+    def _wait_for(self, event: int, seconds: float) -> bool:
+        poll = select.poll()
+        poll.register(self._sock, event)
+        return bool(poll.poll(1000 * seconds))
+
+    def _counts(self) -> "_Counts | None":
+        if not sys.platform.startswith("linux"):
+            return None
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _COUNTS.size)
+        return _Counts(*_COUNTS.unpack(info)) if len(info) == _COUNTS.size else None
+
+
+class _Counts(NamedTuple):
+    """Bytes of one connection, as the kernel counts them."""
+
+    acknowledged: int
+    received: int
+
+
+class TLS:
+    """TLS over another stream, which may be TLS too: a proxy's.
+
+    Args:
+        host: the name or address that the peer's certificate must have.
+
+    Raises:
+        OSError: there was no handshake in time, or the certificate is not trusted.
+    """
+
+    def __init__(self, budget: Budget, below: Stream, context: ssl.SSLContext, host: str) -> None:
+        self._below = below
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        self._run(budget, self._tls.do_handshake)
+
+    def send(self, budget: Budget, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._run(budget, self._tls.write, rest) :]
+
+    def receive(self, budget: Budget) -> bytes:
+        with suppress(ssl.SSLZeroReturnError):  # the peer's close_notify
+            return bytes(self._run(budget, self._tls.read, READ_BYTES))
+        return b""
+
+    def has_unread(self) -> bool:
+        return bool(self._incoming.pending or self._tls.pending() or self._below.has_unread())
+
+    def close(self) -> None:
+        self._below.close()
+
+    def _run(self, budget: Budget, step: Callable[..., Any], *args: Any) -> Any:
+        """Return the result of `step`, after as many sends and receives as that takes."""
+        while True:
+            try:
+                result = step(*args)
+            except ssl.SSLWantReadError:
+                self._flush(budget)
+                self._feed(budget)
+            else:
+                self._flush(budget)
+                return result
+
+    def _flush(self, budget: Budget) -> None:
+        if self._outgoing.pending:
+            self._below.send(budget, self._outgoing.read())
+
+    def _feed(self, budget: Budget) -> None:
+        data = self._below.receive(budget)
+        if not data:
+            raise ssl.SSLEOFError("the connection ended within TLS")
+        self._incoming.write(data)
+
+
+def look_up(host: str, port: int, flags: int = 0) -> list[Address]:
+    """Return the addresses of `host`, after however long that takes."""
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+
+
+def connect(budget: Budget, addresses: list[Address]) -> Plain:
+    """Return a stream to the first address that answers; each has its share of the time left.
+
+    Raises:
+        OSError: none did.
+    """
+    for left in range(len(addresses), 0, -1):
+        *kind, _, address = addresses[-left]
+        try:
+            return _connect(kind, address, budget.time_left() / left)
+        except OSError:
+            if left == 1:
+                raise
+    raise OSError("the name has no address")
+
+
+def _connect(kind: list[Any], address: Any, seconds: float) -> Plain:
+    sock = socket.socket(*kind)
+    try:
+        sock.settimeout(seconds)
+        sock.connect(address)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(None)
+    except OSError:
+        sock.close()
+        raise
+    return Plain(sock)

@@ -1,0 +1,115 @@
+"""What all commands have in common: `--help` in any environment, and one line without settings."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from flask.cli import FlaskGroup
+
+from notifier.app import create_app
+from tests.fixtures import MakeSettings
+from tests.service import ROOT
+
+COMMANDS = [
+    "migrate",
+    "rollback",
+    "check-role",
+    "providers list",
+    "providers add --channel email --name n --host http://a/",
+    "providers edit 1 --priority 1",
+    "providers remove 1",
+    "providers restore 1",
+    "providers test 1",
+]
+
+
+def flask(*arguments: str) -> Result:
+    """Run `flask --app notifier.app` in this process, which has no settings in its environment."""
+    return CliRunner().invoke(FlaskGroup(load_dotenv=False), ["--app", "notifier.app", *arguments])
+
+
+@pytest.fixture(autouse=True)
+def _without_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASK_RUN_FROM_CLI", "")  # flask sets it; this lets it be unset afterwards
+
+
+def name_of(command: str) -> str:
+    """Return a command line without its arguments."""
+    return command.partition(" --")[0].removesuffix(" 1")
+
+
+def names(group: click.Command, *before: str) -> Iterator[str]:
+    """Yield the names of a group's commands, those of groups within it too."""
+    assert isinstance(group, click.Group)
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        yield " ".join([*before, name])
+        if isinstance(command, click.Group):
+            yield from names(command, *before, name)
+
+
+def test_all_commands_are_tested_here(make_settings: MakeSettings) -> None:
+    ours = {*names(create_app(make_settings()).cli)}
+    assert {"providers", *map(name_of, COMMANDS)} == ours
+
+
+@pytest.mark.parametrize("loud", [False, True])
+def test_the_help_lists_the_commands_in_any_environment(
+    loud: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if loud:
+        monkeypatch.setenv("LOG_LEVEL", "loud")
+    result = flask("--help")
+    assert (result.exit_code, result.stderr) == (0, "")
+    for command in ("migrate", "rollback", "check-role", "providers", "run", "routes"):
+        assert f"\n  {command} " in result.stdout
+
+
+@pytest.mark.parametrize("command", ["providers", *COMMANDS])
+def test_every_command_has_help_in_any_environment(command: str) -> None:
+    name = name_of(command)
+    result = flask(*name.split(), "--help")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f" {name} " in result.stdout.splitlines()[0]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "routes"])
+def test_every_command_that_runs_says_in_one_line_which_settings_are_missing(command: str) -> None:
+    result = flask(*command.split())
+    assert result.exit_code == 1
+    (line,) = result.output.splitlines()
+    assert line.startswith("notifier cannot start: DB_HOST is missing: ")
+
+
+def test_a_command_line_that_cannot_be_understood_is_told_before_settings_are_missing() -> None:
+    for wrong in (["unknown"], ["providers", "unknown"], ["providers", "remove"]):
+        assert flask(*wrong).exit_code == 2
+
+
+def test_without_settings_the_service_itself_cannot_start() -> None:
+    with pytest.raises(SystemExit, match=r"^notifier cannot start: DB_HOST is missing: "):
+        create_app()
+
+
+@pytest.mark.usefixtures("processes")
+@pytest.mark.parametrize(("command", "code"), [("--help", 0), ("migrate", 1)])
+def test_a_process_with_an_empty_environment_does_the_same(command: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flask", "--app", "notifier.app", command],
+        cwd=ROOT,
+        env={},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code
+    if code:
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("notifier cannot start: DB_HOST is missing: ")
+    else:
+        assert "\n  check-role " in done.stdout

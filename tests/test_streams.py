@@ -1,0 +1,116 @@
+"""What a client of another protocol needs: streams that turn to TLS halfway, by one deadline."""
+
+import socket
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from notifier.environ import trust
+from notifier.wire.streams import TLS, Budget, Overlong, Stream, connect, look_up
+from tests.sockets import LOOPBACK, silent
+from tests.timing import within
+
+Certificate = tuple[Path, ssl.SSLContext]
+
+
+@contextmanager
+def serving(serve: Callable[[socket.socket], None]) -> Iterator[int]:
+    """Yield a port whose first connection is served by `serve`."""
+    with socket.create_server((LOOPBACK, 0)) as listener:
+
+        def accept() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                sock.settimeout(10)
+                serve(sock)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield listener.getsockname()[1]
+        thread.join(10)
+
+
+def line(budget: Budget, stream: Stream) -> bytes:
+    text = b""
+    while not text.endswith(b"\r\n"):
+        text += stream.receive(budget)
+    return text
+
+
+def test_a_mail_server_is_spoken_to_in_plain_text_and_then_over_tls(
+    certificate: Certificate,
+) -> None:
+    bundle, server_context = certificate
+    heard: list[bytes] = []
+
+    def serve(sock: socket.socket) -> None:
+        sock.sendall(b"220 mail ESMTP\r\n")
+        heard.append(sock.recv(100))
+        sock.sendall(b"220 ready\r\n")
+        with server_context.wrap_socket(sock, server_side=True) as secure:
+            heard.append(secure.recv(100))
+            secure.sendall(b"250 hello\r\n")
+            assert secure.recv(100) == b""
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trust(context, str(bundle))
+    budget = Budget(time.monotonic() + 5)
+    with serving(serve) as port:
+        plain = connect(budget, look_up(LOOPBACK, port))
+        assert line(budget, plain) == b"220 mail ESMTP\r\n"
+        plain.send(budget, b"STARTTLS\r\n")
+        assert line(budget, plain) == b"220 ready\r\n"
+        secure = TLS(budget, plain, context, "localhost")
+        secure.send(budget, b"EHLO notifier\r\n")
+        assert line(budget, secure) == b"250 hello\r\n"
+        secure.close()
+    assert heard == [b"STARTTLS\r\n", b"EHLO notifier\r\n"]
+
+
+def test_whoever_says_nothing_is_left_at_the_deadline() -> None:
+    with silent() as port, within(3):
+        budget = Budget(time.monotonic() + 0.2)
+        stream = connect(budget, look_up(LOOPBACK, port))
+        with pytest.raises(TimeoutError):
+            stream.receive(budget)
+        stream.close()
+
+
+def test_whoever_says_too_much_in_one_phase_is_left() -> None:
+    def serve(sock: socket.socket) -> None:
+        with suppress(OSError):  # the client left
+            while True:
+                sock.sendall(bytes(65536))
+
+    budget = Budget(time.monotonic() + 10)
+    with serving(serve) as port:
+        stream = connect(budget, look_up(LOOPBACK, port))
+        budget.extend(100_000)
+        with pytest.raises(Overlong):
+            deque(iter(lambda: stream.receive(budget), b""), maxlen=0)
+        stream.close()
+
+
+def test_a_record_longer_than_one_of_tls_arrives_whole(certificate: Certificate) -> None:
+    bundle, server_context = certificate
+    body, got = bytes(range(256)) * 1000, bytearray()
+
+    def serve(sock: socket.socket) -> None:
+        with server_context.wrap_socket(sock, server_side=True) as secure:
+            while len(got) < len(body):
+                got.extend(secure.recv(65536))
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trust(context, str(bundle))
+    budget = Budget(time.monotonic() + 10)
+    with serving(serve) as port:
+        stream = TLS(budget, connect(budget, look_up(LOOPBACK, port)), context, LOOPBACK)
+        stream.send(budget, body)
+    stream.close()
+    assert bytes(got) == body

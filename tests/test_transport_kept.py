@@ -1,0 +1,300 @@
+"""Kept connections: when one is reused, and when a request is sent again over another.
+
+Every test runs over plain HTTP and over TLS.
+"""
+
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from notifier.wire import streams
+from notifier.wire.transport import Transport
+from tests.fixtures import MakeProvider, Wire
+from tests.posting import failure, post
+from tests.scripted_provider import (
+    STATUS_LINE,
+    Peer,
+    Received,
+    Script,
+    ScriptedProvider,
+    answer,
+    close,
+    reset,
+    say_goodbye,
+    sends,
+)
+from tests.timing import eventually
+
+
+@pytest.fixture
+def unseen_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a closing go unseen before a connection is used again, as if it had just begun."""
+    monkeypatch.setattr(streams.Plain, "is_quiet", lambda _: True)
+
+
+def one_answer_each(peer: Peer, _: Received) -> None:
+    """Answer, keep the connection by what is said, and close it."""
+    peer.send(STATUS_LINE + b"Content-Length: 2\r\n\r\n{}")
+    peer.say_goodbye()
+
+
+def closed_by_now(provider: ScriptedProvider) -> None:
+    """Wait until the provider has nothing more to do with its connections."""
+    eventually(lambda: not any(thread.is_alive() for thread in provider.serving()))
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what arrived")
+
+
+@linux_only
+@pytest.mark.usefixtures("unseen_closing")
+def test_a_connection_that_was_closed_while_it_lay_idle_fails_nothing(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    provider.script = one_answer_each
+    for number in range(1, 6):
+        assert post(transport, provider.url) == 200
+        closed_by_now(provider)
+        assert (len(provider.received), provider.connections) == (number, number)
+
+
+@pytest.mark.usefixtures("unseen_closing")
+def test_where_the_kernel_does_not_tell_what_arrived_nothing_is_sent_again(
+    transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams.Plain, "acknowledged", lambda _: None)
+    provider.script = together = Together(1)
+    assert post(transport, provider.url) == 200
+    together.closed.set()
+    closed_by_now(provider)
+    assert failure(transport, provider.url) == "reset"
+    assert (len(provider.received), provider.connections) == (1, 1)
+
+
+@linux_only
+@pytest.mark.usefixtures("unseen_closing")
+def test_several_connections_that_were_closed_while_they_lay_idle_fail_nothing(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    provider.script = together = Together(3)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: post(transport, provider.url), range(3)))
+    assert provider.connections == 3
+    together.closed.set()
+    closed_by_now(provider)
+    provider.script = answer()
+    assert post(transport, provider.url) == 200
+    assert (len(provider.received), provider.connections) == (4, 4)
+
+
+class Together:
+    """Answers so many requests at the same moment; closes when it is told to."""
+
+    def __init__(self, parties: int) -> None:
+        self._here = threading.Barrier(parties, timeout=10)
+        self.closed = threading.Event()
+
+    def __call__(self, peer: Peer, _: Received) -> None:
+        self._here.wait()
+        peer.send(STATUS_LINE + b"Content-Length: 2\r\n\r\n{}")
+        self.closed.wait(10)
+        peer.say_goodbye()
+
+
+@pytest.mark.parametrize("how", [close, reset])
+def test_a_request_that_was_read_is_never_sent_again(
+    transport: Transport, provider: ScriptedProvider, how: Script
+) -> None:
+    assert post(transport, provider.url) == 200
+    provider.script = how
+    assert failure(transport, provider.url) == "reset"
+    assert (len(provider.received), provider.connections) == (2, 1)
+
+
+def test_a_request_whose_connection_is_closed_unread_by_a_reset_is_not_sent_again(
+    transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reset may come from somebody who has read all of it."""
+    gone, send = threading.Event(), streams.Plain.send
+
+    def send_and_let_go(*args: Any) -> None:
+        send(*args)
+        gone.set()
+
+    def stop_reading(peer: Peer, _: Received) -> None:
+        peer.send(STATUS_LINE + b"Content-Length: 2\r\n\r\n{}")
+        gone.wait(10)
+        peer.reset()
+
+    provider.script = stop_reading
+    assert post(transport, provider.url) == 200
+    monkeypatch.setattr(streams.Plain, "send", send_and_let_go)
+    assert failure(transport, provider.url) == "reset"
+    assert (len(provider.received), provider.connections) == (1, 1)
+
+
+def test_a_request_that_was_read_is_not_sent_again_though_the_connection_ends_by_a_reset(
+    transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An end and then a reset look as if nobody had read it; what was acknowledged tells."""
+    asked, is_reset = threading.Event(), streams.Plain.is_reset
+
+    def ask(plain: streams.Plain, seconds: float) -> bool:
+        asked.set()
+        return is_reset(plain, seconds + 10)
+
+    def end_then_reset(peer: Peer, _: Received) -> None:
+        peer.stop_sending()
+        asked.wait(10)
+        peer.reset()
+
+    monkeypatch.setattr(streams.Plain, "is_reset", ask)
+    assert post(transport, provider.url) == 200
+    provider.script = end_then_reset
+    assert failure(transport, provider.url, seconds=10) == "reset"
+    assert (len(provider.received), provider.connections) == (2, 1)
+
+
+KEPT: dict[str, tuple[bytes, bool]] = {
+    "a length": (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", True),
+    "the same length twice": (STATUS_LINE + b"Content-Length: 2\r\n" * 2 + b"\r\n{}", False),
+    "two lengths": (STATUS_LINE + b"Content-Length: 9\r\nContent-Length: 2\r\n\r\n{}", False),
+    "chunks": (STATUS_LINE + b"Transfer-Encoding: Chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", True),
+    "another encoding": (
+        STATUS_LINE + b"Transfer-Encoding: gzip, chunked\r\nContent-Length: 2\r\n\r\n{}",
+        False,
+    ),
+    "no body": (b"HTTP/1.1 204 No Content\r\n\r\n", True),
+    "no body, in chunks": (
+        b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n",
+        True,
+    ),
+    "nothing new": (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 7\r\n\r\n", True),
+    "no length": (STATUS_LINE + b"\r\n", False),
+    "a farewell": (STATUS_LINE + b"Connection: x, Close\r\nContent-Length: 0\r\n\r\n", False),
+    "an old version": (b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n", False),
+    "an interim answer before": (
+        b"HTTP/1.1 103 Early Hints\r\nContent-Length: 7\r\n\r\n"
+        + STATUS_LINE
+        + b"Content-Length: 0\r\n\r\n",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_connection_is_used_again_if_it_is_clear_where_the_answer_ends(
+    transport: Transport, provider: ScriptedProvider, name: str
+) -> None:
+    text, kept = KEPT[name]
+    provider.script = sends(text, lambda *_: None)
+    statuses = [post(transport, provider.url) for _ in range(3)]
+    assert set(statuses) <= {200, 204, 304}
+    assert (len(provider.received), provider.connections) == (3, 1 if kept else 3)
+
+
+def test_what_follows_an_answer_is_not_taken_for_the_next_one(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    """Both in one TLS record: what is left of it lies where nobody sees it from outside."""
+    stray = STATUS_LINE + b"Content-Length: 0\r\n\r\n"
+    head = STATUS_LINE + b"Content-Length: 8000\r\nX-Fill: "
+    first = head + b"x" * (8192 - len(head) - 4 - 8000) + b"\r\n\r\n" + bytes(8000)
+    assert len(first) == 8192  # as much as is read at once
+    provider.script = sends(first + stray, lambda *_: None)
+    assert post(transport, provider.url) == 200
+    provider.script = answer(503)
+    assert post(transport, provider.url) == 503
+
+
+@pytest.mark.parametrize(("seconds", "connections"), [(29, 1), (31, 2)])
+def test_a_connection_is_reused_if_it_was_idle_for_no_more_than_half_a_minute(
+    transport: Transport,
+    provider: ScriptedProvider,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    connections: int,
+) -> None:
+    assert post(transport, provider.url) == 200
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + seconds)
+    monkeypatch.setattr("notifier.wire.transport.time", later)
+    assert post(transport, provider.url) == 200
+    assert (len(provider.received), provider.connections) == (2, connections)
+
+
+def test_idle_connections_that_are_no_longer_used_are_closed(
+    transport: Transport, make_provider: MakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of an endpoint that is never asked again."""
+    retired, other = make_provider(), make_provider()
+    scheme = "http"
+    assert post(transport, f"{scheme}://{retired.host}/") == 200
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + 31)
+    monkeypatch.setattr("notifier.wire.transport.time", later)
+    assert post(transport, f"{scheme}://{other.host}/") == 200
+    closed_by_now(retired)
+
+
+@pytest.mark.usefixtures("unseen_closing")
+def test_who_ends_its_side_and_reads_on_does_not_get_the_request_again(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    half_closed = threading.Event()
+
+    def answer_and_stop_sending(peer: Peer, received: Received) -> None:
+        if not half_closed.is_set():
+            answer()(peer, received)
+            peer.stop_sending()
+            half_closed.set()
+
+    provider.script = answer_and_stop_sending
+    assert post(transport, provider.url) == 200
+    assert half_closed.wait(10)
+    assert failure(transport, provider.url) == "reset"
+    assert provider.connections == 1
+
+
+def test_single_bytes_are_not_read_for_ever() -> None:
+    budget = streams.Budget(0.0)
+    for _ in range(streams.PHASE_BYTES // streams.MIN_READ_BYTES):
+        budget.spend(1)
+    with pytest.raises(streams.Overlong):
+        budget.spend(1)
+
+
+def test_what_a_new_connection_ends_without_an_answer_is_not_sent_again(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    provider.script = sends(STATUS_LINE + b"Connection: close\r\n\r\n")
+    assert post(transport, provider.url) == 200
+    provider.eager, provider.script = True, say_goodbye  # reads nothing
+    assert failure(transport, provider.url) == "reset"
+    assert provider.connections == 2
+
+
+@linux_only
+@pytest.mark.usefixtures("unseen_closing")
+def test_what_is_to_be_sent_again_fails_if_no_other_connection_can_be_made(
+    transport: Transport, wire: Wire
+) -> None:
+    with ScriptedProvider(one_answer_each, tls=wire[1]) as provider:
+        assert post(transport, provider.url) == 200
+        closed_by_now(provider)
+    assert failure(transport, provider.url) == "connect"
+
+
+def test_a_kept_connection_gives_the_next_request_no_more_time_than_it_has(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    def reads_one(peer: Peer, received: Received) -> None:
+        answer()(peer, received)
+        peer.hang()
+
+    provider.script = reads_one
+    assert post(transport, provider.url, seconds=30) == 200
+    assert failure(transport, provider.url, b"x" * 8 * 1024**2, seconds=0.4) == "timeout"
