@@ -20,8 +20,9 @@ from typing import Any
 
 import pytest
 from gunicorn.config import Config
-from gunicorn.workers.gthread import ThreadWorker
 
+from notifier.serving import master
+from notifier.serving.worker import Worker
 from notifier.settings import WITHOUT_EFFECT, Settings
 from notifier.store.db import DATABASE_WAIT
 
@@ -159,8 +160,13 @@ def test_a_package_itself_imports_nothing(package: Path) -> None:
     assert list(imported_names(package)) == []
 
 
-def test_gunicorns_configuration_imports_only_the_settings_the_logs_and_the_worker() -> None:
-    assert imported_modules(CONFIGURATION) == {"logs", "settings", "serving.worker"}
+def test_gunicorns_configuration_imports_only_the_settings_and_what_serves() -> None:
+    ours = {"settings", "serving", "serving.master", "serving.worker"}
+    assert imported_modules(CONFIGURATION) == ours
+
+
+def test_gunicorns_configuration_is_values_and_thin_hooks() -> None:
+    assert len(CONFIGURATION.read_text().splitlines()) <= 80
 
 
 @pytest.mark.usefixtures("processes")
@@ -265,7 +271,7 @@ def test_gunicorn_is_shipped_with_threads_without_preload_and_without_a_control_
         "control_socket_disable": True,
     }
     assert {name: conf[name] for name in shipped} == shipped
-    assert issubclass(conf["worker_class"], ThreadWorker)
+    assert conf["worker_class"] is Worker
 
 
 @pytest.mark.parametrize("threads", [1, 32, 512])
@@ -292,11 +298,10 @@ def test_every_shipped_value_is_one_that_gunicorn_knows_and_takes(
 def test_metrics_are_kept_in_memory_only_where_there_is_room(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Who writes to a memory file system that is full is killed."""
-    conf = gunicorn_conf(monkeypatch)
+    """A write to a full memory file system kills the process."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=15 * 2**20))
-    assert conf["_new_folder"]().parent == tmp_path
+    assert master.make_metrics_folder().parent == tmp_path
 
 
 def test_each_timeout_leaves_room_for_those_within_it(monkeypatch: pytest.MonkeyPatch) -> None:

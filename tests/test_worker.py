@@ -1,17 +1,22 @@
 """Callers who take their time cost a connection: neither a thread nor anybody else's time."""
 
 import json
+import selectors
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import pytest
 import requests
 
-from notifier.serving.worker import HEAD_BYTES, REQUEST_SECONDS, UNREAD_BODY_SECONDS
+from notifier.serving.connection import HEAD_BYTES, REQUEST_SECONDS, UNREAD_BODY_SECONDS
 from tests.fixtures import MakeProvider
+from tests.scripted_provider import Peer, Received, answer
 from tests.service import MESSAGE, Service
 from tests.sockets import until_the_end
 from tests.timing import eventually, within
@@ -249,3 +254,87 @@ def test_part_of_a_next_head_behind_a_body_holds_no_thread(service: Service) -> 
         for sock in socks:
             assert sock.recv(65536)
         answers_at_once(service)
+
+
+PING = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@contextmanager
+def busy(socks: list[socket.socket]) -> Iterator[None]:
+    """Let each caller send its next request as soon as it has read a reply."""
+    enough = threading.Event()
+
+    def call() -> None:
+        with selectors.DefaultSelector() as selector:
+            for sock in socks:
+                selector.register(sock, selectors.EVENT_READ)
+            while not enough.is_set():
+                for key, _ in selector.select(0.1):
+                    assert until(b"running", key.fileobj).startswith(OK)  # type: ignore[arg-type]
+                    key.fileobj.sendall(PING)  # type: ignore[union-attr]
+
+    with ThreadPoolExecutor(1) as pool:
+        calling = pool.submit(call)
+        try:
+            yield
+        finally:
+            enough.set()
+        calling.result()
+
+
+def test_a_new_connection_is_answered_beside_more_busy_ones_than_there_are_threads(
+    service: Service,
+) -> None:
+    with callers(service, PING) as socks, busy(socks):
+        for _ in range(10):
+            answers_at_once(service)
+
+
+def test_requests_that_are_sent_in_advance_are_answered_one_by_one(service: Service) -> None:
+    """Each waits for a thread behind other callers' (see `Readiness.after_others`)."""
+    many = 500  # more than one look at a connection reads
+    with callers(service, PING * many, count=10) as socks:
+        answers_at_once(service)
+        for sock in socks:
+            assert until(b"running", sock, times=many).count(OK) == many
+
+
+IMPATIENT = """
+import runpy
+
+globals().update(runpy.run_path("gunicorn.conf.py"))
+
+from notifier.serving import worker as serving
+
+serving.IDLE_SECONDS = 0.3
+"""
+
+
+def test_threads_start_when_requests_need_them_and_end_when_they_do_not(
+    start_service: StartService,
+    make_provider: MakeProvider,
+    add_provider: AddProvider,
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / "impatient.py"
+    config.write_text(IMPATIENT)
+    let = threading.Event()
+
+    def provide(peer: Peer, received: Received) -> None:
+        let.wait(30)
+        answer()(peer, received)
+
+    add_provider(make_provider(provide).url)
+    service = start_service(
+        WEB_CONCURRENCY="1", GUNICORN_CMD_ARGS=f"--config {config}"
+    ).wait_until_listening()
+    (worker,) = service.booted()
+    few = 10  # the main thread, the refresher's, and some that the start needed
+    assert worker.num_threads() < few
+    with ThreadPoolExecutor(20) as pool:
+        replies = [pool.submit(service.notify) for _ in range(20)]
+        eventually(lambda: worker.num_threads() > 20)
+        let.set()
+        assert {reply.result().status_code for reply in replies} == {200}
+    eventually(lambda: worker.num_threads() < few)
+    assert service.notify().status_code == 200

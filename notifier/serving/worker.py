@@ -1,193 +1,244 @@
-"""How a worker reads from its callers: gunicorn's gthread, with nobody waited for in its threads.
+"""How a worker serves: its threads wait together for the next connection that can be read.
 
-gthread reads a head in a thread, however long that takes. And in the one thread that all of its
-connections depend on, it waits up to two seconds for a caller whom it has told "close" to do so.
-Here both are left to the poller, which waits for all at once: a head that has not come whole, and
-a caller that lingers, cost a connection and no thread. A body is read in a thread, within a time.
+A connection uses a thread from the moment its head has come until its reply is sent. The main
+thread accepts connections and closes expired ones, and never waits for a caller.
 """
 
-import io
-import socket
+import mmap
+import os
+import selectors
+import threading
 import time
+from contextlib import suppress
 from typing import Any
 
+from gunicorn.http import wsgi
 from gunicorn.http.errors import NoMoreData
-from gunicorn.http.unreader import SocketUnreader
-from gunicorn.workers.gthread import _DEFER, ThreadWorker
+from gunicorn.workers import base
 
-# For a request from its first byte to its last, however it drips.
-REQUEST_SECONDS = 5.0
+from notifier.serving.connection import UNREAD_BODY_SECONDS, BodyReader, Connection
+from notifier.serving.readiness import NOTHING, STOPPED, Readiness
 
-# How often all connections are looked at for callers who have begun a request and fallen silent.
+# How often to look for expired connections.
 LOOK_SECONDS = 1.0
 
-# Only Linux has it.
-CORK = getattr(socket, "TCP_CORK", None)
+# How long a stopping worker waits for requests on idle connections: one may be under way.
+LINGER_SECONDS = 2.0
 
-# For a body that its request was answered without, by a refusal say, unless others wait for the
-# thread. Who is sending it can go on using the connection; the others can read the answer.
-UNREAD_BODY_SECONDS = 0.2
+# A thread ends when it has been idle for so long. Fewer threads compete less for the interpreter.
+IDLE_SECONDS = 10.0
 
-# A head that is longer is the parser's, which knows what is too long.
-HEAD_BYTES = 64 * 1024
+# How often a stopping worker looks whether it has finished.
+STOP_LOOK_SECONDS = 0.1
 
 
-class Caller(SocketUnreader):
-    """What one caller sends; `buf` keeps what the parser has not had."""
+class Worker(base.Worker):
+    """A gunicorn worker with as many threads as requests are under way, up to `cfg.threads`.
 
-    _due: float | None = None  # of the request that has begun, on time.monotonic()
-    leaving = False
+    Shared by all threads: `_connections`, all that are open; `_waiting`, those that no thread uses,
+    by file descriptor; and, guarded by `_lock`, how many threads there are and how many are idle.
+    The thread that pops a connection from `_waiting` owns it.
+    """
 
-    def next_request(self) -> None:
-        """Begin to wait for another request, for as long as it likes."""
-        self._due = None
+    # Made by the master before the fork, for both to see.
+    draining: mmap.mmap
+    serving: mmap.mmap
+    slot: int
 
-    def ends_within(self, seconds: float) -> None:
-        """Give the rest of this request no more than `seconds`."""
-        self._due = time.monotonic() + seconds
+    def init_process(self) -> None:
+        """Make what belongs to this process, load the application, and run."""
+        self._readiness = Readiness()
+        self._connections: set[Connection] = set()
+        self._waiting: dict[int, Connection] = {}
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._idle = 0
+        self._selector = selectors.DefaultSelector()
+        self._accepting = False
+        self._next_look = 0.0  # for expired connections, on time.monotonic()
+        # Reading a setting costs 0.4 us, and the parser reads eighteen.
+        vars(self.cfg).update({name: each.get() for name, each in self.cfg.settings.items()})
+        super().init_process()
 
-    def has_head(self) -> bool:
-        """Take what has come, without waiting, and say whether that is enough for the parser.
+    # --- the main thread
 
-        Raises:
-            NoMoreData: the caller has left, or had its time.
-        """
-        head = self.buf.getvalue()
-        if not _is_enough(head):
-            head += self._come()
-            self.buf = io.BytesIO(head)
-        if _is_enough(head):
-            if len(head) > HEAD_BYTES:
-                self.ends_within(0)
-            return True
-        if head and self._time_left() < 0:
-            raise NoMoreData
-        return False
-
-    def leave(self) -> None:
-        """Send nothing more, and wait for the caller's end: what it may still send would be
-        answered with a reset, which can overtake our last reply (RFC 9112, section 9.6)."""
-        self.leaving = True
-        self.take_buffered()  # or a worker that stops would look there for another request
-        self.ends_within(REQUEST_SECONDS)
-        self.sock.shutdown(socket.SHUT_WR)
-
-    def drop(self) -> None:
-        """Forget what has come.
-
-        Raises:
-            NoMoreData: the caller has left too, or had its time.
-        """
-        self._come()
-        if self._time_left() < 0:
-            raise NoMoreData
-
-    def chunk(self, size_hint: int | None = None) -> bytes:
-        """Read on in a request that the parser has begun; it has this thread until its time is up.
-
-        Raises:
-            NoMoreData: it is.
-        """
-        self.sock.settimeout(max(0.0, self._time_left()))
+    def run(self) -> None:
+        """Serve until a signal, or the end of the master."""
+        self._selector.register(self.PIPE[0], selectors.EVENT_READ, self._wake)
+        self._start_thread()
         try:
-            data: bytes = super().chunk(size_hint)
-        except (TimeoutError, BlockingIOError):
-            raise NoMoreData from None
-        return data
-
-    def is_late(self) -> bool:
-        """Say whether a request has begun, and had its time."""
-        return self._due is not None and time.monotonic() > self._due
-
-    def _come(self) -> bytes:
-        self.sock.setblocking(False)
-        try:
-            data: bytes = self.sock.recv(self.mxchunk)
-        except BlockingIOError:
-            return b""
-        if not data:
-            raise NoMoreData
-        return data
-
-    def _time_left(self) -> float:
-        now = time.monotonic()
-        if self._due is None:
-            self._due = now + REQUEST_SECONDS
-        return self._due - now
-
-
-def _is_enough(head: bytes) -> bool:
-    """Say whether `head` is whole, or such that the parser refuses it without reading on."""
-    if b"\r\n\r\n" in head or len(head) > HEAD_BYTES:
-        return True
-    return head.count(b"\n") != head.count(b"\r\n")
-
-
-def _cork(sock: socket.socket, *, held: bool) -> None:
-    """Hold back what does not fill a packet, or let it go."""
-    if CORK is not None:
-        sock.setsockopt(socket.IPPROTO_TCP, CORK, held)
-
-
-class Worker(ThreadWorker):
-    """gunicorn's gthread with the `Caller` of each connection in the place of its reader."""
-
-    _next_look = 0.0  # at all connections, on time.monotonic()
-
-    def handle(self, conn: Any) -> object:
-        """Answer the request of `conn` if its head is there; say what to do with the connection."""
-        if not conn.initialized:
-            conn.init()
-            conn.parser.unreader = Caller(conn.sock)
-        caller: Caller = conn.parser.unreader
-        if caller.leaving:
-            caller.drop()
-            return _DEFER
-        # A worker that stops would not give half a head to the poller, but try again at once.
-        if self.alive and not caller.has_head():
-            return _DEFER
-        if super().handle(conn):
-            caller.next_request()
-            return True
-        caller.leave()
-        return _DEFER
-
-    def handle_request(self, req: Any, conn: Any) -> object:
-        """Send head and body of a reply together, which gunicorn writes one by one, and wait for
-        a caller to read them, but not for long."""
-        conn.sock.settimeout(REQUEST_SECONDS)
-        _cork(conn.sock, held=True)
-        try:
-            return super().handle_request(req, conn)
-        except TimeoutError:
-            raise NoMoreData from None
+            while self.alive and self.ppid == os.getppid():
+                self.notify()
+                self._accept(wanted=len(self._connections) < self.cfg.worker_connections)
+                self._wait(LOOK_SECONDS)
+                self._close_expired()
+            self._finish()
         finally:
-            _cork(conn.sock, held=False)
+            self._readiness.stop()
 
-    def murder_pending(self) -> None:
-        """Now and then close connections whose time is up, though nothing more comes on them."""
-        super().murder_pending()
+    def _finish(self) -> None:
+        """Accept nothing more, and serve what is under way."""
+        self.alive = False
+        self._accept(wanted=False)
+        give_up = time.monotonic() + self.cfg.graceful_timeout
+        while self._connections and time.monotonic() < give_up:
+            self.notify()
+            self._wait(STOP_LOOK_SECONDS)
+            self._close_expired()
+        for listener in self.sockets:
+            listener.close()
+
+    def _accept(self, *, wanted: bool) -> None:
+        """Begin or cease to accept connections."""
+        if wanted == self._accepting:
+            return
+        self._accepting = wanted
+        for listener in self.sockets:
+            if wanted:
+                listener.setblocking(False)
+                self._selector.register(listener, selectors.EVENT_READ, self._connect)
+            else:
+                self._selector.unregister(listener)
+
+    def _wait(self, seconds: float) -> None:
+        for key, _ in self._selector.select(seconds):
+            key.data(key.fileobj)
+
+    def _wake(self, pipe: int) -> None:
+        """Take what signals, and `_close`, have written to wake this thread."""
+        os.read(pipe, 4096)
+
+    def _connect(self, listener: Any) -> None:
+        try:
+            sock, client = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # another worker has it, or it is gone
+            return
+        conn = Connection(self.cfg, sock, client, listener.getsockname())
+        self._connections.add(conn)
+        conn.expire_after(self.cfg.keepalive)
+        self._waiting[conn.fd] = conn
+        self._readiness.add(conn.fd)
+
+    def _close_expired(self) -> None:
         now = time.monotonic()
-        if now < self._next_look:
+        if self.alive and now < self._next_look:
+            return
+        if not self.alive and not self._idle:  # a request may be waiting for a thread
             return
         self._next_look = now + LOOK_SECONDS
-        for conn in [conn for conn in self.pending_conns if conn.parser.unreader.is_late()]:
-            self.pending_conns.remove(conn)
-            self.poller.unregister(conn.sock)  # type: ignore[union-attr]
-            self.nr_conns -= 1
-            conn.close()
+        for conn in list(self._waiting.values()):
+            if not self.alive:
+                conn.expires = min(conn.expires, now + LINGER_SECONDS)
+            if conn.expires < now and self._waiting.pop(conn.fd, None) is not None:
+                self._close(conn)
 
-    def _keepalive_after(self, conn: Any, keepalive: object) -> bool:
-        others_wait = self.tpool._work_queue.qsize()  # type: ignore[union-attr]  # noqa: SLF001
-        conn.parser.unreader.ends_within(0 if others_wait else UNREAD_BODY_SECONDS)
-        return bool(super()._keepalive_after(conn, keepalive))
+    def _close(self, conn: Connection) -> None:
+        self._connections.discard(conn)
+        conn.close()
+        if not self._accepting:  # the main thread waits for room, or for the last to close
+            with suppress(BlockingIOError):
+                os.write(self.PIPE[1], b".")
 
-    def _cap_keepalive(self, deadline: float) -> None:
-        """Cap the patience with connections on which nothing ever came, too.
+    # --- the threads
 
-        Load balancers open some in advance. The original waits its whole `graceful_timeout` for
-        them, and a reload waits with it.
-        """
-        super()._cap_keepalive(deadline)
-        for conn in self.pending_conns:
-            conn.timeout = min(conn.timeout, deadline)
+    def _start_thread(self) -> None:
+        threading.Thread(target=self._work, name="request").start()
+        self._threads += 1
+        self._idle += 1
+
+    def _work(self) -> None:
+        """Serve connections, one after the other."""
+        while (fd := self._readiness.wait(IDLE_SECONDS)) != STOPPED:
+            if fd == NOTHING and self._is_superfluous():
+                return
+            conn = self._waiting.pop(fd, None)
+            if conn is not None:  # else it has expired meanwhile
+                self._serve(conn)
+
+    def _serve(self, conn: Connection) -> None:
+        with self._lock:
+            self._idle -= 1
+            if not self._idle and self._threads < self.cfg.threads:
+                with suppress(RuntimeError):  # the machine has none left: go on with fewer
+                    self._start_thread()
+        kept = self._attend(conn)
+        with self._lock:
+            self._idle += 1  # before `conn` is armed, or its next request starts a thread
+        if kept:
+            self._arm(conn)
+        else:
+            self._close(conn)
+
+    def _is_superfluous(self) -> bool:
+        """Return True, and count a thread as ended, unless no other is idle."""
+        with self._lock:
+            if self._idle == 1:
+                return False
+            self._idle -= 1
+            self._threads -= 1
+            return True
+
+    def _attend(self, conn: Connection) -> bool:
+        """Take what has come, and answer it if it is a request; return False if all is over."""
+        try:
+            if conn.leaving:
+                conn.drop()
+            elif conn.has_head() and not self._answer(conn):
+                conn.leave()
+        except OSError:
+            return False
+        except Exception:
+            self.log.exception("could not serve a connection")
+            return False
+        return True
+
+    def _arm(self, conn: Connection) -> None:
+        """Let the next thread that is idle attend to `conn` when something has come."""
+        conn.expire_after(self.cfg.keepalive)
+        self._waiting[conn.fd] = conn
+        with suppress(OSError):  # it has expired at once, and been closed
+            if not conn.leaving and conn.has_read_head():
+                self._readiness.after_others(conn.fd)
+            else:
+                self._readiness.again(conn.fd)
+
+    def _answer(self, conn: Connection) -> bool:
+        """Answer a request; return True if the caller can use the connection again."""
+        request = None
+        try:
+            request = next(conn.parser)
+            if not self._call(request, conn):
+                return False
+            return conn.end_request(UNREAD_BODY_SECONDS if self._idle else 0.0)
+        except (NoMoreData, StopIteration, ConnectionError, TimeoutError):
+            return False
+        except Exception as error:  # noqa: BLE001 handle_error logs it
+            self.handle_error(request, conn.socket, conn.client, error)
+            return False
+
+    def _call(self, request: Any, conn: Connection) -> bool:
+        """Let the application answer; return True if the reply lets the caller go on."""
+        request.body.reader = BodyReader(request.body.reader)
+        reply, environ = wsgi.create(request, conn, conn.client, conn.server, self.cfg)
+        environ["wsgi.multithread"] = True
+        if self._is_last():
+            reply.force_close()
+        chunks = self.wsgi(environ, reply.start_response)
+        try:
+            for chunk in chunks:
+                reply.write(chunk)
+            reply.close()
+        finally:
+            if hasattr(chunks, "close"):
+                chunks.close()
+        conn.flush()
+        return not reply.should_close()
+
+    def _is_last(self) -> bool:
+        """Count a request; return True if its reply must close the connection."""
+        self.nr += 1
+        if self.nr >= self.max_requests and self.alive:
+            self.log.info("restarting after %d requests", self.nr)
+            self.alive = False
+        room = self.cfg.worker_connections - self.cfg.threads
+        return not self.alive or bool(self.draining[0]) or len(self._waiting) >= room

@@ -5,7 +5,6 @@ import re
 from typing import Any, NoReturn
 
 from flask import request
-from gunicorn.http.errors import ParseException
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
@@ -147,7 +146,7 @@ def _read_json() -> object:
 def _read_body() -> bytes:
     try:
         body = request.get_data(cache=False)
-    except (ClientDisconnected, ParseException):
+    except ClientDisconnected:
         raise InvalidRequest("body: ends early, or its chunks are malformed") from None
     if len(body) > MAX_BODY_BYTES:
         raise RequestEntityTooLarge

@@ -1,0 +1,86 @@
+"""Which connections can be read, asked by many threads at once.
+
+Each connection is reported once, to one thread, until it is armed again. Idle threads wait in the
+kernel, and epoll wakes the thread that became idle last. So no Python thread hands a connection to
+another, and no thread wakes up in vain.
+"""
+
+import os
+import select
+import sys
+
+# What `wait` returns instead of a file descriptor.
+STOPPED, NOTHING = -1, -2
+
+if sys.platform == "linux":
+
+    class _Once:
+        def __init__(self) -> None:
+            self._epoll = select.epoll()
+
+        def add(self, fd: int) -> None:
+            """Report `fd` once, as soon as it can be read. Closing it ends that."""
+            self._epoll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+
+        def again(self, fd: int) -> None:
+            """Report `fd` once more, as soon as it can be read."""
+            self._epoll.modify(fd, select.EPOLLIN | select.EPOLLONESHOT)
+
+        def after_others(self, fd: int) -> None:
+            """Report `fd` once more, after those that are ready, as soon as it can be written."""
+            self._epoll.modify(fd, select.EPOLLOUT | select.EPOLLONESHOT)
+
+        def _always(self, fd: int) -> None:
+            self._epoll.register(fd, select.EPOLLIN)
+
+        def _next(self, seconds: float) -> int:
+            events = self._epoll.poll(seconds, maxevents=1)
+            return events[0][0] if events else NOTHING
+
+else:
+
+    class _Once:
+        def __init__(self) -> None:
+            self._kqueue = select.kqueue()
+
+        def add(self, fd: int) -> None:
+            """Report `fd` once, as soon as it can be read. Closing it ends that."""
+            self._watch(fd, select.KQ_FILTER_READ, select.KQ_EV_ADD | select.KQ_EV_ONESHOT)
+
+        again = add
+
+        def after_others(self, fd: int) -> None:
+            """Report `fd` once more, after those that are ready, as soon as it can be written."""
+            self._watch(fd, select.KQ_FILTER_WRITE, select.KQ_EV_ADD | select.KQ_EV_ONESHOT)
+
+        def _always(self, fd: int) -> None:
+            self._watch(fd, select.KQ_FILTER_READ, select.KQ_EV_ADD)
+
+        def _watch(self, fd: int, event: int, flags: int) -> None:
+            self._kqueue.control([select.kevent(fd, event, flags)], 0)
+
+        def _next(self, seconds: float) -> int:
+            events = self._kqueue.control(None, 1, seconds)
+            return events[0].ident if events else NOTHING
+
+
+class Readiness(_Once):
+    """Reports file descriptors that are ready. Any thread may call any method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stop, self._stopping = os.pipe()
+        self._always(self._stop)
+
+    def wait(self, seconds: float) -> int:
+        """Return a file descriptor as soon as one is ready.
+
+        Or `STOPPED` after `stop()`, or `NOTHING` when no other thread has left one to this one for
+        so many `seconds`.
+        """
+        fd = self._next(seconds)
+        return STOPPED if fd == self._stop else fd
+
+    def stop(self) -> None:
+        """Let every `wait()` return."""
+        os.write(self._stopping, b".")  # nobody reads it

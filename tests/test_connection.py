@@ -1,0 +1,132 @@
+"""How a caller's connection is read and written, below gunicorn's parser and response."""
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+from gunicorn.config import Config
+from gunicorn.http.errors import InvalidChunkSize, NoMoreData
+
+from notifier.serving import connection
+from notifier.serving.connection import BodyReader, Connection
+
+HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
+LARGE = b"x" * 2**22  # more than the kernel's buffers hold
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Connection, socket.socket]]:
+    """A connection and its caller's socket."""
+    ours, callers = socket.socketpair()
+    with ours, callers:
+        callers.settimeout(10)
+        yield Connection(Config(), ours, ("127.0.0.1", 1), ("127.0.0.1", 2)), callers
+
+
+@pytest.fixture
+def conn(pair: tuple[Connection, socket.socket]) -> Connection:
+    return pair[0]
+
+
+@pytest.fixture
+def caller(pair: tuple[Connection, socket.socket]) -> socket.socket:
+    return pair[1]
+
+
+def test_head_and_body_of_a_reply_are_sent_together(
+    conn: Connection, caller: socket.socket
+) -> None:
+    conn.sendall(b"head")
+    conn.sendall(b"body")
+    caller.settimeout(0.05)
+    with pytest.raises(TimeoutError):
+        caller.recv(100)
+    conn.flush()
+    assert caller.recv(100) == b"headbody"
+
+
+def test_an_interim_reply_is_sent_at_once(conn: Connection, caller: socket.socket) -> None:
+    conn.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert caller.recv(100).startswith(b"HTTP/1.1 100 ")
+
+
+def test_a_large_reply_arrives_whole(conn: Connection, caller: socket.socket) -> None:
+    conn.sendall(LARGE)
+    sender = threading.Thread(target=conn.flush)
+    sender.start()
+    received = 0
+    while received < len(LARGE):
+        received += len(caller.recv(65536))
+    sender.join(10)
+    assert received == len(LARGE)
+
+
+def test_a_caller_that_does_not_take_its_reply_is_given_up(
+    conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.1)
+    conn.sendall(LARGE)
+    with pytest.raises(TimeoutError):
+        conn.flush()
+
+
+def test_a_request_is_read_without_waiting_and_leaves_the_connection_ready(
+    conn: Connection, caller: socket.socket
+) -> None:
+    assert not conn.has_head()
+    caller.sendall(HEAD[:-1])
+    assert not conn.has_head()
+    caller.sendall(HEAD[-1:] + b"body" + HEAD)
+    assert conn.has_head()
+    assert next(conn.parser).body.read() == b"body"
+    assert conn.end_request(0)
+    assert conn.has_read_head()  # the next one
+    assert next(conn.parser).uri == "/"
+
+
+def test_a_body_is_waited_for_as_long_as_its_request_has_time(
+    conn: Connection, caller: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.1)
+    caller.sendall(HEAD + b"bo")
+    assert conn.has_head()
+    request = next(conn.parser)
+    with pytest.raises(NoMoreData):
+        request.body.read()
+
+
+def test_a_body_that_nobody_read_is_dropped_or_ends_the_connection(
+    conn: Connection, caller: socket.socket
+) -> None:
+    caller.sendall(HEAD + b"body" + HEAD + b"bo")
+    assert conn.has_head()
+    next(conn.parser)
+    assert conn.end_request(0)
+    next(conn.parser)
+    with pytest.raises(NoMoreData):
+        conn.end_request(0)
+
+
+def test_an_idle_connection_expires_later_than_one_that_has_begun_a_request(
+    conn: Connection, caller: socket.socket
+) -> None:
+    conn.expire_after(1000)
+    idle = conn.expires
+    caller.sendall(HEAD[:10])
+    assert not conn.has_head()
+    conn.expire_after(1000)
+    begun = conn.expires
+    assert begun < idle - 900
+    conn.expire_after(1000)  # more of it does not give it more time
+    assert conn.expires == pytest.approx(begun)
+
+
+def test_malformed_chunks_are_an_os_error_as_wsgi_libraries_expect() -> None:
+    class Malformed:
+        def read(self, size: int) -> bytes:
+            raise InvalidChunkSize(b"x")
+
+    with pytest.raises(NoMoreData) as raised:
+        BodyReader(Malformed()).read(10)
+    assert isinstance(raised.value, OSError)
