@@ -16,7 +16,7 @@ from notifier.settings import MIN_DEADLINE, Settings
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
 from notifier.store.refresher import Refresher
-from notifier.web import body, errors, notify, ops, requests
+from notifier.web import errors, notify, ops, requests
 from notifier.wire.transport import Transport
 
 # Seconds that a notification may wait for its turn: a quick refusal beats a growing queue.
@@ -27,7 +27,6 @@ def create_app(settings: Settings | None = None) -> Flask:
     """Return the WSGI application; without `settings` they are read from the environment."""
     settings = settings or read_settings()
     app = Flask("notifier", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = body.READ_LIMIT
     app.url_map.merge_slashes = False  # a doubled slash is no such path, not a redirect to HTML
     if settings:  # None where flask only looks for a command
         app.extensions["notifier"] = build(settings)

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from pythonjsonlogger.core import LogData
-from pythonjsonlogger.json import JsonFormatter
+from pythonjsonlogger.json import JsonEncoder, JsonFormatter
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
@@ -41,7 +41,8 @@ class _Formatter(JsonFormatter):
     """Fields in the order people read them: when, how bad, who, what."""
 
     def __init__(self, app_name: str) -> None:
-        super().__init__()
+        encode = JsonEncoder().encode  # which the library would make for each line
+        super().__init__(json_serializer=lambda line, **_: encode(line))
         self._app_name = app_name
 
     def add_fields(
@@ -122,6 +123,7 @@ def mask_address(to: str) -> str:
 
 def configure(app_name: str, level: str, stream: TextIO = sys.stdout) -> None:
     """Send every logger of this process to `stream` as JSON; safe to call again."""
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not shown
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Formatter(app_name))
     root = logging.getLogger()

@@ -55,7 +55,7 @@ def register(app: Flask) -> None:
 
 
 def _begin() -> None:
-    given = request.headers.get("X-Request-Id", "")
+    given = request.environ.get("HTTP_X_REQUEST_ID", "")
     request_id.set(given if _USABLE_REQUEST_ID.fullmatch(given) else _new_request_id())
     g.current = CurrentRequest(time.monotonic(), request.blueprint == OPERATORS)
     if not g.current.is_operators:
@@ -72,7 +72,8 @@ def _end(response: Response) -> Response:
     current = current_request()
     seconds = time.monotonic() - current.began
     method = request.method if request.method in METHODS else "_OTHER"
-    route = request.url_rule.rule if request.url_rule else "unmatched"
+    rule = request.url_rule
+    route = rule.rule if rule else "unmatched"
     metrics.server_requests(method, route, response.status_code).record(seconds)
     log.log(
         _level(current, response.status_code),
