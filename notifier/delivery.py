@@ -86,6 +86,8 @@ class Delivery:
     ) -> tuple[ChannelResult, ...]:
         """Run the first channel in this thread and the others in the pool; await all of them."""
         first, *others = channels
+        if not others:
+            return (self._through(first, message, deadline),)
         under_way = [self._submit(channel, message, deadline) for channel in others]
         try:
             result = self._through(first, message, deadline)

@@ -34,7 +34,8 @@ from tests.timing import eventually
 @pytest.fixture
 def unseen_closing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a closing go unseen before a connection is used again, as if it had just begun."""
-    monkeypatch.setattr(streams.Plain, "is_quiet", lambda _: True)
+    look = streams.Plain.look
+    monkeypatch.setattr(streams.Plain, "look", lambda plain: look(plain)._replace(is_quiet=True))
 
 
 def one_answer_each(peer: Peer, _: Received) -> None:
@@ -63,11 +64,10 @@ def test_a_connection_that_was_closed_while_it_lay_idle_fails_nothing(
         assert (len(provider.received), provider.connections) == (number, number)
 
 
-@pytest.mark.usefixtures("unseen_closing")
 def test_where_the_kernel_does_not_tell_what_arrived_nothing_is_sent_again(
     transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams.Plain, "acknowledged", lambda _: None)
+    monkeypatch.setattr(streams.Plain, "look", lambda _: streams.Look(True, None))
     provider.script = together = Together(1)
     assert post(transport, provider.url) == 200
     together.closed.set()

@@ -72,7 +72,7 @@ class Connection:
     def __init__(self, stream: Stream, plain: Plain) -> None:
         self.reusable = False
         self._stream, self._plain = stream, plain
-        self._used_before = False
+        self._acknowledged: int | None = None  # before this request; None for a new connection
         self._idle_since = 0.0
 
     def is_fresh(self, now: float) -> bool:
@@ -81,7 +81,8 @@ class Connection:
 
     def is_quiet(self) -> bool:
         """Return True if the peer has neither closed it nor sent anything while it was idle."""
-        return self._plain.is_quiet()
+        is_quiet, self._acknowledged = self._plain.look()
+        return is_quiet
 
     def close(self) -> None:
         self._stream.close()
@@ -94,12 +95,11 @@ class Connection:
         Raises:
             TransportError: there was no status line.
         """
-        acknowledged = self._plain.acknowledged() if self._used_before else None
         self.reusable = False
         try:
             return self._exchange(budget, request, wanted)
         except (_Disconnected, ssl.SSLEOFError) as error:
-            if acknowledged and self._never_arrived(budget, acknowledged):
+            if self._never_arrived(budget):
                 return None
             raise TransportError(Fault.RESET) from error
         except TimeoutError as error:
@@ -120,19 +120,21 @@ class Connection:
         status = reader.status(budget)
         reader.drain(budget)
         self.reusable = reader.ended_cleanly()
-        self._used_before = True
         self._idle_since = time.monotonic()
         return Answer(status, reader.headers, reader.body())
 
-    def _never_arrived(self, budget: Budget, acknowledged: int) -> bool:
+    def _never_arrived(self, budget: Budget) -> bool:
         """Return True if the peer had closed the connection before the request arrived.
 
         The peer ended its side, and refused the request by an RST without having acknowledged any
         of it: it may be sent again (RFC 9110, section 9.2.2). Without the RST the peer may only
         have ended its own side; an RST alone may come from a peer that has read all of it.
         """
+        if self._acknowledged is None:
+            return False
         seconds = min(RESET_SECONDS, max(0.0, budget.deadline - time.monotonic()))
-        return self._plain.is_reset(seconds) and self._plain.acknowledged() == acknowledged
+        is_reset = self._plain.is_reset(seconds)
+        return is_reset and self._plain.look().acknowledged == self._acknowledged
 
 
 class _Reader:

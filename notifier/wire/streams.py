@@ -105,6 +105,17 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
+class Look(NamedTuple):
+    """What the kernel knows of a connection.
+
+    `is_quiet` is True if the peer has sent nothing that was not read, its end included.
+    `acknowledged` is how many bytes the peer's kernel has received, None where ours does not tell.
+    """
+
+    is_quiet: bool
+    acknowledged: int | None
+
+
 class Plain:
     """A connected socket in blocking mode; the kernel keeps the time of a wait.
 
@@ -117,8 +128,13 @@ class Plain:
         self._received = 0
 
     def send(self, budget: Budget, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
+        budget.time_left()
+        try:
+            sent = self._sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        rest = memoryview(data)[sent:]
+        while rest:  # more than the kernel's buffer holds
             self._limit(socket.SO_SNDTIMEO, budget)
             try:
                 rest = rest[self._sock.send(rest) :]
@@ -141,17 +157,18 @@ class Plain:
     def close(self) -> None:
         self._sock.close()
 
-    def is_quiet(self) -> bool:
-        """Return True if the peer has sent nothing that was not read, its end included."""
-        counts = self._counts()
-        if counts:
-            return counts.received == self._received  # an end counts as a byte
-        return not self._wait_for(select.POLLIN, 0)
+    def look(self) -> Look:
+        """Return what the kernel knows of the connection."""
+        info = self._tcp_info()
+        if len(info) < _COUNTS.size:  # another system, or an old kernel
+            return Look(not self._wait_for(select.POLLIN, 0), None)
+        acknowledged, received = _COUNTS.unpack(info)
+        return Look(received == self._received, acknowledged)  # an end counts as a byte
 
-    def acknowledged(self) -> int | None:
-        """Return how many bytes the peer's kernel has received; None where ours does not tell."""
-        counts = self._counts()
-        return counts.acknowledged if counts else None
+    def _tcp_info(self) -> bytes:
+        if not sys.platform.startswith("linux"):
+            return b""
+        return self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _COUNTS.size)
 
     def is_reset(self, seconds: float) -> bool:
         """Return True if the peer's RST is here, or arrives within `seconds`."""
@@ -166,19 +183,6 @@ class Plain:
         poll = select.poll()
         poll.register(self._sock, event)
         return bool(poll.poll(1000 * seconds))
-
-    def _counts(self) -> "_Counts | None":
-        if not sys.platform.startswith("linux"):
-            return None
-        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _COUNTS.size)
-        return _Counts(*_COUNTS.unpack(info)) if len(info) == _COUNTS.size else None
-
-
-class _Counts(NamedTuple):
-    """Bytes of one connection, as the kernel counts them."""
-
-    acknowledged: int
-    received: int
 
 
 class TLS:
