@@ -12,6 +12,7 @@ workers = settings.web_concurrency
 threads = settings.server_threads
 preload_app = False
 worker_class = Worker
+http_parser = "python"  # serving/caller.py relies on what it refuses
 
 # Connections of a worker. Beside those in threads there is room for many that are kept.
 worker_connections = max(1000, 2 * threads)

@@ -27,19 +27,19 @@ _BY_FAULT = {
 # Why a provider was skipped whose breaker is open.
 _NOT_ADMITTED = "breaker"
 
-ACCEPTED = range(200, 300)
-REJECTED = range(300, 500)
+_SUCCESSES = range(200, 300)
+_REFUSALS = range(300, 500)
 
-# The provider asks for patience: it has not taken the message, and is not well.
-TRY_LATER = frozenset(
+# Statuses that ask to retry later: the provider has not taken the message.
+_RETRY_LATER = frozenset(
     {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 )
 
-# An endpoint that had this share of its time, and did not answer, can't blame the request's
-# deadline: the third of three attempts has always a little less than the whole.
+# An attempt that had this share of its time failed by itself, not by the request's deadline: the
+# third of three always has a little less than the whole.
 FULL_ATTEMPT = 0.9
 
-# What json.dumps would make for each call.
+# json.dumps would make one for each call.
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class Attempts:
             if is_short and time.monotonic() >= ends:
                 raise AttemptFailed(AttemptOutcome.DEADLINE, "deadline") from error
             raise AttemptFailed(_BY_FAULT[error.fault], error.fault) from error
-        if status not in ACCEPTED:
+        if status not in _SUCCESSES:
             raise AttemptFailed(_judge(status), str(status))
         return status
 
@@ -153,9 +153,9 @@ def _headers() -> dict[str, str]:
 
 def _judge(status: int) -> AttemptOutcome:
     """Return what a status that does not accept means."""
-    if status in TRY_LATER:
+    if status in _RETRY_LATER:
         return AttemptOutcome.NOT_SENT
-    return AttemptOutcome.REJECTED if status in REJECTED else AttemptOutcome.UNKNOWN
+    return AttemptOutcome.REJECTED if status in _REFUSALS else AttemptOutcome.UNKNOWN
 
 
 def _count(provider: Provider, status: int | None, error: str, began: float) -> None:

@@ -17,7 +17,7 @@ class Capacity:
 
     Args:
         places: how many hold one at once; as many more may wait.
-        patience: seconds that one may wait.
+        patience: seconds to wait at most.
     """
 
     def __init__(self, places: int, patience: float) -> None:
@@ -29,7 +29,7 @@ class Capacity:
         metrics.PLACES.set(places)
 
     def __enter__(self) -> None:
-        """Take a place, if need be when it is one's turn.
+        """Take a place; wait in the queue if there is none.
 
         Raises:
             Overloaded: too many wait already, or no turn came in time.

@@ -1,4 +1,4 @@
-"""Who is tried, in which order, within what time, and whether the recipient has been reached."""
+"""From a recipient to its channels, and in each from provider to provider until one accepts."""
 
 import contextvars
 import logging

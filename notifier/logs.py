@@ -21,7 +21,7 @@ from pythonjsonlogger.json import JsonEncoder, JsonFormatter
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-# Libraries whose own lines quote hosts, paths or SQL; what matters of it we log ourselves.
+# Libraries whose own lines quote hosts, paths or SQL; we log what matters ourselves.
 _QUIET_LIBRARIES = ("urllib3", "requests", "psycopg", "yoyo", "werkzeug")
 
 # gunicorn quotes what it could not parse as a request, which may be the rest of a body, and paths.
@@ -41,7 +41,7 @@ class _Formatter(JsonFormatter):
     """Fields in the order people read them: when, how bad, who, what."""
 
     def __init__(self, app_name: str) -> None:
-        encode = JsonEncoder().encode  # which the library would make for each line
+        encode = JsonEncoder().encode  # the library would make one for each line
         super().__init__(json_serializer=lambda line, **_: encode(line))
         self._app_name = app_name
 

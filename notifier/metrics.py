@@ -168,9 +168,9 @@ def server_requests(method: str, route: str, status: int) -> Timed:
 
 
 @cache
-def client_calls(host: str, status: int | None, error: str = "") -> Timed:
-    """Return the instruments of calls to `host` that ended so; looked up once for each kind."""
-    labels = ("POST", host, _code(status), error)
+def client_calls(endpoint: str, status: int | None, error: str = "") -> Timed:
+    """Return the instruments of calls to `endpoint` that ended so; looked up once for each kind."""
+    labels = ("POST", endpoint, _code(status), error)
     return Timed(_CLIENT_REQUESTS.labels(*labels), _CLIENT_DURATION.labels(*labels))
 
 

@@ -178,12 +178,12 @@ class Settings:
 
     @property
     def listen_place(self) -> tuple[str, str]:
-        """Hosts and ports where notifications come from."""
+        """Hosts and ports for LISTEN."""
         return self.db_listen_host or self.db_host, self.db_listen_port or self.db_port
 
     @property
     def read_place(self) -> tuple[str, str]:
-        """Hosts and ports where to read what may be a little old."""
+        """Hosts and ports for reads that tolerate replication lag."""
         return self.db_read_host or self.db_host, self.db_read_port or self.db_port
 
     @property

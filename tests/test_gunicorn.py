@@ -61,7 +61,7 @@ PARTS = [
     Part(
         parser.Parser.__init__,
         "604084ecb33b",
-        "it reads from `unreader`, which connection.py replaces",
+        "it reads from `unreader`, which caller.py replaces",
     ),
     Part(
         parser.Parser.finish_body,

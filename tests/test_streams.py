@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from notifier.environ import trust
-from notifier.wire.streams import TLS, Budget, Overlong, Stream, connect, look_up
+from notifier.wire.streams import (
+    MIN_READ_BYTES,
+    PHASE_BYTES,
+    TLS,
+    Budget,
+    Overlong,
+    Stream,
+    connect,
+    look_up,
+)
 from tests.sockets import LOOPBACK, silent
 from tests.timing import within
 
@@ -114,3 +123,11 @@ def test_a_record_longer_than_one_of_tls_arrives_whole(certificate: Certificate)
         stream.send(budget, body)
     stream.close()
     assert bytes(got) == body
+
+
+def test_single_bytes_are_not_read_for_ever() -> None:
+    budget = Budget(0.0)
+    for _ in range(PHASE_BYTES // MIN_READ_BYTES):
+        budget.spend(1)
+    with pytest.raises(Overlong):
+        budget.spend(1)

@@ -138,19 +138,42 @@ EXTENDED = {"BaseAdapter", "requests.PreparedRequest"}
 LIBRARIES = ("requests", "urllib3", "http", "ssl", "socket", "httptools")
 
 
-def test_the_wire_overrides_nothing_of_a_library() -> None:
-    for module, path in FILES.items():
-        if place_of(module) == "wire":
-            theirs = {
-                name.rpartition(".")[2]
-                for name in imported_names(path)
-                if name.partition(".")[0] in LIBRARIES
-            }
-            for node in ast.walk(ast.parse(path.read_text())):
-                bases = map(ast.unparse, node.bases) if isinstance(node, ast.ClassDef) else ()
-                ours = {base for base in bases if base.partition(".")[0] not in theirs}
-                extended = {ast.unparse(base) for base in getattr(node, "bases", ())} - ours
-                assert extended <= EXTENDED, f"{module} extends {extended}"
+WIRE = [name for name in MODULES if place_of(name) == "wire"]
+SERVING = [name for name in MODULES if place_of(name) == "serving"]
+
+
+def their_names(path: Path) -> set[str]:
+    """Return what a file calls the libraries' modules and what it has from them."""
+    names = {name for name in imported_names(path) if name.partition(".")[0] in LIBRARIES}
+    return {name.rpartition(".")[2] for name in names}
+
+
+@pytest.mark.parametrize("module", WIRE)
+def test_the_wire_overrides_nothing_of_a_library(module: str) -> None:
+    theirs = their_names(FILES[module])
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        bases = map(ast.unparse, getattr(node, "bases", ()))
+        assert {base for base in bases if base.partition(".")[0] in theirs} <= EXTENDED
+        targets = map(ast.unparse, getattr(node, "targets", ()))
+        assert not {target for target in targets if target.partition(".")[0] in theirs}
+
+
+@pytest.mark.parametrize("module", WIRE + SERVING)
+def test_nothing_of_a_library_is_reached_by_a_private_name(module: str) -> None:
+    tree = ast.parse(FILES[module].read_text())
+    reached = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls")
+    }
+    imported = {name.rpartition(".")[2] for name in imported_names(FILES[module])}
+    assert not {name for name in reached | imported if re.match(r"_[^_]", name)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_gunicorn_is_known_where_it_is_served_only(module: str) -> None:
+    if place_of(module) != "serving":
+        assert "gunicorn" not in imported_packages(FILES[module])
 
 
 @pytest.mark.parametrize(
@@ -169,37 +192,29 @@ def test_gunicorns_configuration_is_values_and_thin_hooks() -> None:
     assert len(CONFIGURATION.read_text().splitlines()) <= 80
 
 
-@pytest.mark.usefixtures("processes")
-def test_gunicorns_configuration_loads_nothing_that_belongs_to_the_workers() -> None:
-    code = "import json, runpy, sys; runpy.run_path(sys.argv[1]); print(json.dumps([*sys.modules]))"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code, CONFIGURATION],
+def loaded_after(code: str) -> set[str]:
+    """Return the modules that a process has loaded once it has run `code`."""
+    shown = subprocess.run(
+        [sys.executable, "-c", f"{code}; import json, sys; print(json.dumps([*sys.modules]))"],
         cwd=ROOT,
         env=REQUIRED,
         capture_output=True,
         check=True,
         timeout=60,
     ).stdout
-    modules = set(json.loads(loaded))
+    return set(json.loads(shown))
+
+
+@pytest.mark.usefixtures("processes")
+def test_gunicorns_configuration_loads_nothing_that_belongs_to_the_workers() -> None:
+    modules = loaded_after("import runpy; runpy.run_path('gunicorn.conf.py')")
     assert "notifier.settings" in modules
     assert modules.isdisjoint({"flask", "werkzeug", "psycopg", "requests", "prometheus_client"})
 
 
 @pytest.mark.usefixtures("processes")
 def test_a_worker_loads_neither_the_commands_nor_what_only_they_use() -> None:
-    code = (
-        "import json, sys; from notifier.app import create_app; create_app();"
-        " print(json.dumps([*sys.modules]))"
-    )
-    loaded = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=REQUIRED,
-        capture_output=True,
-        check=True,
-        timeout=60,
-    ).stdout
-    modules = set(json.loads(loaded))
+    modules = loaded_after("from notifier.app import create_app; create_app()")
     store = {"catalogue", "migrations", "role_check", "roles"}
     assert modules.isdisjoint({"yoyo", *(f"notifier.store.{name}" for name in store)})
     assert {name for name in modules if name.startswith("notifier.cli.")} == {

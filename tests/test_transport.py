@@ -70,6 +70,10 @@ NO_STATUS_LINE: dict[str, tuple[Script, str]] = {
     "resets": (reset, "reset"),
     "closes": (close, "reset"),
     "closes within the status line": (sends(b"HTTP/1.1 ", say_goodbye), "protocol"),
+    "switches protocols": (
+        sends(b"HTTP/1.1 101 S\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n"),
+        "protocol",
+    ),
     "speaks another protocol": (sends(b"SSH-2.0-OpenSSH_9.6\r\n"), "protocol"),
     "answers binary garbage": (sends(bytes(range(256)) * 4), "protocol"),
     "sends a line without end": (floods(b"H" * 65536), "protocol"),
@@ -159,6 +163,11 @@ ODD_ENDS: dict[str, Script] = {
     ),
     "sends no chunks": sends(CHUNKED + b"zz\r\n"),
     "drips trailers": sends(CHUNKED + b"0\r\n", drips(b"X-A: b\r\n")),
+    "switches protocols after the answer": sends(
+        STATUS_LINE
+        + b"Content-Length: 0\r\n\r\n"
+        + b"HTTP/1.1 101 S\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n"
+    ),
     "says that it closes, and does not": sends(
         STATUS_LINE + b"Connection: close\r\nContent-Length: 2\r\n\r\n{}", hang
     ),

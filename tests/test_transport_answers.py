@@ -65,6 +65,17 @@ BODIES: dict[str, tuple[Script, bytes | None]] = {
         b"{}",
     ),
     "up to the end": (sends(STATUS_LINE + b"\r\n{}", lambda peer, _: peer.say_goodbye()), b"{}"),
+    "up to the end, after an interim answer of a length": (
+        sends(
+            b"HTTP/1.1 103 Early Hints\r\nContent-Length: 7\r\n\r\n" + STATUS_LINE + b"\r\n{}",
+            lambda peer, _: peer.say_goodbye(),
+        ),
+        b"{}",
+    ),
+    "behind a head that is cut": (
+        sends(STATUS_LINE + b"X-A: b", lambda peer, _: peer.say_goodbye()),
+        None,
+    ),
     "of 64 KiB": (answer(200, b"x" * DRAIN_BYTES), b"x" * DRAIN_BYTES),
     "that is longer": (answer(200, b"x" * (DRAIN_BYTES + 1)), None),
     "that is cut": (announces(1000, sends(b"{}")), None),
@@ -104,6 +115,7 @@ def test_a_body_that_ends_with_the_connection_and_no_goodbye_is_not_whole_over_t
         ConnectionResetError("text"),
         TimeoutError("text"),
         httptools.HttpParserError("text"),
+        httptools.HttpParserUpgrade("text"),
     ],
     ids=lambda error: type(error).__name__,
 )

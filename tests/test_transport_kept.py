@@ -14,7 +14,7 @@ import pytest
 
 from notifier.wire import streams
 from notifier.wire.transport import Transport
-from tests.fixtures import MakeProvider, Wire
+from tests.fixtures import MakeProvider, MakeTransport, Wire
 from tests.posting import failure, post
 from tests.scripted_provider import (
     STATUS_LINE,
@@ -228,15 +228,14 @@ def test_a_connection_is_reused_if_it_was_idle_for_no_more_than_half_a_minute(
 
 
 def test_idle_connections_that_are_no_longer_used_are_closed(
-    transport: Transport, make_provider: MakeProvider, monkeypatch: pytest.MonkeyPatch
+    make_transport: MakeTransport, make_provider: MakeProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also those of an endpoint that is never asked again."""
-    retired, other = make_provider(), make_provider()
-    scheme = "http"
-    assert post(transport, f"{scheme}://{retired.host}/") == 200
+    retired, other, transport = make_provider(), make_provider(), make_transport()
+    assert post(transport, retired.url) == 200
     later = SimpleNamespace(monotonic=lambda: time.monotonic() + 31)
     monkeypatch.setattr("notifier.wire.transport.time", later)
-    assert post(transport, f"{scheme}://{other.host}/") == 200
+    assert post(transport, other.url) == 200
     closed_by_now(retired)
 
 
@@ -257,14 +256,6 @@ def test_who_ends_its_side_and_reads_on_does_not_get_the_request_again(
     assert half_closed.wait(10)
     assert failure(transport, provider.url) == "reset"
     assert provider.connections == 1
-
-
-def test_single_bytes_are_not_read_for_ever() -> None:
-    budget = streams.Budget(0.0)
-    for _ in range(streams.PHASE_BYTES // streams.MIN_READ_BYTES):
-        budget.spend(1)
-    with pytest.raises(streams.Overlong):
-        budget.spend(1)
 
 
 def test_what_a_new_connection_ends_without_an_answer_is_not_sent_again(

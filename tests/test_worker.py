@@ -1,6 +1,8 @@
 """Callers who take their time cost a connection: neither a thread nor anybody else's time."""
 
+import errno
 import json
+import logging
 import selectors
 import signal
 import socket
@@ -10,11 +12,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
 
-from notifier.serving.connection import HEAD_BYTES, REQUEST_SECONDS, UNREAD_BODY_SECONDS
+from notifier.serving import worker as worker_module
+from notifier.serving.caller import HEAD_BYTES, REQUEST_SECONDS, UNREAD_BODY_SECONDS
+from notifier.serving.worker import SHORTAGE_SECONDS, Worker
 from tests.fixtures import MakeProvider
 from tests.scripted_provider import Peer, Received, answer
 from tests.service import MESSAGE, Service
@@ -291,7 +296,7 @@ def test_a_new_connection_is_answered_beside_more_busy_ones_than_there_are_threa
 
 
 def test_requests_that_are_sent_in_advance_are_answered_one_by_one(service: Service) -> None:
-    """Each waits for a thread behind other callers' (see `Readiness.after_others`)."""
+    """Each waits for a thread behind other callers' (see `Poller.after_others`)."""
     many = 500  # more than one look at a connection reads
     with callers(service, PING * many, count=10) as socks:
         answers_at_once(service)
@@ -306,7 +311,7 @@ globals().update(runpy.run_path("gunicorn.conf.py"))
 
 from notifier.serving import worker as serving
 
-serving.IDLE_SECONDS = 0.3
+serving.THREAD_IDLE_SECONDS = 0.3
 """
 
 
@@ -338,3 +343,19 @@ def test_threads_start_when_requests_need_them_and_end_when_they_do_not(
         assert {reply.result().status_code for reply in replies} == {200}
     eventually(lambda: worker.num_threads() < few)
     assert service.notify().status_code == 200
+
+
+@pytest.mark.parametrize(("number", "pauses"), [(errno.EMFILE, 1), (errno.ECONNABORTED, 0)])
+def test_a_worker_that_cannot_accept_for_want_of_descriptors_tries_again_after_a_pause(
+    monkeypatch: pytest.MonkeyPatch, number: int, pauses: int
+) -> None:
+    class Listener:
+        def accept(self) -> None:
+            raise OSError(number, "no")
+
+    paused: list[float] = []
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(sleep=paused.append))
+    worker = object.__new__(Worker)
+    worker.log = logging.getLogger("a test")
+    worker._connect(Listener())
+    assert paused == [SHORTAGE_SECONDS] * pauses

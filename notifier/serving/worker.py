@@ -4,6 +4,7 @@ A connection uses a thread from the moment its head has come until its reply is 
 thread accepts connections and closes expired ones, and never waits for a caller.
 """
 
+import errno
 import mmap
 import os
 import selectors
@@ -13,20 +14,23 @@ from contextlib import suppress
 from typing import Any
 
 from gunicorn.http import wsgi
-from gunicorn.http.errors import NoMoreData
 from gunicorn.workers import base
 
-from notifier.serving.connection import UNREAD_BODY_SECONDS, BodyReader, Connection
-from notifier.serving.readiness import NOTHING, STOPPED, Readiness
+from notifier.serving.caller import UNREAD_BODY_SECONDS, BodyReader, Caller
+from notifier.serving.poller import NOTHING, STOPPED, Poller
 
 # How often to look for expired connections.
 LOOK_SECONDS = 1.0
 
-# How long a stopping worker waits for requests on idle connections: one may be under way.
+# How long a stopping worker waits for requests on idle connections: one may be in transit.
 LINGER_SECONDS = 2.0
 
 # A thread ends when it has been idle for so long. Fewer threads compete less for the interpreter.
-IDLE_SECONDS = 10.0
+THREAD_IDLE_SECONDS = 10.0
+
+# How long to wait before the next accept() while it fails for want of descriptors or memory.
+SHORTAGE_SECONDS = 0.5
+_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 # How often a stopping worker looks whether it has finished.
 STOP_LOOK_SECONDS = 0.1
@@ -47,9 +51,9 @@ class Worker(base.Worker):
 
     def init_process(self) -> None:
         """Make what belongs to this process, load the application, and run."""
-        self._readiness = Readiness()
-        self._connections: set[Connection] = set()
-        self._waiting: dict[int, Connection] = {}
+        self._poller = Poller()
+        self._connections: set[Caller] = set()
+        self._waiting: dict[int, Caller] = {}
         self._lock = threading.Lock()
         self._threads = 0
         self._idle = 0
@@ -74,7 +78,7 @@ class Worker(base.Worker):
                 self._close_expired()
             self._finish()
         finally:
-            self._readiness.stop()
+            self._poller.stop()
 
     def _finish(self) -> None:
         """Accept nothing more, and serve what is under way."""
@@ -105,19 +109,23 @@ class Worker(base.Worker):
             key.data(key.fileobj)
 
     def _wake(self, pipe: int) -> None:
-        """Take what signals, and `_close`, have written to wake this thread."""
+        """Empty the pipe that signals and `_close` write to."""
         os.read(pipe, 4096)
 
     def _connect(self, listener: Any) -> None:
         try:
             sock, client = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):  # another worker has it, or it is gone
+        except OSError as error:  # mostly another worker has it, or the caller is gone
+            if error.errno in _SHORTAGES:
+                self.log.error("cannot accept: %s", error.strerror)  # noqa: TRY400 no traceback
+                time.sleep(SHORTAGE_SECONDS)
             return
-        conn = Connection(self.cfg, sock, client, listener.getsockname())
+        conn = Caller(self.cfg, sock, client, listener.getsockname())
         self._connections.add(conn)
         conn.expire_after(self.cfg.keepalive)
         self._waiting[conn.fd] = conn
-        self._readiness.add(conn.fd)
+        with suppress(OSError):  # a thread has closed it already
+            self._poller.add(conn.fd)
 
     def _close_expired(self) -> None:
         now = time.monotonic()
@@ -132,7 +140,7 @@ class Worker(base.Worker):
             if conn.expires < now and self._waiting.pop(conn.fd, None) is not None:
                 self._close(conn)
 
-    def _close(self, conn: Connection) -> None:
+    def _close(self, conn: Caller) -> None:
         self._connections.discard(conn)
         conn.close()
         if not self._accepting:  # the main thread waits for room, or for the last to close
@@ -148,14 +156,14 @@ class Worker(base.Worker):
 
     def _work(self) -> None:
         """Serve connections, one after the other."""
-        while (fd := self._readiness.wait(IDLE_SECONDS)) != STOPPED:
+        while (fd := self._poller.wait(THREAD_IDLE_SECONDS)) != STOPPED:
             if fd == NOTHING and self._is_superfluous():
                 return
             conn = self._waiting.pop(fd, None)
             if conn is not None:  # else it has expired meanwhile
                 self._serve(conn)
 
-    def _serve(self, conn: Connection) -> None:
+    def _serve(self, conn: Caller) -> None:
         with self._lock:
             self._idle -= 1
             if not self._idle and self._threads < self.cfg.threads:
@@ -178,8 +186,8 @@ class Worker(base.Worker):
             self._threads -= 1
             return True
 
-    def _attend(self, conn: Connection) -> bool:
-        """Take what has come, and answer it if it is a request; return False if all is over."""
+    def _attend(self, conn: Caller) -> bool:
+        """Read, and answer a complete request; return False if the connection must be closed."""
         try:
             if conn.leaving:
                 conn.drop()
@@ -192,17 +200,17 @@ class Worker(base.Worker):
             return False
         return True
 
-    def _arm(self, conn: Connection) -> None:
+    def _arm(self, conn: Caller) -> None:
         """Let the next thread that is idle attend to `conn` when something has come."""
         conn.expire_after(self.cfg.keepalive)
         self._waiting[conn.fd] = conn
         with suppress(OSError):  # it has expired at once, and been closed
             if not conn.leaving and conn.has_read_head():
-                self._readiness.after_others(conn.fd)
+                self._poller.after_others(conn.fd)
             else:
-                self._readiness.again(conn.fd)
+                self._poller.again(conn.fd)
 
-    def _answer(self, conn: Connection) -> bool:
+    def _answer(self, conn: Caller) -> bool:
         """Answer a request; return True if the caller can use the connection again."""
         request = None
         try:
@@ -210,13 +218,13 @@ class Worker(base.Worker):
             if not self._call(request, conn):
                 return False
             return conn.end_request(UNREAD_BODY_SECONDS if self._idle else 0.0)
-        except (NoMoreData, StopIteration, ConnectionError, TimeoutError):
+        except (StopIteration, OSError):  # there is nobody to answer
             return False
         except Exception as error:  # noqa: BLE001 handle_error logs it
             self.handle_error(request, conn.socket, conn.client, error)
             return False
 
-    def _call(self, request: Any, conn: Connection) -> bool:
+    def _call(self, request: Any, conn: Caller) -> bool:
         """Let the application answer; return True if the reply lets the caller go on."""
         request.body.reader = BodyReader(request.body.reader)
         reply, environ = wsgi.create(request, conn, conn.client, conn.server, self.cfg)

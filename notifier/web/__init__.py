@@ -1,1 +1,1 @@
-"""HTTP: the one place, besides the commands, that knows Flask."""
+"""HTTP. Only this folder, `cli/` and `app.py` import Flask."""

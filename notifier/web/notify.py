@@ -1,4 +1,4 @@
-"""What the API promises: the one endpoint and its reply."""
+"""POST …/notify: parse the request, deliver, reply."""
 
 from flask import Blueprint, Response, jsonify
 
@@ -13,7 +13,7 @@ blueprint = Blueprint("notify", __name__, url_prefix="/api/v1.0")
 
 @blueprint.post("/recipient/<recipient>/notify", provide_automatic_options=False)
 def notify(recipient: str) -> Response:
-    """Deliver one notification, and say so only when every channel of the recipient has."""
+    """Deliver one notification; reply 200 only if every channel delivered."""
     to, current = _parse_recipient(recipient), current_request()
     current.log_fields["recipient"] = to
 

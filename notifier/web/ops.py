@@ -1,4 +1,4 @@
-"""How operators see in: liveness, readiness, metrics."""
+"""Endpoints for operators: liveness, readiness, metrics."""
 
 import time
 from typing import Any
@@ -10,7 +10,7 @@ from notifier.errors import PreferencesUnavailable
 from notifier.store.preferences import Preferences
 from notifier.web.requests import OPERATORS, notifier
 
-# Who asks whether we are ready hears within a second, however PostgreSQL hangs.
+# Seconds. `/readyz` answers within a second, even if PostgreSQL hangs.
 READINESS_WAIT = 0.75
 
 blueprint = Blueprint(OPERATORS, __name__)
@@ -24,7 +24,7 @@ def healthz() -> Response:
 
 @blueprint.get("/readyz", provide_automatic_options=False)
 def readyz() -> tuple[Response, int]:
-    """Say whether this process should get requests, and what speaks against it."""
+    """Report, check by check, whether this process should get requests."""
     checks = {
         "preferences": _check_preferences(notifier().preferences),
         "shutdown": _check_shutdown(stopping=notifier().stopping()),

@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its log line, its counts, and the service itself."""
+"""The id, log line and metrics of every request, and access to the service."""
 
 import logging
 import random
@@ -63,7 +63,7 @@ def _begin() -> None:
 
 
 def _new_request_id() -> str:
-    """Return 32 hexadecimal digits; nobody need fail to guess them."""
+    """Return 32 random hexadecimal digits; they need not be hard to guess."""
     return f"{random.getrandbits(128):032x}"
 
 

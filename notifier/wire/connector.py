@@ -1,10 +1,10 @@
-"""How a connection is made: look-up, connect, a proxy's tunnel, TLS, each failure by its name."""
+"""Makes connections: look-up, connect, proxy tunnel, TLS; each failure has its `Fault`."""
 
 import socket
 import ssl
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 
 import certifi
 import requests
@@ -14,7 +14,7 @@ from notifier.errors import Fault, TransportError
 from notifier.single_flight import SingleFlight
 from notifier.wire import streams
 from notifier.wire.exchange import Connection
-from notifier.wire.proxies import Place, Proxy, open_tunnel
+from notifier.wire.proxies import Origin, Proxy, open_tunnel
 from notifier.wire.streams import TLS, Address, Budget, Overlong, Stream
 
 
@@ -27,45 +27,52 @@ class Connector:
 
     def __init__(self, ca_bundle: str | None) -> None:
         self._ca_bundle = ca_bundle
+        self._lock = threading.Lock()  # guards that there is one context
+        self._context: ssl.SSLContext | None = None
         self._look_ups: SingleFlight[tuple[str, int], list[Address]] = SingleFlight("look-up")
 
-    @cached_property
-    def _tls(self) -> ssl.SSLContext:
-        """The one context; reading the authorities takes as long as a hundred notifications."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        trust(context, self._ca_bundle or certifi.where())
-        return context
-
-    def connect(self, budget: Budget, place: Place, proxy: Proxy | None) -> Connection:
+    def connect(self, budget: Budget, origin: Origin, proxy: Proxy | None) -> Connection:
         """Return a new connection to `place`, by way of `proxy` if there is one.
 
         Raises:
             TransportError: there is none.
         """
-        addresses = self._resolve(budget, proxy.place if proxy else place)
+        addresses = self._resolve(budget, proxy.origin if proxy else origin)
         with failing_as(Fault.CONNECT):
             plain = streams.connect(budget, addresses)
         stream: Stream = plain
         try:
-            if proxy and proxy.place.is_tls:
-                stream = self._encrypt(budget, stream, proxy.place)
-            if proxy and place.is_tls:
+            if proxy and proxy.origin.is_tls:
+                stream = self._encrypt(budget, stream, proxy.origin)
+            if proxy and origin.is_tls:
                 with failing_as(Fault.CONNECT):
-                    open_tunnel(budget, stream, proxy.credentials, place)
-            if place.is_tls:
-                stream = self._encrypt(budget, stream, place)
+                    open_tunnel(budget, stream, proxy.credentials, origin)
+            if origin.is_tls:
+                stream = self._encrypt(budget, stream, origin)
         except BaseException:
             plain.close()
             raise
         return Connection(stream, plain)
 
-    def _encrypt(self, budget: Budget, stream: Stream, place: Place) -> Stream:
+    def _encrypt(self, budget: Budget, stream: Stream, origin: Origin) -> Stream:
         budget.begin_phase()
         with failing_as(Fault.TLS):
-            return TLS(budget, stream, self._tls, place.name)
+            return TLS(budget, stream, self._tls_context(), origin.name)
 
-    def _resolve(self, budget: Budget, place: Place) -> list[Address]:
-        host, port = place.name, place.port
+    def _tls_context(self) -> ssl.SSLContext:
+        """Return the one context, made at the first https call.
+
+        Reading the authorities takes as long as a hundred notifications.
+        """
+        with self._lock:
+            if self._context is None:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                trust(context, self._ca_bundle or certifi.where())
+                self._context = context
+            return self._context
+
+    def _resolve(self, budget: Budget, origin: Origin) -> list[Address]:
+        host, port = origin.name, origin.port
         with failing_as(Fault.DNS):
             try:
                 return streams.look_up(host, port, socket.AI_NUMERICHOST)

@@ -26,6 +26,9 @@ IDLE_SECONDS = 30.0
 # How long to wait for the peer's RST.
 RESET_SECONDS = 0.25
 
+# What the parser raises; for a 101 it is the second, which is no HttpParserError.
+_PARSER_ERRORS = (httptools.HttpParserError, httptools.HttpParserUpgrade)
+
 
 class Wanted(NamedTuple):
     """What a caller needs of an answer besides its status.
@@ -106,7 +109,7 @@ class Connection:
             raise TransportError(Fault.TIMEOUT) from error
         except ConnectionError as error:
             raise TransportError(Fault.RESET) from error
-        except (OSError, Overlong, _Incomplete, httptools.HttpParserError) as error:
+        except (OSError, Overlong, _Incomplete, *_PARSER_ERRORS) as error:
             raise TransportError(Fault.PROTOCOL) from error
         finally:
             if not self.reusable:
@@ -154,8 +157,8 @@ class _Reader:
     def status(self, budget: Budget) -> int:
         """Return the status once its line is complete; step over interim answers.
 
-        The parser gets a line at a time: if it refuses one, that is the status line, or belongs to
-        an interim answer.
+        The parser gets one line at a time, so a line that it refuses comes no later than the status
+        line.
         """
         while True:
             self._parser.feed_data(self._line(budget))
@@ -167,7 +170,7 @@ class _Reader:
         """Read the rest, unless it is too long or takes too long."""
         budget.deadline = min(budget.deadline, time.monotonic() + DRAIN_SECONDS)
         budget.extend(DRAIN_BYTES)
-        with suppress(OSError, Overlong, httptools.HttpParserError):
+        with suppress(OSError, Overlong, *_PARSER_ERRORS):
             self._parser.feed_data(self._unparsed)
             while not self._is_whole:
                 data = self._stream.receive(budget)
@@ -217,13 +220,20 @@ class _ThoroughReader(_Reader):
         super().__init__(stream)
         self._wanted = wanted
         self._body: list[bytes] = []
-        self._says_length = False
+        self._has_head = self._says_length = False
 
     def body(self) -> bytes | None:
         return b"".join(self._body) if self._wanted.body and self._is_whole else None
 
     def on_end(self) -> None:
-        self._is_whole = not self._says_length
+        self._is_whole = self._has_head and not self._says_length
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._has_head = self._says_length = False
+
+    def on_headers_complete(self) -> None:
+        self._has_head = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()

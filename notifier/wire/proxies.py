@@ -13,7 +13,7 @@ from notifier.models import DEFAULT_PORTS
 from notifier.wire.streams import Budget, Stream
 
 
-class Place(NamedTuple):
+class Origin(NamedTuple):
     """Where to connect to; `host` is a name or an address, in brackets if that is IPv6."""
 
     is_tls: bool
@@ -21,8 +21,8 @@ class Place(NamedTuple):
     port: int
 
     @classmethod
-    def of(cls, url: str) -> "Place":
-        """Return the place of an http or https URL.
+    def of(cls, url: str) -> "Origin":
+        """Return the origin of an http or https URL.
 
         Raises:
             ValueError: it is no such URL.
@@ -39,9 +39,9 @@ class Place(NamedTuple):
 
 
 class Proxy(NamedTuple):
-    """A proxy, and the header line that names us to it, if any."""
+    """A proxy, and its Proxy-Authorization line, if any."""
 
-    place: Place
+    origin: Origin
     credentials: str
 
 
@@ -69,7 +69,7 @@ class Proxies:
         if not proxy_url:
             return None
         proxy_url = requests.utils.prepend_scheme_if_needed(proxy_url, "http")
-        return Proxy(Place.of(proxy_url), _credentials(proxy_url))
+        return Proxy(Origin.of(proxy_url), _credentials(proxy_url))
 
     def _is_exempt(self, host: str) -> bool:
         """Return True if `no` names `host`, or a network in CIDR notation that it lies in."""
@@ -98,7 +98,7 @@ def _credentials(proxy_url: str) -> str:
     return f"Proxy-Authorization: Basic {encoded}\r\n"
 
 
-def open_tunnel(budget: Budget, stream: Stream, credentials: str, to: Place) -> None:
+def open_tunnel(budget: Budget, stream: Stream, credentials: str, to: Origin) -> None:
     """Let the proxy at the other end of `stream` connect to `to`.
 
     Raises:

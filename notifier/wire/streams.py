@@ -2,7 +2,7 @@
 
 A socket's own time-out bounds one operation: a peer that sends a byte a second is never late. Here
 each operation asks what is left for all of them. TLS runs over memory (`ssl.MemoryBIO`), so OpenSSL
-never waits for the peer by itself, whatever that sends.
+never waits for the peer by itself, whatever the peer sends.
 
 `connect`, `TLS` and the two methods of a `Stream` are all that a client of another protocol needs.
 """
@@ -17,13 +17,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
-# The most that is read in one phase: a handshake, a proxy's answer, an answer up to its status.
+# Maximum bytes to read in one phase: a handshake, a proxy's answer, an answer up to its status.
 PHASE_BYTES = 64 * 1024
 
-# Each read counts as this at least: single bytes, however fast they come, keep a worker busy.
+# Each read counts as at least this many bytes: a flood of single bytes costs CPU.
 MIN_READ_BYTES = 256
 
-# As much as is read at once; TLS has no more in a record.
+# Bytes to read at once: the largest TLS record.
 READ_BYTES = 16 * 1024
 
 Address = tuple[Any, Any, int, str, Any]  # as getaddrinfo returns them
@@ -37,7 +37,7 @@ class Overlong(Exception):
 
 
 class Budget:
-    """The time and the bytes that are left for what is under way. Used by one thread.
+    """The time and bytes left for one exchange. Used by one thread.
 
     Args:
         deadline: on `time.monotonic()`.
@@ -91,7 +91,7 @@ class Stream(Protocol):
         """
 
     def receive(self, budget: Budget) -> bytes:
-        """Return what the peer sent, at least a byte; nothing if it has ended its side.
+        """Return at least one byte from the peer, or `b""` after its end.
 
         Raises:
             TimeoutError: the deadline passed.
@@ -100,7 +100,7 @@ class Stream(Protocol):
         """
 
     def has_unread(self) -> bool:
-        """Return True if more than was asked for lies here, received and not returned."""
+        """Return True if bytes were received that `receive` has not returned."""
 
     def close(self) -> None: ...
 

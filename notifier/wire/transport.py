@@ -1,4 +1,4 @@
-"""How a POST goes out: the way to a URL, over a kept connection or a new one."""
+"""Posts to providers, over kept or new connections."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ from notifier.errors import Fault, TransportError
 from notifier.models import DEFAULT_PORTS
 from notifier.wire.connector import Connector, failing_as
 from notifier.wire.exchange import STATUS_ONLY, Answer, Connection, Wanted
-from notifier.wire.proxies import Place, Proxies, Proxy
+from notifier.wire.proxies import Origin, Proxies, Proxy
 from notifier.wire.streams import Budget
 
 # URLs whose route is remembered.
@@ -100,9 +100,9 @@ class _Request(requests.PreparedRequest):
 
 
 class Route(NamedTuple):
-    """The way to a URL, what each request over it begins with, and its idle connections."""
+    """The peer for a URL, the head that its requests share, and its idle connections."""
 
-    place: Place
+    origin: Origin
     proxy: Proxy | None
     head: bytes
     idle: deque[Connection]
@@ -143,16 +143,14 @@ class WireAdapter(BaseAdapter):
         route = self._route(post.url)
         message, budget, answer = _message(route.head, post), Budget(post.deadline), None
         while answer is None:
-            connection = self._take(route.idle) or self._connector.connect(
-                budget, route.place, route.proxy
-            )
+            connection = self._take(route.idle) or self._connect(budget, route)
             answer = connection.post(budget, message, post.wanted)
             if connection.reusable:
                 self._keep(route.idle, connection)
         return _response(request, answer)
 
     def _connect(self, budget: Budget, route: Route) -> Connection:
-        return self._connector.connect(budget, route.place, route.proxy)
+        return self._connector.connect(budget, route.origin, route.proxy)
 
     def _take(self, idle: deque[Connection]) -> Connection | None:
         now = time.monotonic()
@@ -175,17 +173,17 @@ class WireAdapter(BaseAdapter):
         """Return the way to `url`.
 
         Raises:
-            TransportError: it is no URL that can be called, or its proxy's is none.
+            TransportError: the URL, or its proxy's, cannot be called.
         """
         with failing_as(Fault.URL):
             prepared = requests.Request("POST", url).prepare()
             url = prepared.url or url
-            place, proxy = Place.of(url), self._proxies.of(url)
-            head = self._head(prepared, url, None if place.is_tls else proxy)
-        return Route(place, proxy, head, self._idle_of((place, proxy)))
+            origin, proxy = Origin.of(url), self._proxies.of(url)
+            head = self._head(prepared, url, None if origin.is_tls else proxy)
+        return Route(origin, proxy, head, self._idle_of((origin, proxy)))
 
     def _head(self, prepared: requests.PreparedRequest, url: str, proxy: Proxy | None) -> bytes:
-        """Return what is the same for all requests to `url`; `proxy` is told the whole of it."""
+        """Return the head that all requests to `url` share; a proxy needs the absolute URL."""
         target = requests.utils.urldefragauth(url) if proxy else prepared.path_url
         lines = [
             f"POST {target} HTTP/1.1",
@@ -224,7 +222,7 @@ def _message(head: bytes, post: _Post) -> bytes:
     """Return a request as it goes out.
 
     Raises:
-        TransportError: a header field would end early, or has characters that none can have.
+        TransportError: a header field contains a line break, or characters outside Latin-1.
     """
     fields = "".join([f"{name}: {value}\r\n" for name, value in post.headers.items()])
     if not fields.count("\r") == fields.count("\n") == len(post.headers):

@@ -1,7 +1,7 @@
 """One caller's connection: a request is read within its time, a reply is sent in one piece.
 
 A thread never waits here for a head, nor for a caller that lingers after the last reply. It waits
-for a body, and for a caller to take a reply that the kernel's buffer does not hold.
+for a body, and for a caller to read a reply that does not fit the kernel's buffer.
 """
 
 import io
@@ -16,19 +16,19 @@ from gunicorn.http.unreader import Unreader
 # Seconds for a request from its first byte to its last, however it drips, and for a reply.
 REQUEST_SECONDS = 5.0
 
-# Seconds for the rest of a body that the reply did not wait for, a refusal's say, unless others
-# wait for the thread. A caller that is sending one can then go on using its connection.
+# Seconds to wait for the rest of a body after an early reply, such as a refusal, so that the
+# connection can be reused. No wait while another request needs the thread.
 UNREAD_BODY_SECONDS = 0.2
 UNREAD_BODY_BYTES = 64 * 1024
 
-# The parser gets a longer head as it is, and refuses it.
+# A longer head goes to the parser unfinished, which refuses it.
 HEAD_BYTES = 64 * 1024
 
 _READ_BYTES = 8 * 1024
 _MAX_READ_BYTES = 256 * 1024
 
 
-class Connection(Unreader):
+class Caller(Unreader):
     """What gunicorn's parser reads from and its response writes to.
 
     One thread at a time uses a connection. Its socket never blocks. `buf` holds what has come and
@@ -58,7 +58,7 @@ class Connection(Unreader):
     # --- reading
 
     def has_head(self) -> bool:
-        """Read what has come; return True if that is enough for the parser.
+        """Read without waiting; return True if the parser has enough.
 
         Raises:
             NoMoreData: the caller has left, or did not send the head in time.
@@ -165,8 +165,10 @@ class Connection(Unreader):
             sent = 0
         if sent < len(data):
             self.socket.settimeout(REQUEST_SECONDS)
-            self.socket.sendall(memoryview(data)[sent:])
-            self.socket.setblocking(False)
+            try:
+                self.socket.sendall(memoryview(data)[sent:])
+            finally:
+                self.socket.setblocking(False)
 
     # --- closing
 

@@ -1,4 +1,4 @@
-"""Which connections can be read, asked by many threads at once.
+"""Waits for readable connections, in many threads at once.
 
 Each connection is reported once, to one thread, until it is armed again. Idle threads wait in the
 kernel, and epoll wakes the thread that became idle last. So no Python thread hands a connection to
@@ -64,7 +64,7 @@ else:
             return events[0].ident if events else NOTHING
 
 
-class Readiness(_Once):
+class Poller(_Once):
     """Reports file descriptors that are ready. Any thread may call any method."""
 
     def __init__(self) -> None:

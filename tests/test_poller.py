@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from notifier.serving.readiness import NOTHING, STOPPED, Readiness
+from notifier.serving.poller import NOTHING, STOPPED, Poller
 
 LONG = 10.0
 
@@ -20,9 +20,9 @@ Pair = tuple[socket.socket, socket.socket]
 class Waiters:
     """Threads that wait; `woken` gets the number of each that returned, and what it got."""
 
-    def __init__(self, readiness: Readiness) -> None:
+    def __init__(self, poller: Poller) -> None:
         self.woken: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
-        self._readiness = readiness
+        self._poller = poller
         self._threads: list[threading.Thread] = []
 
     def add(self) -> None:
@@ -33,7 +33,7 @@ class Waiters:
         time.sleep(0.1)
 
     def _wait(self, number: int) -> None:
-        self.woken.put((number, self._readiness.wait(LONG)))
+        self.woken.put((number, self._poller.wait(LONG)))
 
     def join(self) -> None:
         for thread in self._threads:
@@ -42,15 +42,15 @@ class Waiters:
 
 
 @pytest.fixture
-def readiness() -> Readiness:
-    return Readiness()
+def poller() -> Poller:
+    return Poller()
 
 
 @pytest.fixture
-def waiters(readiness: Readiness) -> Iterator[Waiters]:
-    waiters = Waiters(readiness)
+def waiters(poller: Poller) -> Iterator[Waiters]:
+    waiters = Waiters(poller)
     yield waiters
-    readiness.stop()
+    poller.stop()
     waiters.join()
 
 
@@ -66,10 +66,10 @@ def pairs() -> Iterator[list[Pair]]:
 
 
 def test_a_connection_is_reported_once_until_it_is_armed_again(
-    readiness: Readiness, waiters: Waiters, pairs: list[Pair]
+    poller: Poller, waiters: Waiters, pairs: list[Pair]
 ) -> None:
     ours, peers = pairs[0]
-    readiness.add(ours.fileno())
+    poller.add(ours.fileno())
     waiters.add()
     waiters.add()
     peers.send(b"x")
@@ -77,17 +77,17 @@ def test_a_connection_is_reported_once_until_it_is_armed_again(
     peers.send(b"x")
     with pytest.raises(queue.Empty):
         waiters.woken.get(timeout=0.2)
-    readiness.again(ours.fileno())  # what has not been read is reported
+    poller.again(ours.fileno())  # what has not been read is reported
     assert waiters.woken.get(timeout=LONG)[1] == ours.fileno()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kqueue promises no order")
 def test_the_thread_that_became_idle_last_is_woken(
-    readiness: Readiness, waiters: Waiters, pairs: list[Pair]
+    poller: Poller, waiters: Waiters, pairs: list[Pair]
 ) -> None:
     """It has warm caches, and a service with few callers uses few threads."""
     for ours, _ in pairs:
-        readiness.add(ours.fileno())
+        poller.add(ours.fileno())
         waiters.add()
     for (ours, peers), number in zip(pairs, (2, 1, 0), strict=True):
         peers.send(b"x")
@@ -95,27 +95,27 @@ def test_the_thread_that_became_idle_last_is_woken(
 
 
 def test_a_connection_that_goes_on_at_once_comes_after_those_that_are_ready(
-    readiness: Readiness, pairs: list[Pair]
+    poller: Poller, pairs: list[Pair]
 ) -> None:
     first, *others = [ours.fileno() for ours, _ in pairs]
     for ours, peers in pairs:
-        readiness.add(ours.fileno())
+        poller.add(ours.fileno())
         peers.send(b"x")
-    assert readiness.wait(LONG) == first
-    readiness.after_others(first)
-    assert [readiness.wait(LONG) for _ in pairs] == [*others, first]
+    assert poller.wait(LONG) == first
+    poller.after_others(first)
+    assert [poller.wait(LONG) for _ in pairs] == [*others, first]
 
 
 def test_a_stop_wakes_every_thread_and_those_that_come_later(
-    readiness: Readiness, waiters: Waiters
+    poller: Poller, waiters: Waiters
 ) -> None:
     for _ in range(3):
         waiters.add()
-    readiness.stop()
+    poller.stop()
     assert {waiters.woken.get(timeout=LONG)[1] for _ in range(3)} == {STOPPED}
-    assert readiness.wait(LONG) == STOPPED
-    readiness.stop()
+    assert poller.wait(LONG) == STOPPED
+    poller.stop()
 
 
-def test_a_wait_ends_after_its_time(readiness: Readiness) -> None:
-    assert readiness.wait(0.01) == NOTHING
+def test_a_wait_ends_after_its_time(poller: Poller) -> None:
+    assert poller.wait(0.01) == NOTHING

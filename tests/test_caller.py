@@ -8,35 +8,33 @@ import pytest
 from gunicorn.config import Config
 from gunicorn.http.errors import InvalidChunkSize, NoMoreData
 
-from notifier.serving import connection
-from notifier.serving.connection import BodyReader, Connection
+from notifier.serving import caller as caller_module
+from notifier.serving.caller import BodyReader, Caller
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
 LARGE = b"x" * 2**22  # more than the kernel's buffers hold
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[Connection, socket.socket]]:
+def pair() -> Iterator[tuple[Caller, socket.socket]]:
     """A connection and its caller's socket."""
     ours, callers = socket.socketpair()
     with ours, callers:
         callers.settimeout(10)
-        yield Connection(Config(), ours, ("127.0.0.1", 1), ("127.0.0.1", 2)), callers
+        yield Caller(Config(), ours, ("127.0.0.1", 1), ("127.0.0.1", 2)), callers
 
 
 @pytest.fixture
-def conn(pair: tuple[Connection, socket.socket]) -> Connection:
+def conn(pair: tuple[Caller, socket.socket]) -> Caller:
     return pair[0]
 
 
 @pytest.fixture
-def caller(pair: tuple[Connection, socket.socket]) -> socket.socket:
+def caller(pair: tuple[Caller, socket.socket]) -> socket.socket:
     return pair[1]
 
 
-def test_head_and_body_of_a_reply_are_sent_together(
-    conn: Connection, caller: socket.socket
-) -> None:
+def test_head_and_body_of_a_reply_are_sent_together(conn: Caller, caller: socket.socket) -> None:
     conn.sendall(b"head")
     conn.sendall(b"body")
     caller.settimeout(0.05)
@@ -46,12 +44,12 @@ def test_head_and_body_of_a_reply_are_sent_together(
     assert caller.recv(100) == b"headbody"
 
 
-def test_an_interim_reply_is_sent_at_once(conn: Connection, caller: socket.socket) -> None:
+def test_an_interim_reply_is_sent_at_once(conn: Caller, caller: socket.socket) -> None:
     conn.send(b"HTTP/1.1 100 Continue\r\n\r\n")
     assert caller.recv(100).startswith(b"HTTP/1.1 100 ")
 
 
-def test_a_large_reply_arrives_whole(conn: Connection, caller: socket.socket) -> None:
+def test_a_large_reply_arrives_whole(conn: Caller, caller: socket.socket) -> None:
     conn.sendall(LARGE)
     sender = threading.Thread(target=conn.flush)
     sender.start()
@@ -63,16 +61,17 @@ def test_a_large_reply_arrives_whole(conn: Connection, caller: socket.socket) ->
 
 
 def test_a_caller_that_does_not_take_its_reply_is_given_up(
-    conn: Connection, monkeypatch: pytest.MonkeyPatch
+    conn: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.1)
+    monkeypatch.setattr(caller_module, "REQUEST_SECONDS", 0.1)
     conn.sendall(LARGE)
     with pytest.raises(TimeoutError):
         conn.flush()
+    assert conn.socket.gettimeout() == 0
 
 
 def test_a_request_is_read_without_waiting_and_leaves_the_connection_ready(
-    conn: Connection, caller: socket.socket
+    conn: Caller, caller: socket.socket
 ) -> None:
     assert not conn.has_head()
     caller.sendall(HEAD[:-1])
@@ -86,9 +85,9 @@ def test_a_request_is_read_without_waiting_and_leaves_the_connection_ready(
 
 
 def test_a_body_is_waited_for_as_long_as_its_request_has_time(
-    conn: Connection, caller: socket.socket, monkeypatch: pytest.MonkeyPatch
+    conn: Caller, caller: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.1)
+    monkeypatch.setattr(caller_module, "REQUEST_SECONDS", 0.1)
     caller.sendall(HEAD + b"bo")
     assert conn.has_head()
     request = next(conn.parser)
@@ -97,7 +96,7 @@ def test_a_body_is_waited_for_as_long_as_its_request_has_time(
 
 
 def test_a_body_that_nobody_read_is_dropped_or_ends_the_connection(
-    conn: Connection, caller: socket.socket
+    conn: Caller, caller: socket.socket
 ) -> None:
     caller.sendall(HEAD + b"body" + HEAD + b"bo")
     assert conn.has_head()
@@ -109,7 +108,7 @@ def test_a_body_that_nobody_read_is_dropped_or_ends_the_connection(
 
 
 def test_an_idle_connection_expires_later_than_one_that_has_begun_a_request(
-    conn: Connection, caller: socket.socket
+    conn: Caller, caller: socket.socket
 ) -> None:
     conn.expire_after(1000)
     idle = conn.expires
