@@ -12,7 +12,7 @@ import pytest
 from gunicorn import glogging, util
 from gunicorn.arbiter import Arbiter
 from gunicorn.config import Config
-from gunicorn.http import body, message, parser, unreader, wsgi
+from gunicorn.http import body, errors, message, parser, unreader, wsgi
 from gunicorn.workers import base
 
 
@@ -101,6 +101,25 @@ PARTS = [
     ),
     Part(util.write, "cd995031295f", "it calls sendall() alone"),
     Part(util.write_error, "bd0143a03c15", "it works on a socket that does not block"),
+    Part(util.write_nonblock, "d2ff97701c36", "write_error calls it: it never waits"),
+    Part(
+        wsgi.default_environ,
+        "b7e18b84d829",
+        "it sets wsgi.input_terminated",
+    ),
+    Part(
+        message.Message.should_close,
+        "37c454bfb3e3",
+        "it says whether the caller wants the connection closed",
+    ),
+    Part(errors.NoMoreData, "549d75f9be34", "it is an OSError, as of a caller that has left"),
+    Part(Arbiter.reload, "fec344d2f774", "it starts num_workers workers, then manages them"),
+    Part(Arbiter.stop, "7138b6afd9c4", "it ends the workers within graceful_timeout"),
+    Part(
+        Arbiter.__init__,
+        "53b20d752bbb",
+        "reexec_pid, master_pid, num_workers are what master.py takes them for",
+    ),
     Part(glogging.Logger.__init__, "508cb885e4c0", "it makes error_log and calls setup()"),
     Part(
         Arbiter.handle_term,
