@@ -79,7 +79,7 @@ class RollingWindow:
 class Call:
     """A call that a breaker admitted; says at most once how it ended.
 
-    Without a word it counts for nothing, and its slot is free again.
+    If nothing is recorded, the call counts for nothing and its slot is free again.
     """
 
     __slots__ = ("failed", "generation")
@@ -127,7 +127,7 @@ class Breaker:
             return self._state()
 
     def configure(self, *, configured: bool) -> None:
-        """Show the state in the metrics or, whatever calls under way bring, show it no more."""
+        """Show the state in the metrics, or hide it for good, even while calls are under way."""
         with self._lock:
             self._configured = configured
             self._shown.set(self._open_until if configured else metrics.NOT_CONFIGURED)
@@ -269,7 +269,8 @@ class Breakers:
     def configure(self, endpoints: Set[str]) -> None:
         """Have a breaker for each of `endpoints` and for no other; one call at a time.
 
-        A request that knows an older configuration may still ask for others, unseen.
+        A request that read an older configuration may still use other breakers; the metrics do not
+        show those.
         """
         for endpoint in endpoints:
             self.of(endpoint).configure(configured=True)
