@@ -24,9 +24,6 @@ _BY_FAULT = {
     Fault.PROTOCOL: AttemptOutcome.UNKNOWN,
 }
 
-# Why a provider was skipped whose breaker is open.
-_NOT_ADMITTED = "breaker"
-
 _SUCCESSES = range(200, 300)
 _REFUSALS = range(300, 500)
 
@@ -56,7 +53,7 @@ class Attempts:
         self._transport = transport
         self._breakers = breakers
         self._timeout = timeout
-        self._refused = logs.OncePerSecond()
+        self._not_admitted = logs.OncePerSecond()
 
     def close(self) -> None:
         """Close the connections to the providers."""
@@ -73,10 +70,13 @@ class Attempts:
         """
         try:
             self._guarded(provider, message, deadline)
-        except AttemptFailed as failure:
-            times = self._refused.times(provider.id) if failure.reason == _NOT_ADMITTED else 1
-            if times:
+        except CircuitBreakerError:
+            failure = AttemptFailed(AttemptOutcome.SKIPPED, "breaker")
+            if times := self._not_admitted.times(provider.id):
                 _log_failure(provider, failure, times)
+            raise failure from None
+        except AttemptFailed as failure:
+            _log_failure(provider, failure)
             raise
 
     def send_unguarded(self, provider: Provider, message: Message) -> int:
@@ -92,12 +92,9 @@ class Attempts:
     def _guarded(self, provider: Provider, message: Message, deadline: float) -> None:
         if provider.endpoint is None:
             raise AttemptFailed(AttemptOutcome.SKIPPED, Fault.URL)
-        try:
-            with self._breakers.of(provider.endpoint).calling() as call:
-                log.debug("breaker admits", extra={"host": provider.endpoint})
-                self._recorded(call, provider, message, deadline)
-        except CircuitBreakerError:
-            raise AttemptFailed(AttemptOutcome.SKIPPED, _NOT_ADMITTED) from None
+        with self._breakers.of(provider.endpoint).calling() as call:
+            log.debug("breaker admits", extra={"host": provider.endpoint})
+            self._recorded(call, provider, message, deadline)
 
     def _recorded(self, call: Call, provider: Provider, message: Message, deadline: float) -> None:
         try:
@@ -164,7 +161,7 @@ def _count(provider: Provider, status: int | None, error: str, began: float) -> 
         metrics.client_calls(provider.endpoint, status, error).record(seconds)
 
 
-def _log_failure(provider: Provider, failure: AttemptFailed, times: int) -> None:
+def _log_failure(provider: Provider, failure: AttemptFailed, times: int = 1) -> None:
     log.log(
         logging.ERROR if failure.status is None else logging.WARNING,
         "attempt failed",

@@ -24,7 +24,7 @@ from tools.rig import CannotMeasure, Environment, free_port, owner, path_and, wa
 
 WORKERS, THREADS = 2, 32
 
-# gunicorn's threaded worker, with the keep-alive of gunicorn.conf.py; the rest there is for metrics, logs and stops.
+# gunicorn's threaded worker, with the keep-alive of gunicorn.conf.py.
 GTHREAD = ("--worker-class", "gthread", "--keep-alive", "75", "--no-control-socket")
 
 OPENED = re.compile(r'^circuit_breaker_state_changes_total{.*to_state="open"} (\S+)$', re.MULTILINE)
