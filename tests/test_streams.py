@@ -1,7 +1,10 @@
 """What a client of another protocol needs: streams that turn to TLS halfway, by one deadline."""
 
+import signal
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -22,6 +25,7 @@ from notifier.wire.streams import (
     connect,
     look_up,
 )
+from tests.service import ROOT
 from tests.sockets import LOOPBACK, silent
 from tests.timing import within
 
@@ -131,3 +135,33 @@ def test_single_bytes_are_not_read_for_ever() -> None:
         budget.spend(1)
     with pytest.raises(Overlong):
         budget.spend(1)
+
+
+STOPPED_WHILE_IT_WAITS = """
+import socket, time
+from notifier.wire.streams import Budget, connect, look_up
+
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    stream = connect(Budget(time.monotonic() + 5), look_up(*listener.getsockname()))
+    began = time.monotonic()
+    print("waiting", flush=True)
+    try:
+        stream.receive(Budget(began + 1))
+    except TimeoutError:
+        print(time.monotonic() - began)
+"""
+
+
+@pytest.mark.usefixtures("processes")
+def test_a_process_that_is_stopped_while_it_waits_does_not_begin_to_wait_anew() -> None:
+    """A kernel's time-out of a receive would: each stop adds all of it."""
+    command = [sys.executable, "-c", STOPPED_WHILE_IT_WAITS]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "waiting\n"
+        for _ in range(5):
+            time.sleep(0.15)  # within its second
+            process.send_signal(signal.SIGSTOP)
+            process.send_signal(signal.SIGCONT)
+        took = float(process.stdout.readline())
+    assert took < 1.5

@@ -109,6 +109,35 @@ def test_the_status_is_returned_whatever_it_is_and_nothing_is_sent_twice(
     assert len(provider.received) == 1
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"HTTP/1.1 200\r\n",
+        b"HTTP/1.1 200 \r\n",
+        b"HTTP/1.1  200 OK\r\n",
+        b"HTTP/1.1\t200 OK\r\n",
+        b"HTTP/1.1 200 OK\n",
+        b"HTTP/1.1 200 OK\r\r\n",
+        b"HTTP/1 200 OK\r\n",
+        b"HTTP/2 200 OK\r\n",
+        b"HTTP/1.1 100 Continue\r\nConnection: close\r\n\r\nHTTP/1.1 200 OK\r\n",
+        b"HTTP/1.1 100 Continue\r\nno field\r\n\r\nHTTP/1.1 200 OK\r\n",
+    ],
+)
+def test_an_odd_status_line_is_understood_since_the_next_provider_would_deliver_too(
+    transport: Transport, provider: ScriptedProvider, line: bytes
+) -> None:
+    provider.script = sends(line + b"Content-Length: 0\r\n\r\n")
+    assert post(transport, provider.url) == 200
+
+
+def test_a_status_line_that_ends_with_the_connection_is_understood(
+    transport: Transport, provider: ScriptedProvider
+) -> None:
+    provider.script = sends(b"HTTP/1.1 200 OK", lambda peer, _: peer.say_goodbye())
+    assert post(transport, provider.url) == 200
+
+
 @pytest.mark.parametrize("interim", [100, 102, 103])
 def test_an_interim_answer_is_not_the_answer(
     transport: Transport, provider: ScriptedProvider, interim: int

@@ -259,6 +259,27 @@ def test_the_bundle_of_the_environment_is_not_read_for_each_request(
     assert failure(transport, make_provider(tls=context).url, seconds=5) == "tls"
 
 
+def test_a_provider_hears_why_its_certificate_is_not_trusted(
+    transport: Transport, certificate: Certificate
+) -> None:
+    heard: list[str] = []
+    with socket.create_server((LOOPBACK, 0)) as listener:
+
+        def serve() -> None:
+            sock, _ = listener.accept()
+            try:
+                certificate[1].wrap_socket(sock, server_side=True).recv(1)
+            except ssl.SSLError as error:
+                heard.append(error.reason)
+
+        server = threading.Thread(target=serve)
+        server.start()
+        url = f"https://{LOOPBACK}:{listener.getsockname()[1]}/"
+        assert failure(transport, url, seconds=5) == "tls"
+        server.join(5)
+    assert heard == ["TLSV1_ALERT_UNKNOWN_CA"]
+
+
 def test_a_certificate_for_another_name_fails_as_tls(
     make_transport: MakeTransport,
     make_provider: MakeProvider,

@@ -184,6 +184,22 @@ def test_a_tunnel_that_ends_at_once_is_a_failure(
     assert failure(tunnelled, "https://mail.example.com/") == "tls"
 
 
+@pytest.mark.parametrize(
+    ("head", "opens"),
+    [
+        (b"HTTP/1.0 200 OK\n\n", True),
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nVia: x\r\n\r\n", True),
+        (b"x 200 OK\r\n\r\n", False),
+    ],
+)
+def test_a_tunnel_opens_by_what_is_a_200(
+    tunnelled: Transport, proxy: ScriptedProvider, head: bytes, opens: bool
+) -> None:
+    """It then fails within TLS, as nobody is behind it."""
+    proxy.script = lambda peer, _: (peer.send(head), peer.close())[0]
+    assert failure(tunnelled, "https://mail.example.com/") == ("tls" if opens else "connect")
+
+
 @pytest.mark.parametrize("status", [301, 403, 407, 429, 502, 503])
 def test_a_refused_tunnel_is_no_answer_of_the_provider_either(
     tunnelled: Transport, proxy: ScriptedProvider, status: int

@@ -359,3 +359,9 @@ def test_a_worker_that_cannot_accept_for_want_of_descriptors_tries_again_after_a
     worker.log = logging.getLogger("a test")
     worker._connect(Listener())
     assert paused == [SHORTAGE_SECONDS] * pauses
+
+
+def test_without_keep_alive_each_reply_closes_its_connection(start_service: StartService) -> None:
+    service = start_service(GUNICORN_CMD_ARGS="--keep-alive 0")
+    reply = requests.get(f"{service.url}/healthz", timeout=10)
+    assert reply.headers["Connection"] == "close"

@@ -249,4 +249,5 @@ class Worker(base.Worker):
             self.log.info("restarting after %d requests", self.nr)
             self.alive = False
         room = self.cfg.worker_connections - self.cfg.threads
-        return not self.alive or bool(self.draining[0]) or len(self._waiting) >= room
+        is_full = len(self._waiting) >= room
+        return not self.alive or not self.cfg.keepalive or bool(self.draining[0]) or is_full

@@ -13,7 +13,7 @@ from notifier.environ import trust
 from notifier.errors import Fault, TransportError
 from notifier.single_flight import SingleFlight
 from notifier.wire import streams
-from notifier.wire.exchange import Connection
+from notifier.wire.exchange import Connection, Malformed
 from notifier.wire.proxies import Origin, Proxy, open_tunnel
 from notifier.wire.streams import TLS, Address, Budget, Overlong, Stream
 
@@ -87,5 +87,5 @@ def failing_as(fault: Fault) -> Iterator[None]:
     """Turn what the libraries raise in the block into a TransportError."""
     try:
         yield
-    except (requests.RequestException, OSError, Overlong, ValueError) as error:
+    except (requests.RequestException, OSError, Overlong, Malformed, ValueError) as error:
         raise TransportError(fault) from error

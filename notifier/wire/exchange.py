@@ -4,6 +4,7 @@ The status line decides. What follows is read for the caller, where it asks for 
 that the connection can be reused; at most 64 KiB of a body, for at most a second.
 """
 
+import re
 import ssl
 import time
 from collections.abc import Collection
@@ -60,8 +61,63 @@ class _Disconnected(Exception):
     """The peer ended the connection without an answer."""
 
 
-class _Incomplete(Exception):
-    """The peer ended the connection before its status line was complete."""
+class Malformed(Exception):
+    """What the peer sends is no answer."""
+
+
+class Head:
+    """Reads the head of an answer, line by line; `rest` is what came after the last line read."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.rest = b""
+        self._stream = stream
+        self._has_begun = False
+
+    def status_line(self, budget: Budget) -> tuple[int, bool]:
+        """Return the status once its line is complete, and whether it is one of HTTP/1.1.
+
+        Interim answers are passed over (RFC 9110, section 15.2). A line is read as leniently as
+        Python's http.client does: what a provider accepted must not go to the next one.
+
+        Raises:
+            Malformed: it is no status line.
+        """
+        while True:
+            version, status = _parsed(self._line(budget))
+            if status >= HTTPStatus.OK:
+                return status, version == b"HTTP/1.1"
+            if status == HTTPStatus.SWITCHING_PROTOCOLS:
+                raise Malformed  # nobody asked for another protocol
+            self.pass_fields(budget)
+
+    def pass_fields(self, budget: Budget) -> None:
+        """Read up to the empty line that ends the head."""
+        while self._line(budget).strip():
+            pass
+
+    def _line(self, budget: Budget) -> bytes:
+        while b"\n" not in self.rest:
+            data = self._stream.receive(budget)
+            if not data:
+                return self._last_line()
+            self._has_begun = True
+            self.rest += data
+        line, _, self.rest = self.rest.partition(b"\n")
+        return line
+
+    def _last_line(self) -> bytes:
+        if not self.rest:
+            raise Malformed if self._has_begun else _Disconnected
+        line, self.rest = self.rest, b""
+        return line
+
+
+def _parsed(line: bytes) -> tuple[bytes, int]:
+    """Return version and status of a status line."""
+    version, status, *_ = [*line.split(None, 2), b"", b""]
+    if not version.startswith(b"HTTP/") or not re.fullmatch(rb"[1-9][0-9][0-9]", status):
+        raise Malformed
+    return version, int(status)
 
 
 class Connection:
@@ -109,7 +165,7 @@ class Connection:
             raise TransportError(Fault.TIMEOUT) from error
         except ConnectionError as error:
             raise TransportError(Fault.RESET) from error
-        except (OSError, Overlong, _Incomplete, *_PARSER_ERRORS) as error:
+        except (OSError, Overlong, Malformed) as error:
             raise TransportError(Fault.PROTOCOL) from error
         finally:
             if not self.reusable:
@@ -119,9 +175,12 @@ class Connection:
         budget.begin_phase()
         with suppress(BrokenPipeError, ConnectionResetError):  # its answer may be here
             self._stream.send(budget, request)
+        head = Head(self._stream)
+        status, is_current = head.status_line(budget)
         reader = _ThoroughReader(self._stream, wanted) if any(wanted) else _Reader(self._stream)
-        status = reader.status(budget)
-        reader.drain(budget)
+        # The parser gets the status line in a form that it does not refuse.
+        line = f"HTTP/1.{1 if is_current else 0} {status} \r\n".encode()
+        reader.drain(budget, line + head.rest)
         self.reusable = reader.ended_cleanly()
         self._idle_since = time.monotonic()
         return Answer(status, reader.headers, reader.body())
@@ -141,37 +200,26 @@ class Connection:
 
 
 class _Reader:
-    """Reads one answer for its status; the `on_…` methods are what the parser calls."""
+    """Reads what follows a status; the `on_…` methods are what the parser calls."""
 
     def __init__(self, stream: Stream) -> None:
         self.headers: dict[str, str] = {}
         self._stream = stream
         self._parser = httptools.HttpResponseParser(self)
-        self._parser.set_dangerous_leniencies(
-            lenient_version=True, lenient_optional_cr_before_lf=True
-        )
-        self._received = self._unparsed = b""
+        self._parser.set_dangerous_leniencies(lenient_optional_cr_before_lf=True)
         self._body_bytes = 0
         self._is_whole = self._keeps_alive = False
 
-    def status(self, budget: Budget) -> int:
-        """Return the status once its line is complete; step over interim answers.
+    def drain(self, budget: Budget, come: bytes) -> None:
+        """Read the rest of an answer, unless it is too long or takes too long.
 
-        The parser gets one line at a time, so a line that it refuses comes no later than the status
-        line.
+        Args:
+            come: what has come of it, from the status line on.
         """
-        while True:
-            self._parser.feed_data(self._line(budget))
-            status = self._parser.get_status_code()
-            if status >= HTTPStatus.OK:
-                return status
-
-    def drain(self, budget: Budget) -> None:
-        """Read the rest, unless it is too long or takes too long."""
         budget.deadline = min(budget.deadline, time.monotonic() + DRAIN_SECONDS)
         budget.extend(DRAIN_BYTES)
         with suppress(OSError, Overlong, *_PARSER_ERRORS):
-            self._parser.feed_data(self._unparsed)
+            self._parser.feed_data(come)
             while not self._is_whole:
                 data = self._stream.receive(budget)
                 if not data:
@@ -198,23 +246,12 @@ class _Reader:
         self._keeps_alive = False  # what follows a whole answer was not asked for
 
     def on_message_complete(self) -> None:
-        if self._parser.get_status_code() >= HTTPStatus.OK:
-            self._keeps_alive = not self._is_whole and self._parser.should_keep_alive()
-            self._is_whole = True
-
-    def _line(self, budget: Budget) -> bytes:
-        while b"\n" not in self._unparsed:
-            data = self._stream.receive(budget)
-            if not data:
-                raise _Incomplete if self._received else _Disconnected
-            self._received = data
-            self._unparsed += data
-        line, end, self._unparsed = self._unparsed.partition(b"\n")
-        return line + end
+        self._keeps_alive = not self._is_whole and self._parser.should_keep_alive()
+        self._is_whole = True
 
 
 class _ThoroughReader(_Reader):
-    """Keeps what is wanted of header fields and body, too."""
+    """Keeps what is wanted of fields and body, too; nothing of trailers and later answers."""
 
     def __init__(self, stream: Stream, wanted: Wanted) -> None:
         super().__init__(stream)
@@ -228,19 +265,20 @@ class _ThoroughReader(_Reader):
     def on_end(self) -> None:
         self._is_whole = self._has_head and not self._says_length
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._has_head = self._says_length = False
-
     def on_headers_complete(self) -> None:
         self._has_head = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        name = name.lower()
+        if self._has_head:
+            return
+        name, text = name.lower(), value.decode("latin-1")
         self._says_length |= name in (b"content-length", b"transfer-encoding")
         if name in self._wanted.headers:
-            self.headers[name.decode("latin-1")] = value.decode("latin-1")
+            key = name.decode("latin-1")
+            # A field that comes twice is a list (RFC 9110, section 5.3).
+            self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
 
     def on_body(self, data: bytes) -> None:
         super().on_body(data)
-        self._body.append(data)
+        if not self._is_whole:
+            self._body.append(data)

@@ -2,6 +2,7 @@
 
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
+from http import HTTPStatus
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import NamedTuple
 from urllib import request as urllib_request
@@ -10,6 +11,7 @@ import requests
 from urllib3.util import parse_url
 
 from notifier.models import DEFAULT_PORTS
+from notifier.wire.exchange import Head
 from notifier.wire.streams import Budget, Stream
 
 
@@ -104,16 +106,14 @@ def open_tunnel(budget: Budget, stream: Stream, credentials: str, to: Origin) ->
     Raises:
         OSError: it does not.
         Overlong: its answer is too long.
+        Malformed: it is no answer.
     """
     target = f"{to.host}:{to.port}"
     request = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{credentials}\r\n"
     budget.begin_phase()
     stream.send(budget, request.encode("latin-1"))
-    head = b""
-    while b"\r\n\r\n" not in head:
-        data = stream.receive(budget)
-        if not data:
-            raise ConnectionAbortedError("the proxy ended the connection")
-        head += data
-    if head.split(None, 2)[1:2] != [b"200"]:
+    head = Head(stream)
+    status, _ = head.status_line(budget)
+    if status != HTTPStatus.OK:
         raise ConnectionRefusedError("the proxy opens no tunnel")
+    head.pass_fields(budget)

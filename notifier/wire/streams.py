@@ -117,39 +117,37 @@ class Look(NamedTuple):
 
 
 class Plain:
-    """A connected socket in blocking mode; the kernel keeps the time of a wait.
+    """A connected socket that is never waited for but by poll, which can't outlast a time.
 
-    With a time-out of Python's, each operation would be two system calls that give up the
-    interpreter's lock, the first of them to poll.
+    A receive with a time-out of the kernel's own begins anew when the process was stopped in it.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._received = 0
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
 
     def send(self, budget: Budget, data: bytes) -> None:
-        budget.time_left()
-        try:
-            sent = self._sock.send(data, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            sent = 0
-        rest = memoryview(data)[sent:]
-        while rest:  # more than the kernel's buffer holds
-            self._limit(socket.SO_SNDTIMEO, budget)
+        rest = memoryview(data)
+        while rest:
+            budget.time_left()
             try:
-                rest = rest[self._sock.send(rest) :]
-            except BlockingIOError:
-                raise TimeoutError from None
+                rest = rest[self._sock.send(rest, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:  # the kernel's buffer is full
+                self._wait_for(select.POLLOUT, budget.time_left())
 
     def receive(self, budget: Budget) -> bytes:
-        self._limit(socket.SO_RCVTIMEO, budget)
-        try:
-            data = self._sock.recv(READ_BYTES)
-        except BlockingIOError:
-            raise TimeoutError from None
-        self._received += len(data)
-        budget.spend(len(data))
-        return data
+        while True:
+            if not self._readable.poll(1000 * budget.time_left()):
+                raise TimeoutError("nothing was received in time")
+            try:
+                data = self._sock.recv(READ_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+            self._received += len(data)
+            budget.spend(len(data))
+            return data
 
     def has_unread(self) -> bool:
         return False
@@ -173,11 +171,6 @@ class Plain:
     def is_reset(self, seconds: float) -> bool:
         """Return True if the peer's RST is here, or arrives within `seconds`."""
         return self._wait_for(0, seconds)
-
-    def _limit(self, direction: int, budget: Budget) -> None:
-        seconds, rest = divmod(budget.time_left(), 1)
-        time_left = struct.pack("ll", int(seconds), max(int(1e6 * rest), 1))  # 0: no limit
-        self._sock.setsockopt(socket.SOL_SOCKET, direction, time_left)
 
     def _wait_for(self, event: int, seconds: float) -> bool:
         poll = select.poll()
@@ -225,6 +218,10 @@ class TLS:
             except ssl.SSLWantReadError:
                 self._flush(budget)
                 self._feed(budget)
+            except ssl.SSLError:
+                with suppress(OSError):  # the peer may hear why
+                    self._flush(budget)
+                raise
             else:
                 self._flush(budget)
                 return result
