@@ -127,7 +127,11 @@ def test_the_image_has_what_production_needs_and_nothing_else() -> None:
     run = ("run", "--rm", "--network=none", "--read-only", "--user=0", "--entrypoint=python")
     contents = json.loads(docker(*run, IMAGE, "-c", CONTENTS))
     contents["packages"].pop("pip", None)  # the base's
-    ours = [*ROOT.glob("notifier/*.py"), *ROOT.glob("migrations/*.sql"), ROOT / "gunicorn.conf.py"]
+    ours = [
+        *(ROOT / "notifier").rglob("*.py"),
+        *ROOT.glob("migrations/*.sql"),
+        ROOT / "gunicorn.conf.py",
+    ]
     assert contents == {
         "packages": pinned("requirements.txt"),
         "tools": [],

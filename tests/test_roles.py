@@ -18,7 +18,7 @@ from notifier.store.db import Database
 from notifier.store.preferences import Preferences
 from notifier.store.roles import NotGranted
 from tests.fixtures import Environment, connect, create_database
-from tests.test_schema import NAMES, execute, migrating, rows, run, waiting
+from tests.test_migrations import NAMES, execute, migrating, rows, run, waiting
 from tests.timing import eventually
 
 TABLE = "notification_preferences"
