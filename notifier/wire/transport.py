@@ -74,7 +74,8 @@ class Transport:
             )
         except requests.exceptions.InvalidSchema as error:  # no adapter for it
             raise TransportError(Fault.URL) from error
-        return Answer(response.status_code, dict(response.headers), response.content)
+        headers = dict(response.headers) if wanted.headers else {}
+        return Answer(response.status_code, headers, response.content if wanted.body else None)
 
 
 # Without any, requests would read the environment's for each request.
