@@ -117,9 +117,9 @@ class Look(NamedTuple):
 
 
 class Plain:
-    """A connected socket that is never waited for but by poll, which can't outlast a time.
+    """A connected socket. All waiting is done by `poll`, so that a deadline holds.
 
-    A receive with a time-out of the kernel's own begins anew when the process was stopped in it.
+    The kernel's own time-out of a receive would start anew each time the process is stopped.
     """
 
     def __init__(self, sock: socket.socket) -> None:
