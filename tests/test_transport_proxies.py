@@ -1,4 +1,4 @@
-"""Proxies: used when given, passed by where `no` says so, and never mistaken for the provider."""
+"""Proxies: used if configured, bypassed for the hosts in `no`, never mistaken for the provider."""
 
 import socket
 import ssl
@@ -23,7 +23,7 @@ Certificate = tuple[Path, ssl.SSLContext]
 
 
 def connects(peer: Peer, received: Received) -> None:
-    """Be a proxy that tunnels."""
+    """Act as a proxy that opens a tunnel."""
     assert received.method == "CONNECT"
     host, _, port = received.path.rpartition(":")
     peer.tunnel(host, int(port))
@@ -48,7 +48,7 @@ def target(make_provider: MakeProvider, certificate: Certificate) -> ScriptedPro
     return make_provider(tls=certificate[1])
 
 
-def test_http_goes_through_the_proxy_with_an_absolute_url_and_no_look_up_here(
+def test_http_goes_through_the_proxy_with_an_absolute_url_and_no_local_look_up(
     make_transport: MakeTransport, proxy: ScriptedProvider
 ) -> None:
     proxy.script = answer(202)
@@ -62,7 +62,7 @@ def test_http_goes_through_the_proxy_with_an_absolute_url_and_no_look_up_here(
 
 @pytest.mark.parametrize("key", ["http", "all"])
 @pytest.mark.parametrize("written", ["http://{}", "{}", "http://{}/"])
-def test_a_proxy_may_be_written_as_the_environment_has_it(
+def test_a_proxy_may_be_written_in_each_form_that_the_environment_allows(
     make_transport: MakeTransport, proxy: ScriptedProvider, key: str, written: str
 ) -> None:
     assert post(make_transport(proxies={key: written.format(proxy.host)}), NOWHERE) == 200
@@ -91,7 +91,7 @@ def test_the_environment_is_not_read_for_each_request(
     assert (len(provider.received), proxy.received) == (1, [])
 
 
-def test_https_goes_through_a_tunnel_that_is_used_again(
+def test_https_goes_through_a_tunnel_that_is_reused(
     tunnelled: Transport, proxy: ScriptedProvider, target: ScriptedProvider
 ) -> None:
     target.script = answer(201)
@@ -103,7 +103,7 @@ def test_https_goes_through_a_tunnel_that_is_used_again(
     assert proxy.connections == 1
 
 
-def test_tls_goes_through_a_proxys_tls_over_a_connection_that_is_used_again(
+def test_tls_goes_through_a_proxys_tls_over_a_connection_that_is_reused(
     make_transport: MakeTransport, make_provider: MakeProvider, certificate: Certificate
 ) -> None:
     bundle, context = certificate
@@ -124,7 +124,7 @@ def test_tls_goes_through_a_proxys_tls_over_a_connection_that_is_used_again(
         ("[::1]:80", "[::1]"),
     ],
 )
-def test_a_request_names_its_host_without_a_default_port_and_a_user(
+def test_the_host_field_has_neither_a_default_port_nor_a_user(
     make_transport: MakeTransport, proxy: ScriptedProvider, netloc: str, host: str
 ) -> None:
     transport = make_transport(proxies={"http": f"http://{proxy.host}"})
@@ -140,7 +140,7 @@ BEHIND_A_TUNNEL: dict[str, tuple[Script, str]] = {
 
 
 @pytest.mark.parametrize("name", BEHIND_A_TUNNEL)
-def test_an_open_tunnel_is_no_answer_of_the_provider(
+def test_an_open_tunnel_is_not_taken_for_the_providers_answer(
     tunnelled: Transport, target: ScriptedProvider, name: str
 ) -> None:
     target.script, kind = BEHIND_A_TUNNEL[name]
@@ -157,14 +157,14 @@ def test_the_provider_behind_a_tunnel_has_its_full_time(
     monkeypatch.setattr(exchange_module, "DRAIN_SECONDS", 0.1)
 
     def answer_slowly(peer: Peer, received: Received) -> None:
-        time.sleep(0.4)  # four times what a known status leaves
+        time.sleep(0.4)  # four times DRAIN_SECONDS
         answer(status)(peer, received)
 
     target.script = answer_slowly
     assert post(tunnelled, target.url) == status
 
 
-def test_a_provider_that_nobody_vouches_for_fails_as_tls_through_a_tunnel_too(
+def test_a_provider_of_an_unknown_authority_fails_as_tls_through_a_tunnel_too(
     make_transport: MakeTransport, proxy: ScriptedProvider, target: ScriptedProvider
 ) -> None:
     proxy.script = connects
@@ -173,7 +173,7 @@ def test_a_provider_that_nobody_vouches_for_fails_as_tls_through_a_tunnel_too(
     assert target.received == []
 
 
-def test_a_tunnel_that_ends_at_once_is_a_failure(
+def test_a_tunnel_that_closes_at_once_fails_as_tls(
     tunnelled: Transport, proxy: ScriptedProvider
 ) -> None:
     def open_and_leave(peer: Peer, _: Received) -> None:
@@ -192,19 +192,19 @@ def test_a_tunnel_that_ends_at_once_is_a_failure(
         (b"x 200 OK\r\n\r\n", False),
     ],
 )
-def test_a_tunnel_opens_by_what_is_a_200(
+def test_a_tunnel_opens_only_with_a_valid_200(
     tunnelled: Transport, proxy: ScriptedProvider, head: bytes, opens: bool
 ) -> None:
-    """It then fails within TLS, as nobody is behind it."""
+    """An open tunnel then fails as TLS, because no provider is behind it."""
     proxy.script = lambda peer, _: (peer.send(head), peer.close())[0]
     assert failure(tunnelled, "https://mail.example.com/") == ("tls" if opens else "connect")
 
 
 @pytest.mark.parametrize("status", [301, 403, 407, 429, 502, 503])
-def test_a_refused_tunnel_is_no_answer_of_the_provider_either(
+def test_a_refused_tunnel_is_not_taken_for_the_providers_answer(
     tunnelled: Transport, proxy: ScriptedProvider, status: int
 ) -> None:
-    """The message has not been sent, and what the proxy thinks says nothing about the provider."""
+    """The message has not been sent, and the proxy's status says nothing about the provider."""
     proxy.script = answer(status, b"<html>no</html>")
     assert failure(tunnelled, "https://mail.example.com/") == "connect"
 
@@ -221,7 +221,7 @@ def test_a_proxy_that_refuses_the_connection_fails_as_connect(
 
 @pytest.mark.parametrize("url", [NOWHERE, "https://mail.example.com/"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_proxy_that_says_nothing_is_left_at_the_deadline(
+def test_a_silent_proxy_is_given_up_at_the_deadline(
     make_transport: MakeTransport, scheme: str, url: str
 ) -> None:
     with silent() as port:
@@ -230,7 +230,7 @@ def test_a_proxy_that_says_nothing_is_left_at_the_deadline(
 
 
 @pytest.mark.parametrize("url", [NOWHERE, "https://mail.example.com/"])
-def test_a_proxy_that_drips_over_tls_is_left_at_the_deadline(
+def test_a_proxy_that_drips_over_tls_is_given_up_at_the_deadline(
     make_transport: MakeTransport,
     make_provider: MakeProvider,
     certificate: Certificate,
@@ -238,7 +238,7 @@ def test_a_proxy_that_drips_over_tls_is_left_at_the_deadline(
     url: str,
 ) -> None:
     bundle, context = certificate
-    monkeypatch.setenv("SSL_CERT_FILE", str(bundle))  # whom OpenSSL trusts by default
+    monkeypatch.setenv("SSL_CERT_FILE", str(bundle))  # OpenSSL's default authorities
     proxy = make_provider(lambda peer, _: peer.drip(b"HTTP/1.1 200 O"), tls=context)
     address = f"https://{proxy.host}"
     assert failure(make_transport(bundle, {"http": address, "https": address}), url)
@@ -249,7 +249,7 @@ def test_a_proxy_that_drips_over_tls_is_left_at_the_deadline(
 def everywhere(
     make_provider: MakeProvider, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[ScriptedProvider]:
-    """A provider at which every connection to port 80 ends, whatever the name or address."""
+    """A provider that receives every connection to port 80, whatever the name or address."""
     provider = make_provider()
     real = streams.look_up
 
@@ -301,7 +301,7 @@ def reached(
         ("2001:db8::/32", "192.0.2.7", False),
     ],
 )
-def test_what_no_proxy_names_and_only_that_is_reached_directly(
+def test_only_the_hosts_in_no_proxy_are_reached_directly(
     reached: Callable[[str, str], tuple[int, int]], no_proxy: str, host: str, directly: bool
 ) -> None:
     assert reached(no_proxy, host) == ((1, 0) if directly else (0, 1))
