@@ -635,7 +635,7 @@ def test_a_test_uses_the_services_proxy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     proxy = make_provider()
-    monkeypatch.setenv("http_proxy", f"http://{proxy.host}")
+    monkeypatch.setenv("http_proxy", f"http://{proxy.endpoint}")
     add_provider("http://mail.example.com/v1/send")
     assert outcome(database)["outcome"] == "accepted"
     assert [received.path for received in proxy.received] == ["http://mail.example.com/v1/send"]

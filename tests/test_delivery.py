@@ -75,9 +75,9 @@ class Made:
         self.reports.append(report)
         return report.outcome == "delivered"
 
-    def recorded(self, host: str) -> str:
-        """Return what the breaker of `host` has recorded."""
-        totals = self.breakers.of(host)._window.totals(time.monotonic())
+    def recorded(self, endpoint: str) -> str:
+        """Return what the breaker of `endpoint` has recorded."""
+        totals = self.breakers.of(endpoint)._window.totals(time.monotonic())
         return {(0, 0): "nothing", (1, 0): "success", (1, 1): "failure"}[totals]
 
 
@@ -161,7 +161,7 @@ def test_any_2xx_is_accepted_and_no_other_provider_is_asked(
     made = make(Known(email=rows(first.url, second.url)))
     assert made.to(Recipient.BUYER)
     assert (len(first.received), len(second.received)) == (1, 0)
-    assert made.recorded(first.host) == "success"
+    assert made.recorded(first.endpoint) == "success"
     assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 1", 1)]
 
 
@@ -191,7 +191,7 @@ def test_an_accepted_message_is_never_sent_twice_however_its_answer_ends(
     made = make(Known(email=rows(first.url, second.url)), timeout=TIMEOUT)
     assert made.to(Recipient.BUYER)
     assert (len(first.received), len(second.received)) == (1, 0)
-    assert made.recorded(first.host) == "success"
+    assert made.recorded(first.endpoint) == "success"
 
 
 FALLS_BACK: dict[str, tuple[Script, str]] = {
@@ -232,8 +232,8 @@ def test_the_next_provider_is_asked_after_a_failed_attempt(
     assert made.to(Recipient.BUYER)
     assert [len(p.received) for p in (first, second, third)] == [1, 1, 0]
     assert first.received[0].body == second.received[0].body
-    assert made.recorded(first.host) == recorded
-    assert made.recorded(second.host) == "success"
+    assert made.recorded(first.endpoint) == recorded
+    assert made.recorded(second.endpoint) == "success"
     assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 2)]
 
 
@@ -283,7 +283,7 @@ def test_a_row_without_a_usable_url_is_skipped_with_an_error_in_the_log(
     made = make(Known(email=rows(url, second.url)))
     assert made.to(Recipient.BUYER)
     assert len(second.received) == 1
-    assert list(made.breakers._by_endpoint) == [second.host]
+    assert list(made.breakers._by_endpoint) == [second.endpoint]
     assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 1, skipped=1)]
     (error,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert (error.__dict__["provider_id"], error.__dict__["reason"]) == (1, "url")
@@ -295,12 +295,12 @@ def test_a_host_whose_breaker_is_open_is_skipped_and_its_breaker_records_nothing
     first, second = make_provider(answer(503)), make_provider()
     made = make(Known(email=rows(first.url, second.url)), min_calls=1)
     assert made.to(Recipient.BUYER)
-    assert made.breakers.of(first.host).state == "open"
+    assert made.breakers.of(first.endpoint).state == "open"
     for _ in range(3):
         assert made.to(Recipient.BUYER)
         assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 1, skipped=1)]
     assert (len(first.received), len(second.received)) == (1, 4)
-    assert made.recorded(first.host) == "failure"  # the call that opened it
+    assert made.recorded(first.endpoint) == "failure"  # the call that opened it
 
 
 def test_a_buyer_is_reached_by_email_only(
@@ -375,7 +375,7 @@ def test_a_failed_channel_does_not_stop_the_other(
     made = make(Known(**known))
     assert not made.to(Recipient.SELLER)
     assert len(good.received) == 1
-    assert made.recorded(good.host) == "success"  # so it has been awaited
+    assert made.recorded(good.endpoint) == "success"  # so it has been awaited
 
 
 def test_without_a_provider_nothing_is_delivered(
@@ -491,7 +491,7 @@ def test_an_attempt_cut_short_by_the_deadline_is_the_last_and_records_nothing(
     with within(3):
         assert not made.to(Recipient.BUYER)
     assert (len(first.received), len(second.received)) == (1, 0)
-    assert made.recorded(first.host) == "nothing"
+    assert made.recorded(first.endpoint) == "nothing"
     assert results() == [ChannelResult(Channel.EMAIL, "failed", None, 1)]
 
 
@@ -535,7 +535,7 @@ def test_with_less_than_a_quarter_of_a_second_left_no_attempt_is_begun(
     made = make(Known(email=rows(first.url, second.url)), timeout=0.4, deadline=0.6)
     assert not made.to(Recipient.BUYER)
     assert (len(first.received), len(second.received)) == (1, 0)
-    assert made.recorded(first.host) == "failure"  # it had its full time
+    assert made.recorded(first.endpoint) == "failure"  # it had its full time
     assert results() == [ChannelResult(Channel.EMAIL, "failed", None, 1)]
 
 
@@ -557,7 +557,7 @@ def test_a_hanging_host_counts_as_failed_if_the_deadline_is_as_long_as_one_attem
     provider = make_provider(hang)
     made = make(Known(email=rows(provider.url)), timeout=0.4, deadline=settings.notify_deadline)
     assert not made.to(Recipient.BUYER)
-    assert made.recorded(provider.host) == "failure"
+    assert made.recorded(provider.endpoint) == "failure"
 
 
 def test_the_other_channels_are_awaited_when_the_first_raises_an_unexpected_error(
@@ -584,7 +584,7 @@ def test_the_other_channels_are_awaited_when_the_first_raises_an_unexpected_erro
     made = make(Broken())
     with pytest.raises(ZeroDivisionError):
         made.to(Recipient.SELLER)
-    assert made.recorded(push.host) == "success"
+    assert made.recorded(push.endpoint) == "success"
 
 
 def test_the_deadline_bounds_all_attempts_of_all_channels_together(

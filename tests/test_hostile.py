@@ -439,7 +439,7 @@ def check(
     copies = 3 * misbehaviour.body
     with nothing_kept(copies), ScriptedProvider(misbehaviour.script, tls=tls) as provider:
         provider.eager = misbehaviour.eager
-        url = f"{scheme}://{provider.host}/" if scheme else provider.url
+        url = f"{scheme}://{provider.endpoint}/" if scheme else provider.url
         assert attempt(transport, url, text, seconds) == misbehaviour.outcome
         assert provider.connections == 1
         assert provider.sent < SENT

@@ -435,7 +435,7 @@ def test_a_killed_worker_leaves_no_gauge_behind(
         under_way = [pool.submit(service.notify) for _ in range(4)]
         gate.wait_for(4)
         assert service.metric("http_server_active_requests") == 4
-        assert service.metric("circuit_breaker_state", host=failing.host, state="open") == 1
+        assert service.metric("circuit_breaker_state", host=failing.endpoint, state="open") == 1
         for worker in service.booted():
             worker.kill()
         assert all(isinstance(reply.exception(), requests.RequestException) for reply in under_way)

@@ -103,7 +103,7 @@ def used(
         try:
             service.wait_until_ready().wait_until_listening()
             _use(service)
-            yield Used(service, failing.host, delivering.host)
+            yield Used(service, failing.endpoint, delivering.endpoint)
         finally:
             service.stop()
 
@@ -363,16 +363,16 @@ def test_the_worst_of_the_workers_states_is_shown_and_half_open_needs_no_traffic
     with requests.Session() as one_worker:  # a reused connection stays with it
         service.notify(session=one_worker)
         assert service.metric("circuit_breaker_state_changes_total") == 1
-        state = {(provider.host, "open"): 1, (other.host, "closed"): 0}
+        state = {(provider.endpoint, "open"): 1, (other.endpoint, "closed"): 0}
         assert shown(service, "circuit_breaker_state") == state
 
         provider.script = answer()
-        half_open = {(provider.host, "half-open"): 2, (other.host, "closed"): 0}
+        half_open = {(provider.endpoint, "half-open"): 2, (other.endpoint, "closed"): 0}
         eventually(lambda: shown(service, "circuit_breaker_state") == half_open)
         assert service.metric("circuit_breaker_state_changes_total") == 1
 
         assert service.notify(session=one_worker).status_code == 200
-        closed = {(provider.host, "closed"): 0, (other.host, "closed"): 0}
+        closed = {(provider.endpoint, "closed"): 0, (other.endpoint, "closed"): 0}
         assert shown(service, "circuit_breaker_state") == closed
 
 
@@ -386,14 +386,14 @@ def test_an_endpoint_that_is_no_longer_configured_disappears(
     gone = add_provider(old.url)
     service = start_service(WEB_CONCURRENCY="2").wait_until_listening()
     service.notify()
-    assert shown(service, "circuit_breaker_state") == {(old.host, "closed"): 0}
+    assert shown(service, "circuit_breaker_state") == {(old.endpoint, "closed"): 0}
     add_provider(new.url)
     with connect(database) as connection:
         connection.execute(
             "UPDATE notification_preferences SET deleted_at = now() WHERE id = %s", (gone,)
         )
 
-    only_the_new_one = {(new.host, "closed"): 0}
+    only_the_new_one = {(new.endpoint, "closed"): 0}
     eventually(lambda: shown(service, "circuit_breaker_state") == only_the_new_one)
 
 

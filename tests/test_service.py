@@ -77,7 +77,7 @@ def test_a_failing_provider_is_passed_over_and_then_skipped_by_its_breaker(
     assert (len(down.received), len(up.received)) == (3, 5)
     changes = [line for line in service.lines() if line["logger"] == "notifier.breakers"]
     assert [(c["host"], c["from_state"], c["to_state"]) for c in changes] == [
-        (down.host, "closed", "open")
+        (down.endpoint, "closed", "open")
     ]
 
 
@@ -270,7 +270,7 @@ def test_no_secret_recipient_or_text_is_ever_logged(
 ):
     planted = {"to": RECIPIENT, "title": TEXT, "message": TEXT}
     urls = [make_provider(script).url for script in TELL_TALES]
-    urls += ["ftp://x", "http://127.0.0.1:1/", f"https://{make_provider().host}/"]
+    urls += ["ftp://x", "http://127.0.0.1:1/", f"https://{make_provider().endpoint}/"]
     for priority, url in enumerate(urls):
         add_provider(f"{url}?key={SECRET}", priority=priority, secret_key=SECRET)
     service = start_service(WEB_CONCURRENCY="1", HTTP_CLIENT_TIMEOUT="1s")

@@ -296,7 +296,7 @@ def test_a_certificate_for_another_name_fails_as_tls(
 def test_a_plain_server_behind_https_fails_as_tls(
     transport: Transport, make_provider: MakeProvider
 ) -> None:
-    assert failure(transport, f"https://{make_provider().host}/") == "tls"
+    assert failure(transport, f"https://{make_provider().endpoint}/") == "tls"
 
 
 def test_a_silent_server_behind_https_fails_as_tls(transport: Transport) -> None:
@@ -328,5 +328,5 @@ def test_a_tls_server_behind_http_is_a_failure_and_gets_no_request(
     transport: Transport, make_provider: MakeProvider, certificate: Certificate
 ) -> None:
     provider = make_provider(tls=certificate[1])
-    assert failure(transport, f"http://{provider.host}/") in ("protocol", "reset")
+    assert failure(transport, f"http://{provider.endpoint}/") in ("protocol", "reset")
     assert provider.received == []

@@ -40,7 +40,7 @@ def tunnelled(
 ) -> Transport:
     """A transport that trusts `certificate` and reaches https through `proxy`."""
     proxy.script = connects
-    return make_transport(certificate[0], {"https": f"http://{proxy.host}"})
+    return make_transport(certificate[0], {"https": f"http://{proxy.endpoint}"})
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_http_goes_through_the_proxy_with_an_absolute_url_and_no_local_look_up(
     make_transport: MakeTransport, proxy: ScriptedProvider
 ) -> None:
     proxy.script = answer(202)
-    transport = make_transport(proxies={"http": f"http://{proxy.host}"})
+    transport = make_transport(proxies={"http": f"http://{proxy.endpoint}"})
     for _ in range(2):
         assert post(transport, NOWHERE) == 202
     assert [received.path for received in proxy.received] == [NOWHERE] * 2
@@ -65,14 +65,14 @@ def test_http_goes_through_the_proxy_with_an_absolute_url_and_no_local_look_up(
 def test_a_proxy_may_be_written_in_each_form_that_the_environment_allows(
     make_transport: MakeTransport, proxy: ScriptedProvider, key: str, written: str
 ) -> None:
-    assert post(make_transport(proxies={key: written.format(proxy.host)}), NOWHERE) == 200
+    assert post(make_transport(proxies={key: written.format(proxy.endpoint)}), NOWHERE) == 200
     assert len(proxy.received) == 1
 
 
 def test_the_proxy_gets_the_credentials_of_its_url(
     make_transport: MakeTransport, proxy: ScriptedProvider
 ) -> None:
-    transport = make_transport(proxies={"http": f"http://user:pass@{proxy.host}"})
+    transport = make_transport(proxies={"http": f"http://user:pass@{proxy.endpoint}"})
     post(transport, NOWHERE)
     assert proxy.received[0].headers["proxy-authorization"] == "Basic dXNlcjpwYXNz"
 
@@ -86,7 +86,7 @@ def test_the_environment_is_not_read_for_each_request(
     name: str,
 ) -> None:
     provider, transport = make_provider(), make_transport()
-    monkeypatch.setenv(name, f"http://{proxy.host}")
+    monkeypatch.setenv(name, f"http://{proxy.endpoint}")
     post(transport, provider.url)
     assert (len(provider.received), proxy.received) == (1, [])
 
@@ -108,7 +108,7 @@ def test_tls_goes_through_a_proxys_tls_over_a_connection_that_is_reused(
 ) -> None:
     bundle, context = certificate
     proxy, target = make_provider(connects, tls=context), make_provider(answer(201), tls=context)
-    transport = make_transport(bundle, {"https": f"https://{proxy.host}"})
+    transport = make_transport(bundle, {"https": f"https://{proxy.endpoint}"})
     for _ in range(3):
         assert post(transport, target.url) == 201
     assert (proxy.connections, len(target.received)) == (1, 3)
@@ -127,7 +127,7 @@ def test_tls_goes_through_a_proxys_tls_over_a_connection_that_is_reused(
 def test_the_host_field_has_neither_a_default_port_nor_a_user(
     make_transport: MakeTransport, proxy: ScriptedProvider, netloc: str, host: str
 ) -> None:
-    transport = make_transport(proxies={"http": f"http://{proxy.host}"})
+    transport = make_transport(proxies={"http": f"http://{proxy.endpoint}"})
     assert post(transport, f"http://{netloc}/send") == 200
     assert proxy.received[0].headers["host"] == host
 
@@ -168,7 +168,7 @@ def test_a_provider_of_an_unknown_authority_fails_as_tls_through_a_tunnel_too(
     make_transport: MakeTransport, proxy: ScriptedProvider, target: ScriptedProvider
 ) -> None:
     proxy.script = connects
-    transport = make_transport(proxies={"https": f"http://{proxy.host}"})
+    transport = make_transport(proxies={"https": f"http://{proxy.endpoint}"})
     assert failure(transport, target.url, seconds=5) == "tls"
     assert target.received == []
 
@@ -240,7 +240,7 @@ def test_a_proxy_that_drips_over_tls_is_given_up_at_the_deadline(
     bundle, context = certificate
     monkeypatch.setenv("SSL_CERT_FILE", str(bundle))  # OpenSSL's default authorities
     proxy = make_provider(lambda peer, _: peer.drip(b"HTTP/1.1 200 O"), tls=context)
-    address = f"https://{proxy.host}"
+    address = f"https://{proxy.endpoint}"
     assert failure(make_transport(bundle, {"http": address, "https": address}), url)
     assert len(proxy.received) == 1
 
@@ -270,7 +270,7 @@ def reached(
     """Post to a host, and return how many posts arrived there and how many at the proxy."""
 
     def reach(no_proxy: str, host: str) -> tuple[int, int]:
-        transport = make_transport(proxies={"http": f"http://{proxy.host}", "no": no_proxy})
+        transport = make_transport(proxies={"http": f"http://{proxy.endpoint}", "no": no_proxy})
         assert post(transport, f"http://{host}/") == 200
         return len(everywhere.received), len(proxy.received)
 
