@@ -74,7 +74,7 @@ def test_free_places_are_taken_without_waiting(growth: Growth) -> None:
     assert growth("notification_wait_seconds_count") == {}
 
 
-def test_the_queue_is_as_long_as_there_are_places_and_the_next_is_refused_at_once(
+def test_as_many_requests_may_wait_as_there_are_places_and_the_next_is_refused(
     pool: ThreadPoolExecutor, growth: Growth
 ) -> None:
     capacity = Capacity(3, LONG)

@@ -180,7 +180,7 @@ def test_the_list_can_be_filtered(database: Environment, add_provider: AddProvid
         ],
     ],
 )
-def test_a_channel_may_be_abbreviated_and_in_any_case(
+def test_a_channel_may_be_abbreviated_and_written_in_any_case(
     given: str, channel: str, database: Environment
 ) -> None:
     added = done(database, "add", "--channel", given, "--name", "n", "--host", URL, "--json")
@@ -390,7 +390,7 @@ def test_a_process_never_exposes_the_secret_whether_it_succeeds_or_fails(
 
 
 def test_an_error_of_postgresql_does_not_show_the_row(database: Environment) -> None:
-    """The details of PostgreSQL's error would."""
+    """The details of PostgreSQL's error would show it."""
     with connect(database) as connection:
         connection.execute(
             "ALTER TABLE notification_preferences ADD CONSTRAINT few CHECK (priority < 5)"
@@ -516,7 +516,7 @@ def test_the_help_of_every_command_ends_with_examples_that_parse(
     for name, arguments in typed:
         assert name == command
         words = shlex.split(arguments)
-        providers.commands[name].make_context(name, words)  # parses them
+        providers.commands[name].make_context(name, words)  # parses the arguments
 
 
 def test_the_help_names_the_role_variables_and_explains_the_exit_codes(

@@ -248,7 +248,7 @@ def behave(provider: str, behaviour: str, delay: float) -> None:
 
 
 def test_a_request_under_way_gets_its_answer_while_the_container_stops(say: Say) -> None:
-    behave(EMAIL_1, "slow", 30)  # ends at HTTP_CLIENT_TIMEOUT, as late as DRAIN_DELAY
+    behave(EMAIL_1, "slow", 30)  # cut off at HTTP_CLIENT_TIMEOUT, as long as DRAIN_DELAY
     behave(EMAIL_2, "slow", 3)
     title = uuid4().hex
     with ThreadPoolExecutor() as pool:

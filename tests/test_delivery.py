@@ -423,7 +423,7 @@ def test_a_notification_and_its_channels_are_counted_by_outcome(  # noqa: PLR091
     channels: list[str],
     fallbacks: int,
 ) -> None:
-    """`statuses` are the providers'; `channels` names each channel's deliverer or its outcome."""
+    """`statuses` are the providers'; `channels` has each delivering provider, or the outcome."""
     email, push = ([make_provider(answer(s)).url for s in of_channel] for of_channel in statuses)
     made = make(Known(email=rows(*email), push=rows(*push, channel=Channel.PUSH)))
     made.to(Recipient.SELLER)

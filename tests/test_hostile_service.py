@@ -35,7 +35,7 @@ DEADLINE = 5  # seconds
 
 
 class Rotation:
-    """A script that misbehaves in another way at each request; `unused` are still to come."""
+    """A script that misbehaves in another way at each request; `unused` names those to come."""
 
     def __init__(self, scripts: dict[str, Script]) -> None:
         self._scripts = scripts

@@ -360,7 +360,7 @@ def test_the_worst_of_the_workers_states_is_shown_and_half_open_needs_no_traffic
 
     service.wait_until_listening()  # so each worker has a breaker for the endpoint
     provider.script = answer(503)
-    with requests.Session() as one_worker:  # a reused connection stays with it
+    with requests.Session() as one_worker:  # it reuses its connection
         service.notify(session=one_worker)
         assert service.metric("circuit_breaker_state_changes_total") == 1
         state = {(provider.endpoint, "open"): 1, (other.endpoint, "closed"): 0}

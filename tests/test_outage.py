@@ -117,7 +117,10 @@ class Observed:
         return self.after[name] - self.before[name]
 
     def _meanwhile(self) -> None:
-        """Start and probe another service; return once no worker listens and expired rows serve."""
+        """Start another service and probe it during the outage.
+
+        Return once no worker listens and expired providers are served.
+        """
         began, service = time.monotonic(), self._stage.service
         stale = service.metric(CACHE, result="stale")
         eventually(lambda: rig.series(self._url)[LISTENING] == 0)

@@ -603,7 +603,7 @@ def test_a_role_with_attributes_is_reported(fresh: Environment) -> None:
     assert migrate(fresh) == []
 
 
-def test_privileges_of_every_role_are_reported(fresh: Environment) -> None:
+def test_privileges_that_every_role_has_are_reported(fresh: Environment) -> None:
     migrate(fresh)
     execute(fresh, f"GRANT UPDATE, INSERT ON {TABLE} TO PUBLIC")
     (notice,) = excess(fresh)

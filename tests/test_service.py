@@ -18,7 +18,6 @@ from tests.service import MESSAGE, ROOT, Service, clean_environment
 from tests.timing import eventually
 
 StartService = Callable[..., Service]
-ENVELOPE_404 = {"error": {"code": "E103", "message": "no such path"}}
 
 
 def envelope(reply: bytes) -> tuple[int, dict[str, str]]:

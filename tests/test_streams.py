@@ -154,7 +154,7 @@ with socket.create_server(("127.0.0.1", 0)) as listener:
 
 @pytest.mark.usefixtures("processes")
 def test_a_wait_does_not_start_anew_when_the_process_is_stopped_and_continued() -> None:
-    """The kernel's own receive time-out would: each stop would add all of it."""
+    """The kernel's own receive time-out would start anew at each stop."""
     command = [sys.executable, "-c", STOPPED_WHILE_IT_WAITS]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout

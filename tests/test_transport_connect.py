@@ -1,4 +1,4 @@
-"""From a URL to a connection: look-ups, addresses and TLS. Each failure has a fault in time."""
+"""Connecting: look-ups, addresses and TLS. Each failure gives its fault by the deadline."""
 
 import socket
 import ssl

@@ -152,7 +152,7 @@ def test_missing_bodies_hold_places_for_a_while_but_do_not_delay_operators(
     service: Service,
 ) -> None:
     with callers(service, HEAD):
-        with within(3):  # callers wait a second for a place, and unread bodies are awaited
+        with within(3):  # waiting for a place takes a second; unread bodies are awaited
             assert requests.get(f"{service.url}/healthz", timeout=30).status_code == 200
         eventually(lambda: service.metric("http_server_active_requests") == 2)
         assert service.notify().status_code == 503
