@@ -1,14 +1,14 @@
-"""How the tests run: which need servers, which stay together, which run alone, which are left out.
+"""How pytest runs the tests: marks, order, grouping and deselection.
 
-What a test needs is read from the fixtures that it uses, directly or through others. Whichever use
-`server` or `processes` have the mark `servers`, and `make check` runs all others. Of these the ones
-that share a module's fixture run in one process of xdist's, so that it is set up once.
+A test that uses the fixture `server` or `processes`, directly or through another fixture, gets the
+mark `servers`. `make check` runs only the tests without it. Tests with the mark that share a
+module-scoped fixture run in the same xdist worker, so that the fixture is set up once.
 
-A test marked `alone` is sensitive to load: no other runs beside it, and it comes last.
+A test marked `alone` is sensitive to load: it runs last, with no other test beside it.
 
-A test marked `needs(what)` is left out where `what` is missing, and the summary says so. `what` is
-an executable, "postgresql" for the system's own, or "containers": those tests run with
-TEST_CONTAINERS=1. With REQUIRE_ALL=1 a test fails where anything else is missing.
+A test marked `needs(name)` is deselected if `name` is missing, and the summary says so. `name` is
+an executable, "postgresql" for the system's own PostgreSQL, or "containers". Container tests run
+with TEST_CONTAINERS=1. With REQUIRE_ALL=1 a test fails if anything but containers is missing.
 """
 
 import fcntl
@@ -27,19 +27,19 @@ from tests import pgbouncer, system_postgres
 
 pytest_plugins = ["tests.fixtures"]
 
-# What is looked for elsewhere than on the path.
+# Finders for programs that may be installed outside PATH.
 _INSTALLED: dict[str, Callable[[str], object]] = {
     "postgresql": lambda _: system_postgres.binaries(),
     "pgbouncer": lambda _: pgbouncer.executable(),
 }
 
-_LEFT_OUT = pytest.StashKey[Counter[str]]()  # how many tests, by reason
+_DESELECTED = pytest.StashKey[Counter[str]]()  # number of tests by reason
 
 
-# Whichever of these fixtures a test uses, it starts programs.
+# A test that uses one of these fixtures starts programs.
 _SERVERS = {"server", "processes"}
 
-# Programs that a test may start all the same: they end by themselves, and at once.
+# Programs that any test may start: they end by themselves, and at once.
 _QUICK = {"openssl"}
 
 
@@ -47,27 +47,30 @@ _QUICK = {"openssl"}
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Generator[None]:
-    """Mark, order and leave out tests."""
+    """Mark, order and deselect tests."""
     for item in items:
         if _SERVERS & {*item.fixturenames}:
             item.add_marker("servers")
             if _shares_a_fixture(item):
                 item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=_is_alone)
-    yield  # -k and -m choose, so that what they leave out needs nothing
+    yield  # -k and -m deselect here, so that those tests need nothing installed
     if getattr(config.option, "loadgroup", False):
         _name_groups(items)
-        # Groups first, for they take longest; nobody is left to wait beside those that are alone.
+        # Groups first, because they take longest. Tests marked `alone` still come last.
         items.sort(key=lambda item: (_is_alone(item), _group(item) is None))
     reasons = {item: reason for item in items if (reason := _missing(item))}
-    config.stash[_LEFT_OUT] = Counter(reasons.values())
+    config.stash[_DESELECTED] = Counter(reasons.values())
     if reasons:
         config.hook.pytest_deselected(items=[*reasons])
         items[:] = [item for item in items if item not in reasons]
 
 
 def _name_groups(items: list[pytest.Item]) -> None:
-    """Name groups in the ids: xdist 3.8.0 tries to, by an attribute that pytest 9.2 lacks."""
+    """Append the group to each test's id.
+
+    xdist 3.8.0 would do so itself, but through an attribute that pytest 9.2 no longer has.
+    """
     for item in items:
         if group := _group(item):
             item._id = item.id.parse(f"{item.nodeid.removesuffix(f'@{group}')}@{group}")
@@ -79,7 +82,7 @@ def _group(item: pytest.Item) -> str | None:
 
 
 def _shares_a_fixture(item: pytest.Item) -> bool:
-    """Return whether the test uses a fixture that others of its module use with it."""
+    """Return True if the test uses a module-scoped fixture."""
     known = item._fixtureinfo.name2fixturedefs.values()
     return any(definition.scope == "module" for name in known for definition in name)
 
@@ -90,7 +93,7 @@ def _is_alone(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Hold a lock beside the other processes of xdist's, for a test `alone` against them."""
+    """Hold a lock that keeps a test marked `alone` apart from the tests of other xdist workers."""
     with _in_turn(item), _programs_forbidden(item):
         return (yield)
 
@@ -116,7 +119,7 @@ class _QuickOnly(subprocess.Popen[Any]):
 
 @contextmanager
 def _programs_forbidden(item: pytest.Item) -> Iterator[None]:
-    """Fail a test that starts programs without a fixture that says so."""
+    """Fail a test that starts a program but uses neither `server` nor `processes`."""
     with pytest.MonkeyPatch.context() as patch:
         if not item.get_closest_marker("servers"):
             patch.setattr(subprocess, "Popen", _QuickOnly)
@@ -124,28 +127,29 @@ def _programs_forbidden(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Let a process of xdist's tell what it left out to the one that writes the summary."""
+    """Send an xdist worker's deselection counts to the process that writes the summary."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left out"] = {**session.config.stash.get(_LEFT_OUT, Counter())}
+        counts = session.config.stash.get(_DESELECTED, Counter())
+        session.config.workeroutput["deselected"] = {**counts}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Keep what a process of xdist's left out: each leaves out the same."""
-    left_out = Counter(getattr(node, "workeroutput", {}).get("left out", {}))
-    node.config.stash[_LEFT_OUT] = left_out
+    """Keep one xdist worker's deselection counts: every worker deselects the same tests."""
+    counts = Counter(getattr(node, "workeroutput", {}).get("deselected", {}))
+    node.config.stash[_DESELECTED] = counts
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Say what was left out, and why."""
-    for reason, count in config.stash.get(_LEFT_OUT, Counter()).items():
+    """Print how many tests were deselected, and why."""
+    for reason, count in config.stash.get(_DESELECTED, Counter()).items():
         terminalreporter.line(f"deselected {count} test{'s'[: count > 1]}: {reason}")
 
 
 def _missing(item: pytest.Item) -> str | None:
-    """Return why the test is left out here; None if it is not."""
+    """Return why the test must be deselected on this machine, or None."""
     needed = {mark.args[0] for mark in item.iter_markers("needs")}
     if "containers" in needed and os.environ.get("TEST_CONTAINERS") != "1":
         return "TEST_CONTAINERS is not 1"
@@ -154,10 +158,10 @@ def _missing(item: pytest.Item) -> str | None:
 
 
 def _not_installed(item: pytest.Item) -> str | None:
-    """Return what the test needs, and this machine lacks."""
+    """Return the first program that the test needs and this machine lacks."""
     needed = [mark.args[0] for mark in item.iter_markers("needs")]
-    programs = (what for what in needed if what != "containers")
-    return next((what for what in programs if not _INSTALLED.get(what, shutil.which)(what)), None)
+    programs = (name for name in needed if name != "containers")
+    return next((name for name in programs if not _INSTALLED.get(name, shutil.which)(name)), None)
 
 
 def _is_all_required() -> bool:
@@ -166,14 +170,14 @@ def _is_all_required() -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Fail a test that is not left out although something is missing."""
+    """Under REQUIRE_ALL=1, fail a test whose program is not installed."""
     if absent := _not_installed(item):
         pytest.fail(f"REQUIRE_ALL is 1, but {absent} is not installed", pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_report_to_serializable() -> Generator[None, Any, Any]:
-    """Replace lone surrogates, which xdist cannot send, in all that a report quotes."""
+    """Escape lone surrogates in a report, because xdist cannot send them."""
     return _sendable((yield))
 
 

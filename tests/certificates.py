@@ -1,4 +1,4 @@
-"""Self-signed certificates, made by the `openssl` command for the length of a test."""
+"""Temporary self-signed certificates, made by the `openssl` command."""
 
 import shutil
 import ssl
@@ -11,10 +11,10 @@ import pytest
 def make_certificate(
     folder: Path, *names: str, subject: str = "test"
 ) -> tuple[Path, ssl.SSLContext]:
-    """Return the file of a certificate for `names` (`DNS:localhost`), and a server's context.
+    """Return a certificate's file for `names` (such as `DNS:localhost`) and a server TLS context.
 
-    The certificate is its own authority: who is given the file trusts the server. Its key is in
-    `key.pem` beside it. Without the command the test is skipped.
+    The certificate is its own authority: a client that loads the file trusts the server. The key is
+    in `key.pem` beside it. The test is skipped if the command is not installed.
     """
     if shutil.which("openssl") is None:
         pytest.skip("the openssl command is not installed")
@@ -31,7 +31,7 @@ def make_certificate(
 
 
 def name_in_folder(certificate: Path) -> str:
-    """Return the file name under which OpenSSL looks for an authority in a folder."""
+    """Return the file name by which OpenSSL finds an authority in a folder."""
     command = ["openssl", "x509", "-subject_hash", "-noout", "-in", str(certificate)]
     done = subprocess.run(command, check=True, capture_output=True, timeout=60, text=True)
     return f"{done.stdout.strip()}.0"

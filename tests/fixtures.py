@@ -1,4 +1,4 @@
-"""What the tests share: PostgreSQL, databases made from a migrated one, settings, providers."""
+"""Shared fixtures: PostgreSQL, databases copied from a migrated one, settings, providers."""
 
 import fcntl
 import itertools
@@ -31,16 +31,16 @@ Environment = dict[str, str]
 MakeSettings = Callable[..., Settings]
 MakeProvider = Callable[..., ScriptedProvider]
 MakeTransport = Callable[..., Transport]
-# The CA bundle and the server's context, both None for plain HTTP.
+# The CA bundle and the server's TLS context, both None for plain HTTP.
 Wire = tuple[Path | None, ssl.SSLContext | None]
 LookUp = Callable[[], list[streams.Address]]
 Growth = Callable[[str], dict[tuple[str, ...], float]]
 
-# What a developer's shell sets must not decide a test: only what a test sets does.
+# Variables that the session removes, so that a developer's shell cannot change a test's result.
 _FIELDS = [*Settings.__dataclass_fields__, *(f"{f}_file" for f in Settings.__dataclass_fields__)]
 _OURS = [*_FIELDS, "http_proxy", "https_proxy", "all_proxy", "no_proxy"]
 
-# Which process of xdist's this is: `gw0` and so on.
+# The id of this xdist worker (`gw0`, `gw1`, …), or empty.
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 
 _names = itertools.count(1)
@@ -55,12 +55,12 @@ def _clean_environment() -> None:
 
 @pytest.fixture(scope="session")
 def processes() -> None:
-    """Says of a test that it starts programs, so that `make check` leaves it out."""
+    """Declares that a test starts programs, so that `make check` does not run it."""
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
-    """The `DB_*` of a throw-away PostgreSQL server, which all processes of xdist's share."""
+    """The `DB_*` variables of a throw-away PostgreSQL server that all xdist workers share."""
     folder = tmp_path_factory.getbasetemp()
     if _WORKER:
         folder = folder.parent
@@ -79,7 +79,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _join_server(named: Path) -> postgres.Server:
-    """Return a share in the server whose directory a file names, or in a new one."""
+    """Join the server whose directory is in the file `named`, or start one and name it there."""
     if named.exists() and (base := Path(named.read_text())).exists():
         return replace(postgres.acquire(base), ephemeral=True)
     share = postgres.acquire(ephemeral=True)
@@ -93,7 +93,7 @@ def connect(environment: Environment) -> psycopg.Connection[Any]:
 
 
 def one_role(environment: Environment, name: str = "", password: str = "") -> Environment:
-    """Return `environment` with one role for all, by default the one that migrates."""
+    """Return `environment` with a single role, by default the one that migrates."""
     owner, owners = Settings.from_env(environment).migrating_role
     role = {"DB_USERNAME": name or owner, "DB_PASSWORD": password or owners.read()}
     others = {"DB_MIGRATION_USERNAME", "DB_MIGRATION_PASSWORD"}
@@ -102,7 +102,7 @@ def one_role(environment: Environment, name: str = "", password: str = "") -> En
 
 def create_database(server: Environment, template: str = "template1") -> Environment:
     name = f"test_{_WORKER}{next(_names)}"
-    # Copying files takes a third less of the processor than writing them to the log does.
+    # FILE_COPY takes a third less CPU time than the default strategy, WAL_LOG.
     create = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY")
     with connect(server) as connection:
         connection.execute(create.format(sql.Identifier(name), sql.Identifier(template)))
@@ -139,13 +139,13 @@ def _migrated(server: Environment) -> Environment:
 
 @pytest.fixture
 def empty_database(server: Environment) -> Environment:
-    """The `DB_*` of a new database with nothing in it."""
+    """The `DB_*` variables of a new, empty database."""
     return create_database(server)
 
 
 @pytest.fixture
 def database(server: Environment, _migrated: Environment) -> Environment:
-    """The `DB_*` of a new database with the schema and no rows."""
+    """The `DB_*` variables of a new database that has the schema and no rows."""
     return create_database(server, _migrated["DB_NAME"])
 
 
@@ -157,7 +157,7 @@ def add_provider(database: Environment) -> Callable[..., int]:
 
 @pytest.fixture
 def allow_connections(database: Environment, server: Environment) -> Callable[[str], None]:
-    """Let `database` take connections (`true`), or refuse them all (`false`)."""
+    """Make `database` accept connections (`true`) or refuse them all (`false`)."""
 
     def allow(allowed: str) -> None:
         with connect(server) as connection:
@@ -168,7 +168,7 @@ def allow_connections(database: Environment, server: Environment) -> Callable[[s
 
 @pytest.fixture
 def make_settings() -> MakeSettings:
-    """Make settings that need no database, with the fields that a test names."""
+    """Make settings with the fields that a test gives; their database is unreachable."""
 
     def make(**fields: Any) -> Settings:
         unreachable = {
@@ -185,7 +185,7 @@ def make_settings() -> MakeSettings:
 
 @pytest.fixture
 def growth() -> Growth:
-    """Return by label values how much the series of a metric grew since the test began."""
+    """Return how much each series of a metric grew since the test began, by label values."""
 
     def now() -> dict[tuple[str, tuple[str, ...]], float]:
         samples = (sample for family in metrics.REGISTRY.collect() for sample in family.samples)
@@ -206,7 +206,7 @@ def growth() -> Growth:
 
 @pytest.fixture
 def make_provider() -> Iterator[MakeProvider]:
-    """Start providers on real sockets; they are stopped when the test ends."""
+    """Start providers on real sockets and stop them when the test ends."""
     with ExitStack() as stack:
 
         def make(
@@ -219,13 +219,13 @@ def make_provider() -> Iterator[MakeProvider]:
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLContext]:
-    """A certificate for `localhost` and 127.0.0.1, and the context of a server that has it."""
+    """A certificate for `localhost` and 127.0.0.1, and a server's TLS context that uses it."""
     return make_certificate(tmp_path_factory.mktemp("tls"), "DNS:localhost", "IP:127.0.0.1")
 
 
 @pytest.fixture
 def make_transport() -> Iterator[MakeTransport]:
-    """Make transports, by default without proxies and with certifi's authorities."""
+    """Make transports, by default without proxies and with certifi's CA certificates."""
     with ExitStack() as stack:
 
         def make(ca_bundle: Path | None = None, proxies: dict[str, str] | None = None) -> Transport:
@@ -243,7 +243,7 @@ def make_transport() -> Iterator[MakeTransport]:
 
 @pytest.fixture(params=["http", "https"])
 def wire(request: pytest.FixtureRequest) -> Wire:
-    """The CA bundle and the server's context, both None for plain HTTP."""
+    """The CA bundle and the server's TLS context, both None for plain HTTP."""
     if request.param == "http":
         return None, None
     bundle, context = request.getfixturevalue("certificate")
@@ -262,13 +262,13 @@ def transport(make_transport: MakeTransport, wire: Wire) -> Transport:
 
 @pytest.fixture
 def short_drain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that would otherwise spend the whole second each."""
+    """Shorten the time for draining a reply, which otherwise costs a test a whole second."""
     monkeypatch.setattr(exchange, "DRAIN_SECONDS", 0.2)
 
 
 @pytest.fixture
 def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[[LookUp], None]:
-    """Make every name resolve to what `look_up` returns; numeric addresses stay themselves."""
+    """Replace the DNS look-up with `look_up`; numeric addresses still resolve to themselves."""
     real = streams.look_up
 
     def use(look_up: LookUp) -> None:
@@ -282,7 +282,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[[LookUp], None]:
 
 @pytest.fixture
 def start_service(tmp_path: Path, database: Environment) -> Iterator[Callable[..., Service]]:
-    """Start gunicorn on `database`, with the variables that a test names; stopped at the end."""
+    """Start gunicorn on `database` with the variables that a test gives; stop it at the end."""
     with ExitStack() as stack:
 
         def start(**variables: str) -> Service:

@@ -1,4 +1,4 @@
-"""A real pgbouncer, by default one that pools transactions, in front of a server of the tests."""
+"""A real pgbouncer in front of a test's server, by default in transaction pooling mode."""
 
 import os
 import shutil
@@ -15,19 +15,20 @@ from tests.timing import eventually
 from tools import HOST
 from tools.dev import programs
 
-# Debian's servers are where only root's path leads.
+# Debian installs servers in /usr/sbin, which is on root's PATH only.
 PATH = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin"
 
 
 def executable() -> str | None:
-    """Return where pgbouncer is, if the system has one."""
+    """Return the path of pgbouncer, or None if it is not installed."""
     return shutil.which("pgbouncer", path=PATH)
 
 
 class PgBouncer:
-    """Pools connections to the server whose `DB_*` are `server`; `environment` leads through it.
+    """A pgbouncer on 127.0.0.1 in front of the server whose `DB_*` variables are `server`.
 
-    It runs on 127.0.0.1, with a folder of its own that is removed after it.
+    `environment` holds the `DB_*` variables that connect through it. It has its own folder, removed
+    at the end.
     """
 
     def __init__(self, server: dict[str, str], pool_mode: str = "transaction") -> None:
@@ -57,7 +58,7 @@ class PgBouncer:
             programs.give_to_account(file)
 
     def __enter__(self) -> "PgBouncer":
-        """Return once a query has come through."""
+        """Start pgbouncer and return once a query through it succeeds."""
         binary = executable()
         assert binary is not None, "the system has no pgbouncer"
         try:
@@ -76,7 +77,7 @@ class PgBouncer:
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
-            self._process.kill()  # newer ones wait at SIGTERM until all clients have left
+            self._process.kill()  # at SIGTERM newer versions wait until all clients have left
             self._process.wait(20)
         shutil.rmtree(self._folder)
 

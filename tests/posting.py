@@ -1,4 +1,4 @@
-"""Posts through a Transport, with the bounds that every one of them has to keep."""
+"""POST requests through a Transport, with checks that each one keeps its deadline."""
 
 import time
 
@@ -17,12 +17,12 @@ def post(
     *,
     seconds: float = 5.0,
 ) -> int:
-    """Return the status of a post that may take `seconds`."""
+    """Post with a deadline of `seconds` and return the status."""
     return transport.post(url, body, headers or {}, time.monotonic() + seconds).status
 
 
 def failure(transport: Transport, url: str, body: bytes = b"{}", *, seconds: float = 0.4) -> str:
-    """Return how a post failed; it has to, and soon after its deadline at the latest."""
+    """Return the fault of a post that must fail, at the latest soon after its deadline."""
     with within(seconds + 2), pytest.raises(TransportError) as caught:
         post(transport, url, body, seconds=seconds)
     return caught.value.fault

@@ -1,4 +1,4 @@
-"""A real Prometheus with what `ops/prometheus` ships, pointed at a service of the tests."""
+"""A real Prometheus with the files that `ops/prometheus` ships, scraping a test's service."""
 
 import os
 import subprocess
@@ -17,8 +17,9 @@ Samples = list[dict[str, Any]]
 
 
 class Prometheus:
-    """Scrapes `target` (`host:port`) every half second, where the shipped configuration does less
-    often; its data and its log are in `folder`.
+    """Scrapes `target` (`host:port`) every half second, more often than as shipped.
+
+    Its data and its log are in `folder`.
     """
 
     def __init__(self, folder: Path, target: str) -> None:
@@ -42,9 +43,9 @@ class Prometheus:
             )
 
     def __enter__(self) -> "Prometheus":
-        """Return once the target has been scraped and every rule evaluated."""
+        """Return once the target has been scraped and every rule has been evaluated."""
         try:
-            eventually(self._at_work, 30)
+            eventually(self._is_working, 30)
         except BaseException:
             self.stop()
             raise
@@ -54,29 +55,30 @@ class Prometheus:
         self.stop()
 
     def query(self, expression: str) -> Samples:
-        """Return the samples of an instant query, one of them without labels for a scalar."""
+        """Return the samples of an instant query; a scalar becomes one sample without labels."""
         data = self.ask("query", query=expression)
         if data["resultType"] == "vector":
             return list(data["result"])
         return [{"metric": {}, "value": data["result"]}]
 
     def value(self, expression: str) -> float | None:
-        """Return the value of a query that has one sample, None of one that has none."""
+        """Return the value of a query's only sample, or None if it has no sample."""
         samples = self.query(expression)
         assert len(samples) <= 1, samples
         return float(samples[0]["value"][1]) if samples else None
 
-    def ask(self, what: str, **parameters: str) -> Any:
-        """Return the data of a reply of the HTTP API."""
-        reply = requests.get(f"{self._url}/api/v1/{what}", params=parameters, timeout=10).json()
+    def ask(self, endpoint: str, **parameters: str) -> Any:
+        """Call an endpoint of Prometheus's HTTP API and return the reply's data."""
+        url = f"{self._url}/api/v1/{endpoint}"
+        reply = requests.get(url, params=parameters, timeout=10).json()
         assert reply["status"] == "success", f"{parameters}: {reply['error']}"
         return reply["data"]
 
     def wait_for_rules(self) -> None:
-        """Return once every rule has been evaluated with what has been scraped by now."""
-        for _ in range(2):  # the first may have begun before
+        """Return once every rule has been evaluated over the samples scraped so far."""
+        for _ in range(2):  # the first evaluation may have begun before this call
             before = self._evaluations()
-            eventually(lambda: before.isdisjoint(self._evaluations()))  # noqa: B023 called at once
+            eventually(lambda: before.isdisjoint(self._evaluations()))  # noqa: B023 called within the loop
 
     def _evaluations(self) -> set[tuple[str, str]]:
         groups = self.ask("rules")["groups"]
@@ -90,7 +92,7 @@ class Prometheus:
             self._process.kill()
             self._process.wait(20)
 
-    def _at_work(self) -> bool:
+    def _is_working(self) -> bool:
         assert self._process.poll() is None, self._log.read_text()
         return self._is_ready() and self._has_evaluated() and self.value("up") == 1
 
@@ -106,7 +108,7 @@ class Prometheus:
 
 
 def _pointed_at(target: str) -> dict[str, Any]:
-    """Return the shipped configuration with other intervals and another target."""
+    """Return the shipped configuration with shorter intervals and another target."""
     config: dict[str, Any] = yaml.safe_load((SHIPPED / "prometheus.yml").read_text())
     (scrape,) = config["scrape_configs"]
     scrape["static_configs"] = [{"targets": [target]}]

@@ -1,4 +1,4 @@
-"""Preferences with the refresher that keeps them up to date, in the test's own process."""
+"""Preferences and their refresher, run in the test's own process."""
 
 import threading
 from typing import Any
@@ -11,11 +11,15 @@ from notifier.store.preferences import Preferences
 from notifier.store.refresher import Refresher
 from tests.timing import eventually
 
-NAME = "the-refresher"  # of its connections, in the server's list
+NAME = "the-refresher"  # the application_name of its connections in pg_stat_activity
 
 
 class Refreshed:
-    """Preferences and their refresher; the variables of its service, and places as they are."""
+    """Preferences and a running refresher.
+
+    `variables` are the service's environment. `places` replace the databases that the refresher
+    reads from and listens on.
+    """
 
     def __init__(self, variables: dict[str, str], lifetime: float, **places: Any) -> None:
         settings = Settings.from_env(variables | {"APP_NAME": NAME})
@@ -33,19 +37,19 @@ class Refreshed:
         self.refresher.close()
 
     def ids(self, channel: Channel = Channel.EMAIL) -> list[int]:
-        """Return the rows that are held for the channel; -1 while nothing is."""
+        """Return the ids of the channel's cached rows, or [-1] while nothing is cached."""
         if not self.preferences.held():
             return [-1]
         return [provider.id for provider in self.preferences.for_channel(channel, 0)]
 
 
 def refreshers() -> int:
-    """Return how many threads there are of refreshers."""
+    """Return the number of refresher threads."""
     return sum(thread.name == "refresher" for thread in threading.enumerate())
 
 
 def listening() -> bool:
-    """Say what the metric says."""
+    """Return True if the metric says that the refresher is listening."""
     (family,) = metrics.LISTENER_CONNECTED.collect()
     return family.samples[0].value == 1
 

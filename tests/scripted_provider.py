@@ -1,4 +1,4 @@
-"""A provider on a real socket that does what a test tells it to, however rude."""
+"""A provider on a real socket that runs a test's script, however badly it behaves."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ class Received:
 
 
 class Peer:
-    """The provider's end of one connection, for scripts; `sent` counts bytes."""
+    """The provider's end of one connection, as a script sees it; `sent` counts bytes."""
 
     def __init__(self, sock: socket.socket, stopping: threading.Event) -> None:
         self._sock = sock
@@ -35,7 +35,7 @@ class Peer:
         self.sent = 0
 
     def read_request(self) -> Received | None:
-        """Return the next request, None when the caller has closed the connection."""
+        """Return the next request, or None if the caller has closed the connection."""
         line = self._reader.readline()
         if not line:
             return None
@@ -48,7 +48,7 @@ class Peer:
         return Received(path, headers, body, method)
 
     def read_some(self) -> bytes:
-        """Return what has arrived, at least a byte; nothing when the caller has left."""
+        """Wait for data and return it; empty if the caller has closed the connection."""
         return self._reader.read1(65536)
 
     def send(self, data: bytes) -> None:
@@ -58,7 +58,7 @@ class Peer:
     def drip(self, data: bytes, pause: float = 0.05) -> None:
         """Send `data` over and over, a byte at a time, until the caller leaves or the test ends.
 
-        After a while it hangs instead, so that a caller who would wait for ever fails.
+        It stops sending after 8 seconds, so that a caller without a deadline fails its test.
         """
         give_up = time.monotonic() + 8
         while time.monotonic() < give_up:
@@ -68,7 +68,7 @@ class Peer:
                 self.send(bytes([byte]))
 
     def tunnel(self, host: str, port: int) -> None:
-        """Say yes to a CONNECT and pass on what either side sends, until one of them leaves."""
+        """Accept a CONNECT and relay data in both directions until one side closes."""
         with socket.create_connection((host, port)) as target:
             self.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
             back = threading.Thread(target=_pass_on, args=(target, self._sock), daemon=True)
@@ -77,19 +77,19 @@ class Peer:
             back.join(5)
 
     def pause(self, seconds: float) -> None:
-        """Say nothing for a while, or until the test ends."""
+        """Send nothing for `seconds`, or until the test ends."""
         self._stopping.wait(seconds)
 
     def hang(self) -> None:
-        """Say nothing until the test ends."""
+        """Send nothing until the test ends."""
         self._stopping.wait()
 
     def stop_sending(self) -> None:
-        """End what is sent, over TLS without saying so; go on listening."""
+        """Shut down the sending side, over TLS without a close_notify; go on receiving."""
         self._sock.shutdown(socket.SHUT_WR)
 
     def say_goodbye(self) -> None:
-        """Close as TLS wants it, with a close_notify; a plain connection just ends."""
+        """Close properly: over TLS with a close_notify, otherwise by closing the socket."""
         if isinstance(self._sock, ssl.SSLSocket):
             self._sock.settimeout(0.1)  # the caller's own close_notify may never come
             with contextlib.suppress(OSError):
@@ -107,7 +107,7 @@ class Peer:
 
 
 class TLSByHand:
-    """The provider's side of TLS over a bare connection: a script sends what it likes of it."""
+    """The provider's side of TLS, run by hand: a script chooses which bytes to send."""
 
     def __init__(self, peer: Peer, context: ssl.SSLContext) -> None:
         self._peer = peer
@@ -115,7 +115,7 @@ class TLSByHand:
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
 
     def first_flight(self) -> bytes:
-        """Read the caller's hello, and return the answer to it."""
+        """Read the caller's ClientHello and return the server's first reply."""
         with contextlib.suppress(ssl.SSLWantReadError):
             while True:
                 self._incoming.write(self._peer.read_some())
@@ -123,7 +123,7 @@ class TLSByHand:
         return self._outgoing.read()
 
     def open(self) -> None:
-        """Shake hands and read the whole of a small request."""
+        """Complete the handshake and read a small request to its end."""
         self._peer.send(self.first_flight())
         self._finish()
         self._peer.send(self._outgoing.read())
@@ -132,12 +132,12 @@ class TLSByHand:
             request += self._read()
 
     def sealed(self, data: bytes) -> bytes:
-        """Return `data` as the caller would understand it."""
+        """Return `data` encrypted for the caller."""
         self._tls.write(data)
         return self._outgoing.read()
 
     def alert(self) -> bytes:
-        """Return the alert that follows a broken record."""
+        """Return the alert that OpenSSL sends after a corrupt record."""
         self._incoming.write(b"\x17\x03\x03\x00\x20" + bytes(32))
         with contextlib.suppress(ssl.SSLError):
             self._tls.read()
@@ -175,7 +175,7 @@ Script = Callable[[Peer, Received], None]
 
 
 def answer(status: int = 200, body: bytes = b"{}", *headers: str) -> Script:
-    """Return a script that answers with `status` and keeps the connection."""
+    """Return a script that answers with `status` and keeps the connection open."""
     lines = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(body)}", *headers]
     reply = "\r\n".join([*lines, "", ""]).encode() + body
     return lambda peer, _: peer.send(reply)
@@ -198,7 +198,7 @@ CHUNKED = STATUS_LINE + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 def sends(data: bytes, then: Script = close) -> Script:
-    """Return a script that sends `data`, and then does something else."""
+    """Return a script that sends `data` and then runs the script `then`."""
 
     def script(peer: Peer, received: Received) -> None:
         peer.send(data)
@@ -230,12 +230,11 @@ def announces(length: int, then: Script) -> Script:
 
 
 class ScriptedProvider:
-    """Serves `script` on a free loopback port, over TLS if `tls` is a context for it; set `script`
-    to change its mind.
+    """Serves `script` on a free loopback port, over TLS if `tls` is given.
 
-    `received` holds the requests in the order of arrival, `connections` counts what was accepted,
-    `sent` the bytes that went out. While `eager`, the script runs once for each connection, before
-    anything has been read from it.
+    Set `script` to change its behaviour. `received` holds the requests in order of arrival,
+    `connections` counts accepted connections, and `sent` counts sent bytes. While `eager` is set,
+    the script runs once for each connection, before anything has been read from it.
     """
 
     def __init__(self, script: Script | None = None, *, tls: ssl.SSLContext | None = None) -> None:
@@ -250,7 +249,7 @@ class ScriptedProvider:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port: int = self._listener.getsockname()[1]
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}/send"
-        self.host = f"127.0.0.1:{self.port}"
+        self.endpoint = f"127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
@@ -265,15 +264,15 @@ class ScriptedProvider:
         return sum(peer.sent for peer in self._peers)
 
     def drop_connections(self) -> None:
-        """Leave the callers, as a provider does that restarts."""
+        """Close all connections, as a provider that restarts does."""
         for sock in list(self._serving.values()):
-            with contextlib.suppress(OSError):  # it has ended by itself
+            with contextlib.suppress(OSError):  # already closed
                 sock.shutdown(socket.SHUT_RDWR)
 
     def stop(self) -> None:
-        """End every connection and the listener."""
+        """Close every connection and the listener."""
         self._stopping.set()
-        # Closing alone does not wake a thread that waits in accept().
+        # close() alone does not wake a thread that waits in accept().
         try:
             self._listener.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -285,7 +284,7 @@ class ScriptedProvider:
             thread.join(5)
 
     def serving(self) -> list[threading.Thread]:
-        """Return the threads of its connections, also of those that have ended."""
+        """Return the threads of all its connections, including the closed ones."""
         return list(self._serving)
 
     def _accept(self) -> None:
@@ -295,7 +294,7 @@ class ScriptedProvider:
             except OSError:
                 return
             self.connections += 1
-            # A reset drops what has not been sent: nothing may wait for an acknowledgement.
+            # A reset discards unsent data, so no data may wait for an acknowledgement.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls:
                 sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)

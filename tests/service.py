@@ -1,4 +1,4 @@
-"""The service as operators run it: gunicorn in the repository's root, configured by environment."""
+"""The service as operators run it: gunicorn in the repository's root, configured by variables."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 MESSAGE = {"to": "buyer@example.com", "title": "Hello", "message": "It is on its way."}
 START_SECONDS = 30
 
-# The script, not the module: only it can be started again by SIGUSR2.
+# The script, not the module: gunicorn can re-execute only the script on SIGUSR2.
 GUNICORN = Path(sys.executable).with_name("gunicorn")
 
 
@@ -30,12 +30,12 @@ def free_port() -> int:
 
 
 def clean_environment() -> dict[str, str]:
-    """What a process needs that knows nothing of the tests' own environment."""
+    """Return a minimal environment that holds none of the tests' own variables."""
     return {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
 
 
 class Service:
-    """A running gunicorn, by default of one worker; its log goes to the file `log`."""
+    """A running gunicorn, by default with one worker; `log` is its log file."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.port = free_port()
@@ -53,7 +53,7 @@ class Service:
             )
 
     def wait_until_ready(self) -> "Service":
-        """Return once every worker answers."""
+        """Return once every worker has started and the service answers."""
         give_up = time.monotonic() + START_SECONDS
         while len(self.booted()) < self.workers_wanted() or not self._serves():
             assert self.process.poll() is None, self.log.read_text()
@@ -62,7 +62,7 @@ class Service:
         return self
 
     def wait_until_listening(self) -> "Service":
-        """Return once every worker holds the providers and hears of changes."""
+        """Return once every worker has loaded the providers and listens for changes."""
         eventually(lambda: self.metric("preference_listener_connected") == 1)
         return self
 
@@ -76,18 +76,21 @@ class Service:
         try:
             return self.metric("worker_starts_total") >= self.workers_wanted()
         except (requests.ConnectionError, requests.Timeout):
-            return False  # the master listens long before a worker answers
+            return False  # the master opens the port long before a worker answers
 
     def notify(
         self, recipient: str = "buyer", session: Any = requests, **options: Any
     ) -> requests.Response:
-        """Post `MESSAGE`, or what `options` say, and return the reply; `session` may be kept."""
+        """Post `MESSAGE` and return the reply.
+
+        `options` override the arguments of the POST. Pass a `session` to reuse its connection.
+        """
         url = f"{self.url}/api/v1.0/recipient/{recipient}/notify"
         reply: requests.Response = session.post(url, **({"json": MESSAGE, "timeout": 30} | options))
         return reply
 
     def samples(self) -> list[tuple[str, dict[str, str], float]]:
-        """Return name, labels and value of every series that `/metrics` shows now."""
+        """Return the name, labels and value of every series on `/metrics`."""
         page = requests.get(f"{self.url}/metrics", timeout=10).text
         return [
             (sample.name, sample.labels, sample.value)
@@ -96,7 +99,7 @@ class Service:
         ]
 
     def metric(self, name: str, **labels: str) -> float:
-        """Return the sum of the series of `name` that have `labels`."""
+        """Return the sum over the series called `name` that have `labels`."""
         return sum(
             value
             for sample, has, value in self.samples()
@@ -104,7 +107,7 @@ class Service:
         )
 
     def send_raw(self, data: bytes, *, half_close: bool = False) -> bytes:
-        """Send bytes as they are and return all that comes back until the service closes."""
+        """Send raw bytes and return all that the service sends until it closes the connection."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=30) as sock:
             sock.sendall(data)
             if half_close:
@@ -115,16 +118,16 @@ class Service:
             return reply
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return the log, each line of which must be JSON."""
+        """Return the parsed log; every line must be JSON."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal, wait for the end, and return the exit code."""
+        """Send a signal, wait for the process to exit, and return its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
             return self.process.wait(60)
         except subprocess.TimeoutExpired:
-            self.process.kill()  # its workers notice
+            self.process.kill()  # its workers notice and exit
             self.process.wait()
             raise

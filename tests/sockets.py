@@ -1,4 +1,4 @@
-"""Loopback addresses where nobody answers, each in its own way, and what one reads of others."""
+"""Loopback ports that do not answer, each in its own way, and a reader that expects no reset."""
 
 import socket
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ LOOPBACK = "127.0.0.1"
 
 @contextmanager
 def refusing() -> Iterator[int]:
-    """Yield a port that refuses connections, and that nobody else can take meanwhile."""
+    """Yield a port that refuses connections and that no other process can bind meanwhile."""
     with socket.socket() as sock:
         sock.bind((LOOPBACK, 0))
         yield sock.getsockname()[1]
@@ -17,14 +17,14 @@ def refusing() -> Iterator[int]:
 
 @contextmanager
 def silent() -> Iterator[int]:
-    """Yield a port that takes connections and neither reads nor says anything."""
+    """Yield a port that accepts connections but neither reads nor sends."""
     with socket.create_server((LOOPBACK, 0)) as listener:
         yield listener.getsockname()[1]
 
 
 @contextmanager
 def not_answering() -> Iterator[int]:
-    """Yield a port where a connection is neither made nor refused: its backlog is full."""
+    """Yield a port whose backlog is full: a connection is neither accepted nor refused."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server((LOOPBACK, 0), backlog=0))
         for _ in range(16):
@@ -38,7 +38,7 @@ def not_answering() -> Iterator[int]:
 
 
 def until_the_end(sock: socket.socket) -> bytes:
-    """Return all that comes until the peer closes, which must not be by a reset."""
+    """Return all bytes until the peer closes; a reset raises ConnectionResetError."""
     data = b""
     while chunk := sock.recv(65536):
         data += chunk

@@ -1,4 +1,4 @@
-"""Servers of the PostgreSQL that the system has, for what the embedded one lacks: TLS, standbys."""
+"""Servers of the system's PostgreSQL, for features that the embedded one lacks: TLS, standbys."""
 
 import os
 import re
@@ -26,7 +26,7 @@ START_SECONDS = 30
 
 
 def binaries() -> Path | None:
-    """Return where the newest PostgreSQL of the system is; Debian does not put it on the path."""
+    """Return the folder of the system's newest PostgreSQL; Debian does not put it on PATH."""
     found = [path for pattern in programs.SYSTEM for path in Path("/").glob(pattern)]
     servers = [path for path in found if (path / "postgres").exists()]
     return max(servers, key=_major_version, default=None)
@@ -38,11 +38,12 @@ def _major_version(binaries: Path) -> int:
 
 @dataclass(frozen=True)
 class Tls:
-    """What a server speaks TLS with; it then admits nobody without.
+    """A server's TLS files. A server that has them refuses connections without TLS.
 
     Args:
-        certificate: its own, with the key beside it, as `make_certificate` leaves them.
-        clients: who signs the certificates that clients must have, in their users' names.
+        certificate: the server's own, with its key beside it, as `make_certificate` writes them.
+        clients: the authority for client certificates. If it is given, each client must present a
+            certificate in its user's name.
     """
 
     certificate: Path
@@ -50,12 +51,12 @@ class Tls:
 
 
 class SystemPostgres:
-    """A server on 127.0.0.1, with a folder of its own that is removed after it.
+    """A server on 127.0.0.1 with its own folder, which is removed at the end.
 
         with SystemPostgres() as primary, primary.standby() as standby: ...
 
-    `environment` is the `DB_*` of the role `notifier` and its empty database; the name `localhost`
-    leads to it too. Of a standby they are the primary's but for the port.
+    `environment` holds the `DB_*` variables for the role `notifier` and its empty database. The
+    host name `localhost` works too. A standby has its primary's variables with another port.
     """
 
     def __init__(self, tls: Tls | None = None, primary: "SystemPostgres | None" = None) -> None:
@@ -82,7 +83,7 @@ class SystemPostgres:
         }
 
     def __enter__(self) -> "SystemPostgres":
-        """Return once it takes connections."""
+        """Start the server and return once it accepts connections."""
         try:
             if self._primary:
                 self._copy(self._primary)
@@ -101,17 +102,17 @@ class SystemPostgres:
         shutil.rmtree(self._folder)
 
     def standby(self) -> "SystemPostgres":
-        """Return a server, not entered yet, that follows this one and answers queries."""
+        """Return a hot standby of this server, not started yet."""
         return SystemPostgres(self._tls, primary=self)
 
     def execute(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Run a query as superuser in the database of `environment`; return the rows, if any."""
+        """Run a query as superuser in the database of `environment` and return its rows."""
         with self._connect(cluster.NAME) as connection:
             cursor = connection.execute(query.encode(), parameters)
             return cursor.fetchall() if cursor.description else []
 
     def stop(self) -> None:
-        """Shut the server down, less and less politely if it takes long."""
+        """Shut the server down: fast, then immediate, then by SIGKILL, 20 seconds apart."""
         for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):
             if self._process is None or self._process.poll() is not None:
                 return
@@ -134,7 +135,7 @@ class SystemPostgres:
                 self._install("clients.crt", self._tls.clients)
 
     def _admit(self) -> str:
-        """Return the rule for connections by TCP."""
+        """Return the line of pg_hba.conf for TCP connections."""
         if not self._tls:
             return "host all all 127.0.0.1/32 scram-sha-256"
         demanded = " clientcert=verify-full" if self._tls.clients else ""
@@ -153,7 +154,7 @@ class SystemPostgres:
         )
 
     def _run(self, program: str, *arguments: str) -> None:
-        """Let a program of PostgreSQL's make the data."""
+        """Run a PostgreSQL program that creates the data directory."""
         done = subprocess.run(
             [self._binary(program), f"--pgdata={self._data}", "--no-sync", *arguments],
             stdout=subprocess.PIPE,
@@ -165,7 +166,7 @@ class SystemPostgres:
         assert done.returncode == 0, os.fsdecode(done.stdout)
 
     def _start(self) -> None:
-        """Start the server and return once it takes connections."""
+        """Start the server and return once it accepts connections."""
         settings = {
             "port": self._port,
             "listen_addresses": HOST,
@@ -206,7 +207,7 @@ class SystemPostgres:
             connection.execute(sql.SQL("CREATE DATABASE {name} OWNER {name}").format(**names))
 
     def _connect(self, database: str) -> psycopg.Connection[Any]:
-        """Connect as superuser through the socket in the folder, where nobody speaks TLS."""
+        """Connect as superuser through the Unix socket in the folder, which needs no TLS."""
         return psycopg.connect(
             host=str(self._folder),
             port=self._port,

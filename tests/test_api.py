@@ -1,4 +1,4 @@
-"""What the API promises: who is refused and why, and the one shape that every error has."""
+"""The HTTP contract: which requests are refused and why, and the format that all errors share."""
 
 import dataclasses
 import io
@@ -44,7 +44,7 @@ SURROGATES = "must not contain lone surrogates"
 
 
 class FakeDelivery:
-    """Keeps what it is asked to deliver; `outcome` or `act` decide how that ends."""
+    """Records what it is asked to deliver; `outcome` and `act` decide how a delivery ends."""
 
     def __init__(self) -> None:
         self.delivered: list[tuple[Recipient, Message]] = []
@@ -80,12 +80,12 @@ def delivery(app: Flask, monkeypatch: pytest.MonkeyPatch) -> FakeDelivery:
 
 @pytest.fixture
 def client(app: Flask, delivery: FakeDelivery) -> FlaskClient:
-    del delivery  # nobody is reached
+    del delivery  # requested so that no message is sent
     return app.test_client()
 
 
 def error_of(response: TestResponse) -> tuple[int, str, str]:
-    """Return status, code and message of an error, which has the one shape of all errors."""
+    """Check that a reply has the errors' common format; return its status, code and message."""
     assert response.mimetype == "application/json"
     assert response.headers["X-Request-Id"]
     body = response.get_json()
@@ -99,7 +99,7 @@ def error_of(response: TestResponse) -> tuple[int, str, str]:
 
 
 def refusal(client: FlaskClient, body: bytes | str) -> str:
-    """Return why a body is refused."""
+    """Post a body that must be refused and return the error's message."""
     status, code, message = error_of(client.post(NOTIFY, data=body))
     assert (status, code) == (422, "E101")
     return message
@@ -123,7 +123,7 @@ def test_a_good_request_is_delivered(
     "recipient",
     ["Buyer", "BUYER", "buyers", "buye", "buyer%20", "%20buyer", "admin", "%ff", "%00", "buyer%0A"],
 )
-def test_another_recipient_is_refused(
+def test_an_unknown_recipient_is_refused(
     recipient: str, client: FlaskClient, delivery: FakeDelivery
 ) -> None:
     response = client.post(f"/api/v1.0/recipient/{recipient}/notify", json=GOOD)
@@ -143,7 +143,7 @@ def test_another_recipient_is_refused(
     ],
     ids=ascii,
 )
-def test_a_wrong_field_is_named_with_what_is_wrong(
+def test_the_error_names_the_invalid_field_and_the_reason(
     field: str, value: object, wrong: str, client: FlaskClient, delivery: FakeDelivery
 ) -> None:
     assert refusal(client, body(**{field: value})) == f"{field}: {wrong}"
@@ -151,12 +151,14 @@ def test_a_wrong_field_is_named_with_what_is_wrong(
 
 
 @pytest.mark.parametrize("field", GOOD)
-def test_a_missing_field_is_named(field: str, client: FlaskClient) -> None:
+def test_the_error_names_a_missing_field(field: str, client: FlaskClient) -> None:
     without = {name: value for name, value in GOOD.items() if name != field}
     assert refusal(client, json.dumps(without)) == f"{field}: is missing"
 
 
-def test_all_wrong_fields_are_named_in_the_order_of_the_contract(client: FlaskClient) -> None:
+def test_the_error_lists_all_invalid_fields_in_the_order_of_the_contract(
+    client: FlaskClient,
+) -> None:
     assert refusal(client, "{}") == "to: is missing; title: is missing; message: is missing"
     wrong = '{"message": 1, "title": null, "to": "nobody", "other": 2}'
     assert refusal(client, wrong) == (
@@ -166,7 +168,7 @@ def test_all_wrong_fields_are_named_in_the_order_of_the_contract(client: FlaskCl
 
 @pytest.mark.parametrize("field", ["to", "title"])
 @pytest.mark.parametrize("character", ["\x00", "\t", "\n", "\r\n", "\x1b", "\x7f", "\x80", "\x9f"])
-def test_control_characters_are_refused_in_what_becomes_a_header(
+def test_control_characters_are_refused_in_fields_that_become_headers(
     field: str, character: str, client: FlaskClient
 ) -> None:
     for value in (f"a{character}@example.com", f"a@example.com{character}"):
@@ -190,7 +192,7 @@ def test_control_characters_are_allowed_in_the_message(
     ],
     ids=lambda value: ascii(value)[:9],
 )
-def test_a_text_may_have_as_many_characters_as_its_limit_and_no_more(
+def test_a_field_may_be_as_long_as_its_limit_but_no_longer(
     field: str, longest: int, text: str, client: FlaskClient, delivery: FakeDelivery
 ) -> None:
     escaped = body(**{field: text})
@@ -210,7 +212,7 @@ def test_a_text_may_have_as_many_characters_as_its_limit_and_no_more(
         *["a@xn--bcher-kva.example", "\u00fcber@b\u00fccher.example"],
     ],
 )
-def test_an_email_address_is_taken_as_it_is(
+def test_a_valid_email_address_is_passed_on_unchanged(
     to: str, client: FlaskClient, delivery: FakeDelivery
 ) -> None:
     assert client.post(NOTIFY, data=body(to=to)).get_json() == DELIVERED
@@ -233,9 +235,7 @@ def test_an_email_address_is_taken_as_it_is(
     ],
     ids=ascii,
 )
-def test_what_is_no_email_address_is_refused_without_being_echoed(
-    to: str, client: FlaskClient
-) -> None:
+def test_an_invalid_email_address_is_refused_and_not_echoed(to: str, client: FlaskClient) -> None:
     assert refusal(client, body(to=to)) == "to: must be an e-mail address"
 
 
@@ -268,7 +268,9 @@ def test_what_is_no_email_address_is_refused_without_being_echoed(
     ],
     ids=lambda value: ascii(value[:20]),
 )
-def test_what_is_no_json_object_is_refused(data: bytes, why: str, client: FlaskClient) -> None:
+def test_a_body_that_is_not_a_json_object_is_refused(
+    data: bytes, why: str, client: FlaskClient
+) -> None:
     message = refusal(client, data)
     assert message.startswith(why)
     assert message == why or why.endswith((" ", "; "))
@@ -291,7 +293,7 @@ def test_what_is_no_json_object_is_refused(data: bytes, why: str, client: FlaskC
     ],
     ids=range(11),
 )
-def test_what_the_contract_does_not_forbid_is_accepted(
+def test_input_that_the_contract_does_not_forbid_is_accepted(
     data: str, title: str, client: FlaskClient, delivery: FakeDelivery
 ) -> None:
     assert client.post(NOTIFY, data=data).get_json() == DELIVERED
@@ -305,7 +307,7 @@ def test_what_the_contract_does_not_forbid_is_accepted(
         *["application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "\u00fc", None],
     ],
 )
-def test_the_body_is_read_as_json_whatever_its_content_type_says(
+def test_the_body_is_read_as_json_whatever_its_content_type(
     content_type: str | None, client: FlaskClient
 ) -> None:
     response = client.post(NOTIFY, data=body(), content_type=content_type)
@@ -313,7 +315,9 @@ def test_the_body_is_read_as_json_whatever_its_content_type_says(
 
 
 @pytest.mark.parametrize("announced", [True, False], ids=["content-length", "chunked"])
-def test_a_body_may_have_256_kib_and_no_more(announced: bool, client: FlaskClient) -> None:
+def test_a_body_of_256_kib_is_accepted_and_a_larger_one_refused(
+    announced: bool, client: FlaskClient
+) -> None:
     assert MAX_BODY_BYTES == 262_144
     for size, status in ((MAX_BODY_BYTES, 200), (MAX_BODY_BYTES + 1, 413), (10**6, 413)):
         data = body().encode().ljust(size)
@@ -328,7 +332,7 @@ def test_a_body_may_have_256_kib_and_no_more(announced: bool, client: FlaskClien
 @pytest.mark.parametrize("terminated", [True, False])
 def test_a_body_that_ends_early_is_refused(terminated: bool, client: FlaskClient) -> None:
     short: dict[str, Any] = {"wsgi.input": io.BytesIO(body().encode()), "CONTENT_LENGTH": "1000"}
-    if terminated:  # as gunicorn says of all bodies
+    if terminated:  # gunicorn sets this for every body
         short["wsgi.input_terminated"] = True
     status, code, message = error_of(client.post(NOTIFY, environ_overrides=short))
     assert (status, code) == (422, "E101")
@@ -345,7 +349,7 @@ def test_a_body_that_ends_early_is_refused(terminated: bool, client: FlaskClient
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-def test_a_path_that_is_none_is_404(
+def test_an_unknown_path_is_404(
     path: str, method: str, client: FlaskClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="notifier")
@@ -362,7 +366,7 @@ def paths_and_methods(app: Flask) -> list[tuple[str, set[str]]]:
     ]
 
 
-def test_on_every_route_another_method_is_405_and_says_which_are_allowed(
+def test_every_route_answers_other_methods_with_405_and_lists_the_allowed_ones(
     app: Flask, client: FlaskClient
 ) -> None:
     for path, methods in paths_and_methods(app):
@@ -373,7 +377,7 @@ def test_on_every_route_another_method_is_405_and_says_which_are_allowed(
             assert response.headers["Allow"] == ", ".join(sorted(methods))
 
 
-def test_on_every_route_an_unforeseen_error_is_500_and_shows_nothing_of_itself(
+def test_on_every_route_an_unexpected_error_is_500_and_reveals_nothing(
     app: Flask, client: FlaskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(**_: object) -> None:
@@ -389,7 +393,7 @@ def test_on_every_route_an_unforeseen_error_is_500_and_shows_nothing_of_itself(
 
 
 @pytest.mark.parametrize("outcome", ["failed", "no_provider"])
-def test_what_was_not_delivered_is_not_said_to_be(
+def test_a_failed_delivery_is_answered_with_500(
     outcome: str, client: FlaskClient, delivery: FakeDelivery
 ) -> None:
     delivery.outcome = outcome
@@ -398,7 +402,7 @@ def test_what_was_not_delivered_is_not_said_to_be(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyError("to"), OSError(5)])
-def test_when_the_delivery_breaks_the_caller_is_not_told_why(
+def test_an_exception_during_delivery_is_not_shown_to_the_caller(
     error: Exception, client: FlaskClient, delivery: FakeDelivery
 ) -> None:
     def fail() -> None:
@@ -409,7 +413,7 @@ def test_when_the_delivery_breaks_the_caller_is_not_told_why(
     assert error_of(response) == (500, "E102", "internal server error")
 
 
-def test_without_a_place_the_request_is_refused_before_its_body_is_read(
+def test_a_request_without_a_place_is_refused_before_its_body_is_read(
     app: Flask, client: FlaskClient, delivery: FakeDelivery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capacity = Capacity(1, 0.0)
@@ -420,17 +424,17 @@ def test_without_a_place_the_request_is_refused_before_its_body_is_read(
         assert error_of(response) == (503, "E106", "too many requests, try again later")
         assert response.headers["Retry-After"] == "1"
         assert client.post("/api/v1.0/recipient/nobody/notify").status_code == 422
-        delivery.act = lambda: pytest.fail("it has no place")
+        delivery.act = lambda: pytest.fail("delivered without a place")
         client.post(NOTIFY, json=GOOD)
     assert refusal(client, b"{").startswith(NO_JSON)  # the place is free again
-    assert refusal(client, b"{").startswith(NO_JSON)  # and was given back
+    assert refusal(client, b"{").startswith(NO_JSON)  # and a refused body releases it
 
 
 def test_the_deadline_counts_from_the_beginning_of_the_request(
     app: Flask, client: FlaskClient, delivery: FakeDelivery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Waiting for a place, and for the body, is part of it."""
-    clock = iter([100.0, 100.25])  # as it began and as it ended
+    """The deadline includes the time spent waiting for a place and for the body."""
+    clock = iter([100.0, 100.25])  # at the request's start and end
     monkeypatch.setattr(
         "notifier.web.requests.time", SimpleNamespace(monotonic=lambda: next(clock))
     )
@@ -438,7 +442,7 @@ def test_the_deadline_counts_from_the_beginning_of_the_request(
     assert delivery.deadlines == [100.0 + app.extensions["notifier"].settings.notify_deadline]
 
 
-def test_whoever_has_waited_for_a_place_has_the_time_for_an_attempt(
+def test_a_request_that_waited_for_a_place_has_time_left_for_an_attempt(
     make_settings: MakeSettings,
 ) -> None:
     for deadline, patience in ((15.0, 1.0), (1.0, 0.7), (MIN_DEADLINE, 0.0)):
@@ -449,7 +453,7 @@ def test_whoever_has_waited_for_a_place_has_the_time_for_an_attempt(
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_liveness_is_answered(method: str, client: FlaskClient) -> None:
+def test_the_liveness_endpoint_answers(method: str, client: FlaskClient) -> None:
     response = client.open("/healthz", method=method)
     assert response.status_code == 200
     assert response.headers["X-Request-Id"]
@@ -458,7 +462,7 @@ def test_liveness_is_answered(method: str, client: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("given", ["req-1", "a", "x" * 128, "~!{} =", "0" * 32])
-def test_a_usable_request_id_is_kept(
+def test_a_valid_request_id_is_kept(
     given: str, client: FlaskClient, delivery: FakeDelivery
 ) -> None:
     for path in (NOTIFY, "/nothing", "/healthz"):
@@ -481,13 +485,13 @@ def test_any_other_request_id_is_replaced_by_a_new_one(
     assert all(re.fullmatch(r"[0-9a-f]{32}", request_id) for request_id in made)
 
 
-def test_after_a_request_its_thread_no_longer_has_its_id(client: FlaskClient) -> None:
+def test_a_thread_forgets_the_request_id_after_the_request(client: FlaskClient) -> None:
     client.get("/healthz", headers={"X-Request-Id": "order 4711"})
     assert logs.request_id.get() is None
 
 
 @pytest.mark.parametrize("method", ["CONNECT", "DELETE", "HEAD", "PATCH", "PUT", "TRACE", "GRAB"])
-def test_a_request_is_counted_by_its_method_unless_the_caller_made_that_up(
+def test_a_request_is_counted_by_its_method_and_an_unknown_method_as_other(
     method: str, client: FlaskClient, growth: Growth
 ) -> None:
     client.open(NOTIFY, method=method)
@@ -496,14 +500,14 @@ def test_a_request_is_counted_by_its_method_unless_the_caller_made_that_up(
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("no")])
-def test_a_request_is_in_progress_until_it_ends_however_it_does(
+def test_a_request_counts_as_active_until_it_ends_even_with_an_error(
     error: Exception | None, client: FlaskClient, delivery: FakeDelivery, growth: Growth
 ) -> None:
     seen = []
 
     def act() -> None:
         seen.append(growth("http_server_active_requests"))
-        for path in ("/no/such/path", "/healthz"):  # others, that end sooner
+        for path in ("/no/such/path", "/healthz"):  # other requests that end sooner
             Context().run(client.get, path)
         seen.append(growth("http_server_active_requests"))
         if error:
@@ -517,7 +521,7 @@ def test_a_request_is_in_progress_until_it_ends_however_it_does(
 
 @pytest.fixture
 def request_line(caplog: pytest.LogCaptureFixture) -> RequestLine:
-    """Return what was logged about the one request of a test."""
+    """Return the fields of the log record of the test's only request."""
     caplog.set_level(logging.DEBUG, logger="notifier")
 
     def line() -> dict[str, Any]:
@@ -536,7 +540,7 @@ def request_line(caplog: pytest.LogCaptureFixture) -> RequestLine:
         ("/metrics", "DEBUG", "/metrics"),
     ],
 )
-def test_a_request_has_one_line_that_names_the_rule_and_not_the_path(
+def test_a_request_has_one_log_line_that_names_the_route_and_not_the_path(
     path: str, level: str, route: str, client: FlaskClient, request_line: RequestLine
 ) -> None:
     method = "POST" if path.startswith(NOTIFY) else "GET"
@@ -548,10 +552,10 @@ def test_a_request_has_one_line_that_names_the_rule_and_not_the_path(
     assert "a@example.com" not in repr(line)
 
 
-def test_the_line_says_how_many_milliseconds_the_request_took(
+def test_the_log_line_has_the_duration_in_milliseconds(
     client: FlaskClient, request_line: RequestLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([100.0, 100.25])  # as it began and as it ended
+    clock = iter([100.0, 100.25])  # at the request's start and end
     monkeypatch.setattr(
         "notifier.web.requests.time", SimpleNamespace(monotonic=lambda: next(clock))
     )
@@ -559,7 +563,7 @@ def test_the_line_says_how_many_milliseconds_the_request_took(
     assert request_line()["duration_ms"] == 250
 
 
-def test_the_line_of_a_notification_says_who_was_reached_and_how(
+def test_the_log_line_of_a_notification_names_recipient_channels_and_providers(
     client: FlaskClient, request_line: RequestLine
 ) -> None:
     client.post(NOTIFY, json=GOOD)
@@ -579,7 +583,7 @@ def test_the_line_of_a_notification_says_who_was_reached_and_how(
     "case",
     [(GOOD, "delivered", "INFO"), (GOOD, "failed", "ERROR"), ({}, "delivered", "INFO")],
 )
-def test_only_what_failed_here_is_an_error(
+def test_only_a_failed_delivery_is_logged_as_an_error(
     case: tuple[dict[str, str], str, str],
     client: FlaskClient,
     delivery: FakeDelivery,
@@ -618,7 +622,7 @@ PIECES = [
 
 
 def mangled(chance: random.Random) -> bytes:
-    """Return a good body with some of its bytes replaced, dropped, doubled or made worse."""
+    """Return a valid body with some of its bytes deleted, doubled or replaced."""
     data = bytearray(body(other=[1, None]).encode())
     for _ in range(chance.randint(1, 6)):
         at = chance.randrange(len(data))
@@ -628,7 +632,7 @@ def mangled(chance: random.Random) -> bytes:
     return bytes(data)
 
 
-def test_nothing_malformed_ends_in_a_500(client: FlaskClient, delivery: FakeDelivery) -> None:
+def test_no_malformed_body_causes_a_500(client: FlaskClient, delivery: FakeDelivery) -> None:
     chance = random.Random(1_000_003)
     bodies = [mangled(chance) for _ in range(400)]
     bodies += [b"".join(chance.choices(PIECES, k=chance.randint(1, 30))) for _ in range(200)]

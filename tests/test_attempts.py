@@ -1,4 +1,4 @@
-"""One attempt: what each answer means for the message, the breaker of the host and the log."""
+"""One attempt: what each answer means for the message, the endpoint's breaker and the log."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ def make_provider(url: str = URL, secret_key: str | None = SECRET) -> Provider:
 
 
 class RecordingBreakers(Breakers):
-    """Admits every call and keeps what it recorded: True for a failure, None for nothing."""
+    """Admits every call and keeps its record: True a failure, False a success, None neither."""
 
     def __init__(self) -> None:
         super().__init__(POLICY)
@@ -73,7 +73,7 @@ class FailingTransport(Transport):
 
 @pytest.fixture(scope="module")
 def transport() -> Iterator[Transport]:
-    """A transport with requests' own adapter, whose answers `responses` can give."""
+    """A transport with requests' own adapter, so that `responses` can mock its answers."""
     transport = Transport(None, {}, connections=2, user_agent="notifier/test")
     for scheme in ("http://", "https://"):
         transport._session.mount(scheme, HTTPAdapter())
@@ -93,7 +93,7 @@ def attempts(transport: Transport, breakers: RecordingBreakers) -> Attempts:
 
 @pytest.fixture
 def answers() -> Iterator[responses.RequestsMock]:
-    """The answers to come; what is sent anywhere else fails."""
+    """The mocked answers; a request to any other URL fails."""
     with responses.RequestsMock(assert_all_requests_are_fired=False) as mock:
         yield mock
 
@@ -115,7 +115,7 @@ def failure(attempts: Attempts, *args: Any, **kwargs: Any) -> AttemptFailed:
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """What was logged above DEBUG, none of it holding a text, a secret or a path."""
+    """Return the records above DEBUG; fail if any record holds a text, a secret or a path."""
     for record in caplog.records:
         shown = repr(record.__dict__)
         for hidden in (SECRET, MESSAGE.to, MESSAGE.title, MESSAGE.message, "/v1/send"):
@@ -124,7 +124,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 206, 226, 299])
-def test_a_2xx_is_accepted_and_a_success_of_the_endpoint(
+def test_a_2xx_means_accepted_and_is_a_success_for_the_breaker(
     status: int,
     attempts: Attempts,
     breakers: RecordingBreakers,
@@ -148,7 +148,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: str(refusal[0]))
-def test_any_other_status_has_its_outcome_and_is_a_warning(
+def test_each_other_status_has_its_outcome_and_is_logged_as_a_warning(
     refusal: tuple[int, str, bool],
     attempts: Attempts,
     breakers: RecordingBreakers,
@@ -182,7 +182,7 @@ def test_any_other_status_has_its_outcome_and_is_a_warning(
         ("protocol", "unknown", True),
     ],
 )
-def test_an_exchange_without_a_status_has_its_outcome_and_is_an_error(
+def test_each_fault_has_its_outcome_and_is_logged_as_an_error(
     kind: str,
     outcome: str,
     endpoint_failed: bool | None,
@@ -198,7 +198,7 @@ def test_an_exchange_without_a_status_has_its_outcome_and_is_an_error(
 
 
 @pytest.mark.parametrize("kind", ["dns", "connect", "tls", "timeout", "reset", "protocol"])
-def test_an_attempt_that_the_requests_deadline_cut_short_says_nothing_about_the_endpoint(
+def test_an_attempt_cut_short_by_the_requests_deadline_records_nothing(
     kind: str, breakers: RecordingBreakers, caplog: pytest.LogCaptureFixture
 ) -> None:
     failed = failure(Attempts(FailingTransport(Fault(kind)), breakers, TIMEOUT), deadline=0.0)
@@ -208,7 +208,9 @@ def test_an_attempt_that_the_requests_deadline_cut_short_says_nothing_about_the_
     assert record.levelname == "ERROR"
 
 
-def test_a_failure_before_a_near_deadline_is_the_endpoints(breakers: RecordingBreakers) -> None:
+def test_a_failure_before_the_deadline_counts_against_the_endpoint(
+    breakers: RecordingBreakers,
+) -> None:
     failed = failure(Attempts(FailingTransport(Fault.RESET), breakers, 7200.0), deadline=3600.0)
     assert failed.outcome == "unknown"
     assert breakers.recorded == [(HOST, True)]
@@ -218,7 +220,7 @@ def test_a_failure_before_a_near_deadline_is_the_endpoints(breakers: RecordingBr
     ("deadline", "outcome", "endpoint_failed"),
     [(104.4, "deadline", None), (104.6, "unknown", True), (107.0, "unknown", True)],
 )
-def test_an_attempt_that_used_up_its_own_time_is_the_endpoints_failure(
+def test_a_time_out_counts_against_the_endpoint_if_the_attempt_had_nearly_its_full_time(
     deadline: float,
     outcome: str,
     endpoint_failed: bool | None,
@@ -235,7 +237,7 @@ def test_an_attempt_that_used_up_its_own_time_is_the_endpoints_failure(
 
 
 @pytest.mark.parametrize(("deadline", "given"), [(103.0, 103.0), (105.0, 105.0), (160.0, 105.0)])
-def test_an_attempt_gets_its_own_time_but_no_more_than_the_request_has_left(
+def test_an_attempt_ends_at_its_time_out_or_at_the_requests_deadline(
     deadline: float, given: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("notifier.attempts.time", SimpleNamespace(monotonic=lambda: 100.0))
@@ -248,7 +250,7 @@ def test_an_attempt_gets_its_own_time_but_no_more_than_the_request_has_left(
 @pytest.mark.parametrize(
     "url", ["mail.example.com/send", "ftp://mail.example.com/", "nonsense", ""]
 )
-def test_a_url_that_is_none_is_skipped_with_an_error_and_asks_no_breaker(
+def test_an_invalid_url_is_skipped_with_an_error_before_the_breaker_is_asked(
     url: str,
     attempts: Attempts,
     breakers: RecordingBreakers,
@@ -264,7 +266,7 @@ def test_a_url_that_is_none_is_skipped_with_an_error_and_asks_no_breaker(
     assert record.__dict__["provider_id"] == 7
 
 
-def test_a_url_that_only_requests_refuses_is_skipped_and_records_nothing(
+def test_a_url_that_only_the_http_library_refuses_is_skipped_and_records_nothing(
     make_transport: MakeTransport, breakers: RecordingBreakers
 ) -> None:
     attempts = Attempts(make_transport(), breakers, TIMEOUT)
@@ -306,7 +308,7 @@ def test_the_refusals_of_each_provider_are_logged(
 
 @pytest.mark.parametrize("kind", ["dns", "connect", "tls", "timeout", "reset", "protocol"])
 @pytest.mark.parametrize("deadline", [3600.0, 0.0], ids=["in time", "cut short"])
-def test_a_call_without_an_answer_is_counted_by_how_it_failed(
+def test_a_call_without_an_answer_is_counted_by_its_fault(
     kind: str, deadline: float, breakers: RecordingBreakers, growth: Growth
 ) -> None:
     failure(Attempts(FailingTransport(Fault(kind)), breakers, TIMEOUT), deadline=deadline)
@@ -314,7 +316,7 @@ def test_a_call_without_an_answer_is_counted_by_how_it_failed(
         assert growth(name) == {("POST", HOST, "", kind): 1}
 
 
-def test_a_url_that_cannot_be_called_is_no_call(
+def test_an_invalid_url_is_not_counted_as_a_call(
     breakers: RecordingBreakers, growth: Growth
 ) -> None:
     attempts = Attempts(FailingTransport(Fault.URL), breakers, TIMEOUT)
@@ -323,7 +325,7 @@ def test_a_url_that_cannot_be_called_is_no_call(
     assert growth("http_client_requests_total") == {}
 
 
-def test_an_unguarded_attempt_is_made_while_the_breaker_is_open_and_records_nothing(
+def test_an_unguarded_attempt_ignores_an_open_breaker_and_records_nothing(
     transport: Transport, answers: responses.RequestsMock, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers.post(URL, status=503)
@@ -341,7 +343,7 @@ def test_an_unguarded_attempt_is_made_while_the_breaker_is_open_and_records_noth
     assert logged(caplog) == []
 
 
-def test_an_unguarded_attempt_has_the_time_of_any_attempt(
+def test_an_unguarded_attempt_has_the_usual_time_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("notifier.attempts.time", SimpleNamespace(monotonic=lambda: 100.0))
@@ -354,7 +356,7 @@ def test_an_unguarded_attempt_has_the_time_of_any_attempt(
 
 
 @pytest.mark.parametrize("url", ["nonsense", "http://mail.example.com:0/"])
-def test_an_unguarded_attempt_at_a_url_that_is_none_is_skipped(
+def test_an_unguarded_attempt_at_an_invalid_url_is_skipped(
     url: str, attempts: Attempts, answers: responses.RequestsMock
 ) -> None:
     with pytest.raises(AttemptFailed) as raised:
@@ -363,7 +365,7 @@ def test_an_unguarded_attempt_at_a_url_that_is_none_is_skipped(
     assert len(answers.calls) == 0
 
 
-def test_one_open_breaker_does_not_stop_another_endpoint(
+def test_an_open_breaker_does_not_affect_other_endpoints(
     transport: Transport, answers: responses.RequestsMock
 ) -> None:
     other = "https://other.example.com/v1/send"
@@ -387,7 +389,7 @@ def test_providers_with_one_endpoint_share_its_breaker(
     assert outcomes == ["unknown", "unknown", "unknown", "skipped"]
 
 
-def test_a_refusal_by_the_breaker_is_no_exception_of_its_library(
+def test_a_refusal_by_the_breaker_raises_attempt_failed_and_not_the_librarys_error(
     transport: Transport, answers: responses.RequestsMock
 ) -> None:
     breakers = Breakers(POLICY)
@@ -420,7 +422,7 @@ def test_the_body_holds_the_message_and_the_providers_secret(
     }
 
 
-def test_the_request_is_a_json_post_with_the_id_of_the_callers_request(
+def test_the_request_is_a_json_post_with_the_callers_request_id(
     attempts: Attempts, answers: responses.RequestsMock
 ) -> None:
     answers.post(URL)

@@ -1,4 +1,4 @@
-"""When a breaker opens, recovers, and whom it admits, one call at a time and many at once."""
+"""When a breaker opens and recovers, and which calls it admits, sequential and concurrent."""
 
 import logging
 import threading
@@ -14,8 +14,8 @@ from pybreaker import CircuitBreakerError
 
 from notifier.breakers import Breaker, Breakers, Call, Policy
 
-HOST = "mail.example.com:443"
-LONG = 20.0  # seconds; reached only by a test that fails
+ENDPOINT = "mail.example.com:443"
+LONG = 20.0  # seconds; only a failing test waits this long
 
 MakeBreaker = Callable[..., Breaker]
 
@@ -41,7 +41,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def make_breaker(clock: Clock) -> MakeBreaker:
-    return lambda **policy: Breaker(HOST, replace(SHIPPED, **policy), clock)
+    return lambda **policy: Breaker(ENDPOINT, replace(SHIPPED, **policy), clock)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def breaker(make_breaker: MakeBreaker) -> Breaker:
 
 
 def make_calls(breaker: Breaker, history: str) -> None:
-    """Make one call after the other: S succeeds, F fails, a dot records nothing."""
+    """Make calls one after another: S succeeds, F fails, a dot records nothing."""
     for letter in history:
         with breaker.calling() as call:
             if letter != ".":
@@ -100,7 +100,7 @@ OPENS_AT_THE_LAST = ["FFF", "SFF", "FSF", "FFSF", "SSFFF", "SSSFFFFF", "FF.F", "
         *[(history, "open") for history in OPENS_AT_THE_LAST],
     ],
 )
-def test_a_breaker_opens_at_a_failure_that_makes_too_large_a_share(
+def test_a_breaker_opens_when_the_share_of_failures_reaches_the_threshold(
     history: str, state: str, breaker: Breaker
 ) -> None:
     make_calls(breaker, history[:-1])
@@ -125,7 +125,7 @@ def test_a_breaker_opens_at_a_failure_that_makes_too_large_a_share(
         (4, 76, "SFFF", "closed"),
     ],
 )
-def test_the_policy_says_how_large_a_share_of_how_many_calls(
+def test_the_policy_sets_the_threshold_and_the_minimum_number_of_calls(
     min_calls: int, failure_percent: int, history: str, state: str, make_breaker: MakeBreaker
 ) -> None:
     breaker = make_breaker(min_calls=min_calls, failure_percent=failure_percent)
@@ -149,7 +149,7 @@ def test_the_policy_says_how_large_a_share_of_how_many_calls(
         ([(0, "FF"), (86_400, "FF")], "closed"),
     ],
 )
-def test_only_the_calls_of_the_window_count(
+def test_only_calls_within_the_window_count(
     calls: list[tuple[float, str]], state: str, breaker: Breaker, clock: Clock
 ) -> None:
     start = clock.now
@@ -159,7 +159,7 @@ def test_only_the_calls_of_the_window_count(
     assert breaker.state == state
 
 
-def test_the_window_is_as_long_as_the_policy_says(make_breaker: MakeBreaker, clock: Clock) -> None:
+def test_the_policy_sets_the_length_of_the_window(make_breaker: MakeBreaker, clock: Clock) -> None:
     breaker = make_breaker(window_seconds=1.0)
     make_calls(breaker, "FF")
     clock.now += 1.1
@@ -176,7 +176,7 @@ def test_only_completed_calls_count(breaker: Breaker) -> None:
     assert breaker.state == "open"
 
 
-def test_an_open_breaker_admits_nobody_until_its_time_has_passed(
+def test_an_open_breaker_admits_no_call_until_its_open_time_has_passed(
     breaker: Breaker, clock: Clock
 ) -> None:
     make_calls(breaker, "FFF")
@@ -187,7 +187,7 @@ def test_an_open_breaker_admits_nobody_until_its_time_has_passed(
     assert not is_refused(breaker)
 
 
-def test_the_state_reads_half_open_without_traffic(breaker: Breaker, clock: Clock) -> None:
+def test_an_open_breaker_becomes_half_open_without_traffic(breaker: Breaker, clock: Clock) -> None:
     make_calls(breaker, "FFF")
     clock.now += 59.9
     assert breaker.state == "open"
@@ -197,7 +197,7 @@ def test_the_state_reads_half_open_without_traffic(breaker: Breaker, clock: Cloc
     assert breaker.state == "half-open"
 
 
-def test_calls_in_flight_and_successes_share_the_limit_of_half_open(
+def test_calls_in_flight_and_successes_both_count_towards_the_half_open_limit(
     make_half_open: MakeBreaker,
 ) -> None:
     breaker = make_half_open(max_half_open=3)
@@ -212,7 +212,9 @@ def test_calls_in_flight_and_successes_share_the_limit_of_half_open(
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
-def test_as_many_successes_as_the_limit_close_it(limit: int, make_half_open: MakeBreaker) -> None:
+def test_a_half_open_breaker_closes_after_as_many_successes_as_its_limit(
+    limit: int, make_half_open: MakeBreaker
+) -> None:
     breaker = make_half_open(max_half_open=limit)
     make_calls(breaker, "S" * (limit - 1))
     assert breaker.state == "half-open"
@@ -221,7 +223,7 @@ def test_as_many_successes_as_the_limit_close_it(limit: int, make_half_open: Mak
 
 
 @pytest.mark.parametrize("history", ["F", "SF", "SSSSF", ".F", "S.F"])
-def test_the_first_failure_opens_it_again_for_the_whole_time(
+def test_the_first_failed_probe_reopens_it_for_the_full_open_time(
     history: str, breaker: Breaker, clock: Clock
 ) -> None:
     make_calls(breaker, "FFF")
@@ -235,7 +237,7 @@ def test_the_first_failure_opens_it_again_for_the_whole_time(
     assert breaker.state == "half-open"
 
 
-def test_the_successes_of_one_half_open_time_do_not_count_in_the_next(
+def test_the_successes_of_one_half_open_period_do_not_count_in_the_next(
     make_half_open: MakeBreaker, clock: Clock
 ) -> None:
     breaker = make_half_open(max_half_open=2)
@@ -247,7 +249,7 @@ def test_the_successes_of_one_half_open_time_do_not_count_in_the_next(
     assert breaker.state == "closed"
 
 
-def test_once_closed_it_counts_from_nothing(make_half_open: MakeBreaker) -> None:
+def test_closing_clears_the_window(make_half_open: MakeBreaker) -> None:
     breaker = make_half_open(open_seconds=1.0, max_half_open=1)
     make_calls(breaker, "SFF")
     assert breaker.state == "closed"
@@ -259,7 +261,7 @@ def test_once_closed_it_counts_from_nothing(make_half_open: MakeBreaker) -> None
     "error",
     [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration, CircuitBreakerError],
 )
-def test_a_slot_is_given_back_whatever_the_block_raises(
+def test_a_slot_is_released_whatever_the_block_raises(
     error: type[BaseException], make_half_open: MakeBreaker
 ) -> None:
     breaker = make_half_open(max_half_open=1)
@@ -271,7 +273,7 @@ def test_a_slot_is_given_back_whatever_the_block_raises(
     assert breaker.state == "closed"
 
 
-def test_what_was_recorded_before_the_block_raised_counts(breaker: Breaker) -> None:
+def test_a_result_recorded_before_the_block_raises_counts(breaker: Breaker) -> None:
     def fail() -> None:
         with breaker.calling() as call:
             call.record(failed=True)
@@ -283,7 +285,7 @@ def test_what_was_recorded_before_the_block_raised_counts(breaker: Breaker) -> N
     assert breaker.state == "open"
 
 
-def test_a_slot_whose_call_records_nothing_is_given_back(make_half_open: MakeBreaker) -> None:
+def test_a_call_that_records_nothing_releases_its_slot(make_half_open: MakeBreaker) -> None:
     breaker = make_half_open(max_half_open=2)
     make_calls(breaker, "....S...")
     assert breaker.state == "half-open"
@@ -294,7 +296,7 @@ def test_a_slot_whose_call_records_nothing_is_given_back(make_half_open: MakeBre
 
 
 @pytest.mark.parametrize("failed", [True, False])
-def test_a_call_from_before_it_opened_changes_nothing_once_it_is_open(
+def test_a_call_admitted_while_closed_changes_nothing_once_the_breaker_is_open(
     failed: bool, breaker: Breaker, clock: Clock
 ) -> None:
     late = enter(breaker)
@@ -307,7 +309,7 @@ def test_a_call_from_before_it_opened_changes_nothing_once_it_is_open(
 
 
 @pytest.mark.parametrize("failed", [True, False])
-def test_a_call_from_before_it_opened_changes_nothing_once_it_is_half_open(
+def test_a_call_admitted_while_closed_changes_nothing_once_the_breaker_is_half_open(
     failed: bool, make_breaker: MakeBreaker, clock: Clock
 ) -> None:
     breaker = make_breaker(max_half_open=1)
@@ -318,13 +320,13 @@ def test_a_call_from_before_it_opened_changes_nothing_once_it_is_half_open(
     end(late, failed=failed)
     silent[0].close()
     assert breaker.state == "half-open"
-    assert is_refused(breaker)  # neither gave a slot back that it had not taken
+    assert is_refused(breaker)  # neither call released a slot that it did not hold
     end(probe, failed=False)
     assert breaker.state == "closed"
 
 
 @pytest.mark.parametrize("failed", [True, False])
-def test_a_probe_of_an_earlier_half_open_time_changes_nothing_in_the_next(
+def test_a_probe_of_an_earlier_half_open_period_changes_nothing_in_the_next(
     failed: bool, make_half_open: MakeBreaker, clock: Clock
 ) -> None:
     breaker = make_half_open(max_half_open=2)
@@ -340,7 +342,7 @@ def test_a_probe_of_an_earlier_half_open_time_changes_nothing_in_the_next(
     assert breaker.state == "closed"
 
 
-def test_a_failure_from_before_it_opened_does_not_count_once_it_is_closed_again(
+def test_a_call_admitted_before_opening_does_not_count_after_closing_again(
     make_breaker: MakeBreaker, clock: Clock
 ) -> None:
     breaker = make_breaker(max_half_open=1)
@@ -362,13 +364,13 @@ def changes(caplog: pytest.LogCaptureFixture) -> list[tuple[Any, ...]]:
     ]
 
 
-OPENED = ("WARNING", HOST, "closed", "open")
-PROBED = ("INFO", HOST, "open", "half-open")
-OPENED_AGAIN = ("WARNING", HOST, "half-open", "open")
-CLOSED = ("INFO", HOST, "half-open", "closed")
+OPENED = ("WARNING", ENDPOINT, "closed", "open")
+PROBED = ("INFO", ENDPOINT, "open", "half-open")
+OPENED_AGAIN = ("WARNING", ENDPOINT, "half-open", "open")
+CLOSED = ("INFO", ENDPOINT, "half-open", "closed")
 
 
-def test_each_change_of_state_is_logged_once_with_its_host(
+def test_each_change_of_state_is_logged_once_with_its_endpoint(
     make_breaker: MakeBreaker, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -381,7 +383,7 @@ def test_each_change_of_state_is_logged_once_with_its_host(
     assert changes(caplog) == [OPENED, PROBED, OPENED_AGAIN, PROBED, CLOSED]
 
 
-def test_half_open_is_logged_when_the_first_probe_is_admitted_not_when_it_is_read(
+def test_half_open_is_logged_when_a_probe_is_admitted_not_when_the_state_is_read(
     breaker: Breaker, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -394,15 +396,15 @@ def test_half_open_is_logged_when_the_first_probe_is_admitted_not_when_it_is_rea
         assert changes(caplog) == [OPENED, PROBED]
 
 
-def test_the_lock_is_held_to_read_and_change_the_state_and_not_to_log(
+def test_the_lock_is_held_while_the_state_is_read_or_changed_but_not_while_logging(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     at_clock, at_log = [], []
     caplog.set_level(logging.INFO)
-    # They return what a clock and a filter have to.
+    # append() returns None, so the first lambda returns the time and the second returns True.
     clock = lambda: at_clock.append(breaker._lock.locked()) or 6_000.0  # noqa: E731
     watch = lambda _: at_log.append(breaker._lock.locked()) is None  # noqa: E731
-    breaker = Breaker(HOST, replace(SHIPPED, open_seconds=0.0), clock)
+    breaker = Breaker(ENDPOINT, replace(SHIPPED, open_seconds=0.0), clock)
     caplog.handler.addFilter(watch)
     make_calls(breaker, "FFFSSSSS")  # the clock is read to count, to open and to admit a probe
     caplog.handler.removeFilter(watch)
@@ -410,12 +412,12 @@ def test_the_lock_is_held_to_read_and_change_the_state_and_not_to_log(
     assert at_log == [False, False, False]
 
 
-def test_calls_to_one_host_are_under_way_at_the_same_time(breaker: Breaker) -> None:
+def test_calls_to_one_endpoint_run_concurrently(breaker: Breaker) -> None:
     together = threading.Barrier(32)
 
     def call(_: int) -> None:
         with breaker.calling() as call:
-            together.wait(LONG)  # breaks unless all 32 are inside
+            together.wait(LONG)  # fails unless all 32 calls are inside
             call.record(failed=False)
 
     with ThreadPoolExecutor(32) as pool:
@@ -423,7 +425,7 @@ def test_calls_to_one_host_are_under_way_at_the_same_time(breaker: Breaker) -> N
     assert breaker.state == "closed"
 
 
-def test_of_many_calls_at_once_half_open_admits_as_many_as_its_limit(
+def test_a_half_open_breaker_admits_only_its_limit_of_concurrent_calls(
     make_half_open: MakeBreaker,
 ) -> None:
     breaker = make_half_open(max_half_open=5)
@@ -446,49 +448,51 @@ def test_of_many_calls_at_once_half_open_admits_as_many_as_its_limit(
     assert breaker.state == "closed"
 
 
-def test_half_open_never_has_more_in_flight_than_its_limit(make_half_open: MakeBreaker) -> None:
+def test_a_half_open_breaker_never_has_more_calls_in_flight_than_its_limit(
+    make_half_open: MakeBreaker,
+) -> None:
     breaker = make_half_open(max_half_open=3)
     start, slots = threading.Barrier(16), threading.Semaphore(3)
 
-    def call_over_and_over(_: int) -> int:
+    def call_repeatedly(_: int) -> int:
         start.wait(LONG)
         return sum(call_once() for _ in range(200))
 
     def call_once() -> bool:
         try:
             with breaker.calling():
-                assert slots.acquire(blocking=False)  # a fourth finds no slot
-                time.sleep(0)  # lets others in
+                assert slots.acquire(blocking=False)  # a fourth call would find no slot
+                time.sleep(0)  # let other threads run
                 slots.release()
         except CircuitBreakerError:
             return False
         return True
 
     with ThreadPoolExecutor(16) as pool:
-        assert sum(pool.map(call_over_and_over, range(16))) >= 3
-    make_calls(breaker, "SSS")  # every slot has been given back
+        assert sum(pool.map(call_repeatedly, range(16))) >= 3
+    make_calls(breaker, "SSS")  # every slot has been released
     assert breaker.state == "closed"
 
 
-def test_a_new_host_gets_one_breaker_even_if_two_ask_at_the_same_moment(
+def test_a_new_endpoint_gets_one_breaker_even_if_two_threads_ask_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     together = threading.Barrier(2)
 
     class Slow(Breaker):
         def __init__(self, *args: Any) -> None:
-            with suppress(threading.BrokenBarrierError):  # if only one is ever made
+            with suppress(threading.BrokenBarrierError):  # only one breaker is made
                 together.wait(1)
             super().__init__(*args)
 
     monkeypatch.setattr("notifier.breakers.Breaker", Slow)
     breakers = Breakers(SHIPPED)
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(breakers.of, [HOST, HOST])
-    assert first is second is breakers.of(HOST)
+        first, second = pool.map(breakers.of, [ENDPOINT, ENDPOINT])
+    assert first is second is breakers.of(ENDPOINT)
 
 
-def test_hosts_do_not_share_their_fate() -> None:
+def test_each_endpoint_has_its_own_breaker() -> None:
     breakers = Breakers(SHIPPED)
     make_calls(breakers.of("a:443"), "FFF")
     assert breakers.of("a:443").state == "open"

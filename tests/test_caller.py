@@ -1,4 +1,4 @@
-"""How a caller's connection is read and written, below gunicorn's parser and response."""
+"""Reading and writing a caller's connection, beneath gunicorn's parser and response."""
 
 import socket
 import threading
@@ -17,7 +17,7 @@ LARGE = b"x" * 2**22  # more than the kernel's buffers hold
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Caller, socket.socket]]:
-    """A connection and its caller's socket."""
+    """The service's end of a connection, and the caller's socket."""
     ours, callers = socket.socketpair()
     with ours, callers:
         callers.settimeout(10)
@@ -60,7 +60,7 @@ def test_a_large_reply_arrives_whole(conn: Caller, caller: socket.socket) -> Non
     assert received == len(LARGE)
 
 
-def test_a_caller_that_does_not_take_its_reply_is_given_up(
+def test_a_caller_that_does_not_read_its_reply_is_dropped(
     conn: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(caller_module, "REQUEST_SECONDS", 0.1)
@@ -70,7 +70,7 @@ def test_a_caller_that_does_not_take_its_reply_is_given_up(
     assert conn.socket.gettimeout() == 0
 
 
-def test_a_request_is_read_without_waiting_and_leaves_the_connection_ready(
+def test_a_request_is_read_without_blocking_and_the_connection_can_be_reused(
     conn: Caller, caller: socket.socket
 ) -> None:
     assert not conn.has_head()
@@ -80,11 +80,11 @@ def test_a_request_is_read_without_waiting_and_leaves_the_connection_ready(
     assert conn.has_head()
     assert next(conn.parser).body.read() == b"body"
     assert conn.end_request(0)
-    assert conn.has_read_head()  # the next one
+    assert conn.has_read_head()  # of the next request
     assert next(conn.parser).uri == "/"
 
 
-def test_a_body_is_waited_for_as_long_as_its_request_has_time(
+def test_a_body_must_arrive_within_the_time_of_its_request(
     conn: Caller, caller: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(caller_module, "REQUEST_SECONDS", 0.1)
@@ -95,7 +95,7 @@ def test_a_body_is_waited_for_as_long_as_its_request_has_time(
         request.body.read()
 
 
-def test_a_body_that_nobody_read_is_dropped_or_ends_the_connection(
+def test_an_unread_body_is_dropped_and_an_incomplete_one_ends_the_connection(
     conn: Caller, caller: socket.socket
 ) -> None:
     caller.sendall(HEAD + b"body" + HEAD + b"bo")
@@ -117,11 +117,11 @@ def test_an_idle_connection_expires_later_than_one_that_has_begun_a_request(
     conn.expire_after(1000)
     begun = conn.expires
     assert begun < idle - 900
-    conn.expire_after(1000)  # more of it does not give it more time
+    conn.expire_after(1000)  # a second call does not extend the request's time
     assert conn.expires == pytest.approx(begun)
 
 
-def test_malformed_chunks_are_an_os_error_as_wsgi_libraries_expect() -> None:
+def test_malformed_chunks_raise_the_os_error_that_wsgi_libraries_expect() -> None:
     class Malformed:
         def read(self, size: int) -> bytes:
             raise InvalidChunkSize(b"x")

@@ -1,4 +1,4 @@
-"""How many notifications run, who waits for how long, who is refused, and who is answered still."""
+"""Capacity: how many notifications run at once, how long others wait, and when they are refused."""
 
 import http.client
 import json
@@ -25,9 +25,9 @@ from tests.timing import eventually, within
 StartService = Callable[..., Service]
 AddProvider = Callable[..., int]
 
-LONG = 60.0  # a test in which it is waited out fails
+LONG = 60.0  # seconds; only a failing test waits this long
 SHORT = 0.02
-PATIENCE = 1.0  # of the service
+PATIENCE = 1.0  # seconds for which the service lets a request wait
 NOTIFY = "/api/v1.0/recipient/buyer/notify"
 OVERLOADED = {"error": {"code": "E106", "message": "too many requests, try again later"}}
 
@@ -53,7 +53,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def queue(pool: ThreadPoolExecutor, capacity: Capacity, then: Callable[[], None]) -> "Future[None]":
-    """Let a thread wait for a place, and do `then` once it has it; return when it waits."""
+    """Start a thread that waits for a place and then calls `then`; return once it waits."""
 
     def wait() -> None:
         take(capacity)
@@ -68,13 +68,13 @@ def queue(pool: ThreadPoolExecutor, capacity: Capacity, then: Callable[[], None]
 # --- the places
 
 
-def test_as_many_as_there_are_places_come_in_at_once(growth: Growth) -> None:
+def test_free_places_are_taken_without_waiting(growth: Growth) -> None:
     capacity = Capacity(3, LONG)
     take(capacity, 3)
     assert growth("notification_wait_seconds_count") == {}
 
 
-def test_as_many_may_wait_and_the_next_is_refused_at_once(
+def test_as_many_requests_may_wait_as_there_are_places_and_the_next_is_refused(
     pool: ThreadPoolExecutor, growth: Growth
 ) -> None:
     capacity = Capacity(3, LONG)
@@ -93,7 +93,7 @@ def test_as_many_may_wait_and_the_next_is_refused_at_once(
     assert is_as_new(capacity, 3)
 
 
-def test_who_waits_comes_in_by_order_of_arrival_and_nobody_overtakes(
+def test_waiting_requests_get_places_in_order_of_arrival(
     pool: ThreadPoolExecutor,
 ) -> None:
     capacity = Capacity(3, LONG)
@@ -111,7 +111,7 @@ def test_who_waits_comes_in_by_order_of_arrival_and_nobody_overtakes(
     assert came == [0, 1, 2, 3, 4, 5]
 
 
-def test_who_has_waited_long_enough_is_refused_and_leaves_the_queue(growth: Growth) -> None:
+def test_a_request_that_waited_too_long_is_refused_and_leaves_the_queue(growth: Growth) -> None:
     capacity = Capacity(1, SHORT)
     take(capacity)
     for times in (1, 2):
@@ -124,7 +124,7 @@ def test_who_has_waited_long_enough_is_refused_and_leaves_the_queue(growth: Grow
     assert is_as_new(capacity, 1)
 
 
-def test_who_leaves_the_queue_leaves_the_others_their_turn(
+def test_a_request_that_leaves_the_queue_does_not_use_up_the_turn_of_the_next(
     pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capacity = Capacity(2, LONG)
@@ -133,7 +133,7 @@ def test_who_leaves_the_queue_leaves_the_others_their_turn(
     patience_ends = threading.Event()
 
     class Turn:
-        """Never comes; the wait for it ends when the test says so."""
+        """A turn that never comes; the wait for it times out when the test says so."""
 
         def acquire(self, timeout: float | None = None) -> bool:
             return timeout is None or not patience_ends.wait(timeout)
@@ -150,14 +150,14 @@ def test_who_leaves_the_queue_leaves_the_others_their_turn(
     assert came == ["patient"]
 
 
-def test_a_place_that_is_handed_over_as_the_patience_ends_is_not_lost(
+def test_a_place_handed_over_just_as_the_wait_times_out_is_not_lost(
     monkeypatch: pytest.MonkeyPatch, growth: Growth
 ) -> None:
     capacity = Capacity(1, SHORT)
     take(capacity)
 
     class Turn:
-        """Comes after the wait for it, and before that has been noticed."""
+        """A turn that comes after the wait timed out, but before the waiter has the lock."""
 
         def acquire(self, timeout: float | None = None) -> bool:
             if timeout is not None:
@@ -165,7 +165,7 @@ def test_a_place_that_is_handed_over_as_the_patience_ends_is_not_lost(
             return timeout is None
 
         def release(self) -> None:
-            """Tell nobody: whom it would tell no longer waits."""
+            """Do nothing: the waiter has timed out already."""
 
     monkeypatch.setattr(capacity_module, "threading", SimpleNamespace(Lock=Turn))
     take(capacity)
@@ -176,7 +176,7 @@ def test_a_place_that_is_handed_over_as_the_patience_ends_is_not_lost(
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
-def test_a_place_is_given_back_whatever_happens(error: type[BaseException] | None) -> None:
+def test_a_place_is_released_whatever_the_block_raises(error: type[BaseException] | None) -> None:
     capacity = Capacity(1, SHORT)
     for _ in range(3):
         with ExitStack() as expected:
@@ -189,7 +189,7 @@ def test_a_place_is_given_back_whatever_happens(error: type[BaseException] | Non
         assert is_as_new(capacity, 1)
 
 
-def test_under_pressure_no_place_is_lost_or_taken_twice() -> None:
+def test_under_load_no_place_is_lost_or_taken_twice() -> None:
     places, threads = 3, 12
     capacity = Capacity(places, 0.001)
     inside, most = [0], [0]
@@ -224,9 +224,9 @@ def test_under_pressure_no_place_is_lost_or_taken_twice() -> None:
 
 
 class Turnstile:
-    """A provider's script that answers one request for each that is let through.
+    """A provider's script that holds each request until the test lets one through.
 
-    `titles` has those of the messages in the order in which they came.
+    `titles` holds the messages' titles in order of arrival.
     """
 
     def __init__(self) -> None:
@@ -250,7 +250,7 @@ class Turnstile:
 
 @pytest.fixture
 def email(make_provider: MakeProvider, add_provider: AddProvider) -> Iterator[Turnstile]:
-    """The only e-mail provider."""
+    """The only email provider."""
     turnstile = Turnstile()
     add_provider(make_provider(turnstile).url)
     yield turnstile
@@ -259,7 +259,7 @@ def email(make_provider: MakeProvider, add_provider: AddProvider) -> Iterator[Tu
 
 @pytest.fixture
 def start(start_service: StartService) -> StartService:
-    """Start a service of one worker whose providers may take their time."""
+    """Start a service with one worker and a long time-out for its providers."""
     return lambda threads: start_service(
         WEB_CONCURRENCY="1",
         WEB_THREADS=str(threads),
@@ -270,7 +270,7 @@ def start(start_service: StartService) -> StartService:
 
 @contextmanager
 def taken(service: Service, email: Turnstile, places: int) -> Iterator[list[Any]]:
-    """Have `places` notifications under way; they are delivered at the end."""
+    """Keep `places` notifications under way during the block; they are delivered after it."""
     with ThreadPoolExecutor(places) as pool:
         under_way = [pool.submit(service.notify) for _ in range(places)]
         try:
@@ -285,7 +285,7 @@ def in_progress(service: Service) -> float:
     return service.metric("http_server_active_requests")
 
 
-def test_beyond_its_capacity_a_worker_refuses_at_once_and_answers_its_operators(
+def test_a_full_worker_refuses_notifications_and_still_answers_operators(
     start: StartService, email: Turnstile, pool: ThreadPoolExecutor
 ) -> None:
     service = start(3)
@@ -304,13 +304,13 @@ def test_beyond_its_capacity_a_worker_refuses_at_once_and_answers_its_operators(
     assert service.metric("notifications_refused_total") == 15
     assert service.metric("notification_wait_seconds_count") == 3
     assert service.metric("notification_places") == 3
-    assert service.metric("notifications_total") == 3  # what was refused was none
+    assert service.metric("notifications_total") == 3  # refused requests do not count
     refused = [line for line in service.lines() if line.get("status") == 503]
     assert len(refused) == 15
     assert {line["level"] for line in refused} == {"WARNING"}
 
 
-def test_who_waits_is_delivered_by_order_of_arrival_once_others_have_been(
+def test_waiting_notifications_are_delivered_in_order_of_arrival(
     start: StartService, email: Turnstile, pool: ThreadPoolExecutor
 ) -> None:
     service = start(3)
@@ -329,7 +329,7 @@ def test_who_waits_is_delivered_by_order_of_arrival_once_others_have_been(
     assert service.metric("notification_wait_seconds_count") == 3
 
 
-def test_a_caller_that_leaves_while_it_waits_takes_no_place_with_it(
+def test_a_caller_that_leaves_while_waiting_does_not_leak_a_place(
     start: StartService, email: Turnstile
 ) -> None:
     service = start(1)
@@ -338,13 +338,13 @@ def test_a_caller_that_leaves_while_it_waits_takes_no_place_with_it(
             sock.sendall(post(json.dumps(MESSAGE).encode()))
             eventually(lambda: in_progress(service) == 2)
         email.let(1)
-        email.wait_for(1)  # delivered, though nobody waits for the answer
+        email.wait_for(1)  # delivered although the caller has left
         email.let(1)
         eventually(lambda: in_progress(service) == 0)
     assert service.notify().status_code == 200
 
 
-def test_each_of_as_many_sellers_as_there_are_places_has_both_channels_under_way_at_once(
+def test_with_a_seller_in_every_place_both_channels_of_each_run_at_once(
     start: StartService, make_provider: MakeProvider, add_provider: AddProvider, email: Turnstile
 ) -> None:
     push = Turnstile()
@@ -361,16 +361,16 @@ def test_each_of_as_many_sellers_as_there_are_places_has_both_channels_under_way
         assert [reply.result().status_code for reply in replies] == [200] * 3
 
 
-# --- what is refused, on the wire
+# --- refused requests on the wire
 
 
 def post(body: bytes, length: int | None = None) -> bytes:
-    """Return a request for a notification, which may say that more is to come of its body."""
+    """Return a raw notification request; `length` may announce a longer body."""
     lines = [f"POST {NOTIFY} HTTP/1.1", "Host: x", f"Content-Length: {length or len(body)}"]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def test_a_refused_caller_goes_on_using_its_connection(
+def test_a_refused_caller_can_reuse_its_connection(
     start: StartService, email: Turnstile, pool: ThreadPoolExecutor
 ) -> None:
     service = start(1)
@@ -393,7 +393,7 @@ def test_a_refused_caller_goes_on_using_its_connection(
     caller.close()
 
 
-def test_a_refused_caller_whose_body_does_not_come_can_read_why_and_is_left(
+def test_a_refused_caller_whose_body_does_not_arrive_gets_a_reply_and_no_reset(
     start: StartService, email: Turnstile
 ) -> None:
     service = start(1)
@@ -407,7 +407,7 @@ def test_a_refused_caller_whose_body_does_not_come_can_read_why_and_is_left(
         with within(5):
             for sock in socks:
                 assert until_the_end(sock).startswith(b"HTTP/1.1 503 ")
-        for sock in socks:  # too late, and no reason for a reset
+        for sock in socks:  # too late, but must not cause a reset
             sock.sendall(b" " * 999)
         assert requests.get(f"{service.url}/healthz", timeout=10).status_code == 200
         for sock in socks:

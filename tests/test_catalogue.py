@@ -1,4 +1,4 @@
-"""The rows as operators see and change them: what is refused, what is written, what is shown."""
+"""The providers' rows as operators manage them: which changes are refused, stored and shown."""
 
 import threading
 import time
@@ -40,7 +40,7 @@ def database_of(environment: Environment) -> Database:
 
 
 def values(**others: Any) -> Values:
-    """The values of a row; those that a test does not name are fine."""
+    """Return a row's values; those that a test does not give are valid."""
     fine = {"provider_type": "Email", "provider_name": "Acme Mail", "host": URL}
     return cast("Values", fine | others)
 
@@ -50,7 +50,7 @@ def some(**given: Any) -> Values:
 
 
 def stored(environment: Environment) -> list[Row]:
-    """Every row as it is in the table."""
+    """Return every row of the table with all columns."""
     with connect(environment) as connection:
         cursor = connection.execute("SELECT * FROM notification_preferences ORDER BY id")
         names = [column.name for column in cursor.description or ()]
@@ -71,7 +71,7 @@ def changing(environment: Environment) -> Iterator[psycopg.Connection[Any]]:
 
 
 def refusal(act: Callable[..., object], *args: object) -> str:
-    """Return the one line that `act` refuses with."""
+    """Return the message with which `act` refuses; it must be one line."""
     with pytest.raises(Refused) as refused:
         act(*args)
     message = str(refused.value)
@@ -80,7 +80,7 @@ def refusal(act: Callable[..., object], *args: object) -> str:
 
 
 def refused_for(database: Environment, wrong: Values) -> str:
-    """Return why neither a new row nor a present one is given these values."""
+    """Return the message with which both `add` and `edit` refuse the values `wrong`."""
     owner = database_of(database)
     catalogue.add(owner, values())
     before = stored(database)
@@ -94,7 +94,7 @@ def ids(entries: list[Entry]) -> list[int]:
     return [entry.id for entry in entries]
 
 
-def test_a_row_is_written_with_what_is_given_and_shown_without_its_secret(
+def test_a_row_is_stored_as_given_and_shown_without_its_secret(
     owner: Database, database: Environment
 ) -> None:
     entry = catalogue.add(owner, values(priority=7, secret_key=SECRET))
@@ -137,7 +137,7 @@ def test_a_row_needs_neither_priority_nor_secret(owner: Database, database: Envi
         "http://mail.example.com/?to=me@example.com",
     ],
 )
-def test_a_url_that_the_service_can_call_is_written_as_it_is(
+def test_a_url_that_the_service_can_call_is_stored_unchanged(
     url: str, owner: Database, database: Environment
 ) -> None:
     catalogue.add(owner, values(host=url))
@@ -160,7 +160,7 @@ def test_a_url_that_the_service_can_call_is_written_as_it_is(
                 "http://mail.example.com:0/",
                 "http://mail.example.com:65536/",
                 "http://mail.example.com:port/",
-                "http://*.example.com/",  # only requests refuses it
+                "http://*.example.com/",  # only the library requests refuses it
                 "http://[::1/",
                 "ahttps://]",
                 "xn--http://][http://%25",
@@ -193,7 +193,7 @@ def test_a_url_that_the_service_can_call_is_written_as_it_is(
         ],
     ],
 )
-def test_any_other_url_is_refused_and_not_quoted(
+def test_any_other_url_is_refused_without_quoting_its_password(
     url: str, expected: str, database: Environment
 ) -> None:
     message = refused_for(database, some(host=url))
@@ -221,12 +221,12 @@ def test_a_name_that_is_blank_too_long_or_not_printable_is_refused(
 
 
 @pytest.mark.parametrize("priority", [-(2**31), -1, 0, 2**31 - 1])
-def test_a_priority_may_be_any_that_the_column_holds(priority: int, owner: Database) -> None:
+def test_any_priority_that_fits_the_column_is_accepted(priority: int, owner: Database) -> None:
     assert catalogue.add(owner, values(priority=priority)).priority == priority
 
 
 @pytest.mark.parametrize("priority", [-(2**31) - 1, 2**31, 10**30])
-def test_a_priority_that_the_column_cannot_hold_is_refused(
+def test_a_priority_outside_the_columns_range_is_refused(
     priority: int, database: Environment
 ) -> None:
     message = refused_for(database, some(priority=priority))
@@ -234,13 +234,13 @@ def test_a_priority_that_the_column_cannot_hold_is_refused(
 
 
 @pytest.mark.parametrize("secret", [" x ", "a\nb", "\u00fc\u2713", "k" * 16384])
-def test_a_secret_is_written_as_it_is(secret: str, owner: Database, database: Environment) -> None:
+def test_a_secret_is_stored_unchanged(secret: str, owner: Database, database: Environment) -> None:
     assert catalogue.add(owner, values(secret_key=secret)).has_secret
     assert stored(database)[0]["secret_key"] == secret
 
 
 @pytest.mark.parametrize("secret", ["", " ", "\n", "s3cr3t\0", "s3cr3t\udcff", "s3cr3t" * 3000])
-def test_a_secret_that_is_empty_too_long_or_no_text_is_refused_and_not_quoted(
+def test_a_secret_that_is_empty_too_long_or_not_text_is_refused_and_not_quoted(
     secret: str, database: Environment
 ) -> None:
     message = refused_for(database, some(secret_key=secret))
@@ -259,7 +259,7 @@ SAME = [
     ("https://mail.example.com/v1/send", "HTTPS://Mail.EXAMPLE.com:443/v1/send"),
     ("http://mail.example.com", "http://mail.example.com:80/"),
     ("http://mail.example.com/?", "http://mail.example.com"),
-    (" http://mail.example.com/ ", "http://mail.example.com/"),  # a row by hand
+    (" http://mail.example.com/ ", "http://mail.example.com/"),  # a row inserted by hand
     ("http://[::1]/", "http://[::1]:80"),
     ("https://m\u00fcnchen.example/", "https://xn--mnchen-3ya.example/"),
 ]
@@ -276,7 +276,7 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize(("present", "url"), SAME)
-def test_an_active_row_with_the_same_channel_and_url_is_in_the_way(
+def test_a_change_that_duplicates_an_active_rows_channel_and_url_is_refused(
     present: str, url: str, owner: Database, database: Environment, add_provider: AddProvider
 ) -> None:
     add_provider(present)
@@ -292,7 +292,7 @@ def test_an_active_row_with_the_same_channel_and_url_is_in_the_way(
 
 
 @pytest.mark.parametrize(("present", "url"), DIFFERENT)
-def test_a_different_url_is_not(
+def test_a_row_with_a_different_url_can_be_added(
     present: str, url: str, owner: Database, database: Environment, add_provider: AddProvider
 ) -> None:
     add_provider(present)
@@ -301,7 +301,7 @@ def test_a_different_url_is_not(
     assert [row["host"] for row in stored(database)] == [present, url]
 
 
-def test_neither_the_other_channels_row_nor_a_removed_one_is_in_the_way(
+def test_a_url_of_the_other_channel_or_of_a_removed_row_can_be_added(
     owner: Database, add_provider: AddProvider
 ) -> None:
     other = add_provider(URL, "PushNotification")
@@ -318,7 +318,7 @@ def test_neither_the_other_channels_row_nor_a_removed_one_is_in_the_way(
         {"provider_type": "PushNotification"},
         {"provider_name": "Another name"},
         {"host": OTHER_URL},
-        {"host": URL.replace("mail", "MAIL")},  # its own URL is not in its way
+        {"host": URL.replace("mail", "MAIL")},  # a row does not conflict with itself
         {"priority": -3},
         {"secret_key": "an0ther-key"},
         {"secret_key": None},
@@ -326,7 +326,7 @@ def test_neither_the_other_channels_row_nor_a_removed_one_is_in_the_way(
     ],
     ids=" ".join,
 )
-def test_an_edit_changes_what_is_given_and_nothing_else(
+def test_an_edit_changes_only_the_given_columns(
     given: Row, owner: Database, database: Environment, add_provider: AddProvider
 ) -> None:
     for url in (URL, "https://third.example.com/"):
@@ -337,7 +337,7 @@ def test_an_edit_changes_what_is_given_and_nothing_else(
     assert entry in catalogue.entries(owner)
 
 
-def test_rows_that_are_the_same_already_can_be_edited_otherwise(
+def test_rows_that_are_duplicates_already_can_be_edited_in_other_columns(
     owner: Database, add_provider: AddProvider
 ) -> None:
     for _ in range(2):
@@ -345,7 +345,7 @@ def test_rows_that_are_the_same_already_can_be_edited_otherwise(
     assert catalogue.edit(owner, 2, some(priority=4)).priority == 4
 
 
-def test_a_removed_row_can_be_edited_to_anything_and_is_checked_when_restored(
+def test_a_removed_row_is_checked_for_duplicates_only_when_it_is_restored(
     owner: Database, add_provider: AddProvider
 ) -> None:
     add_provider(URL)
@@ -358,7 +358,7 @@ def test_a_removed_row_can_be_edited_to_anything_and_is_checked_when_restored(
     assert catalogue.restore(owner, removed).state == "active"
 
 
-def test_a_row_is_removed_softly_and_restored_as_it_was(
+def test_a_removed_row_stays_in_the_table_and_is_restored_unchanged(
     owner: Database, database: Environment, add_provider: AddProvider
 ) -> None:
     add_provider(URL)
@@ -374,7 +374,7 @@ def test_a_row_is_removed_softly_and_restored_as_it_was(
     assert stored(database) == [before]
 
 
-def test_what_is_done_already_is_refused(
+def test_removing_a_removed_row_or_restoring_an_active_one_is_refused(
     owner: Database, database: Environment, add_provider: AddProvider
 ) -> None:
     add_provider(URL)
@@ -386,7 +386,7 @@ def test_what_is_done_already_is_refused(
 
 
 @pytest.mark.parametrize("entry_id", [2, 0, -1, 2**63, 10**40])
-def test_an_id_that_no_row_has_is_refused(
+def test_an_unknown_id_is_refused(
     entry_id: int, owner: Database, add_provider: AddProvider
 ) -> None:
     add_provider(URL)
@@ -398,19 +398,19 @@ def test_an_id_that_no_row_has_is_refused(
     } == {f"there is no provider {entry_id}"}
 
 
-def test_an_edit_of_nothing_is_refused(owner: Database, add_provider: AddProvider) -> None:
+def test_an_edit_without_values_is_refused(owner: Database, add_provider: AddProvider) -> None:
     add_provider(URL)
     assert refusal(catalogue.edit, owner, 1, some()) == "nothing to change: say what"
 
 
-def test_a_row_by_hand_whose_url_cannot_be_called_is_not_restored(
+def test_a_row_whose_url_cannot_be_called_is_not_restored(
     owner: Database, add_provider: AddProvider
 ) -> None:
     catalogue.remove(owner, add_provider("nonsense"))
     assert refusal(catalogue.restore, owner, 1).startswith("the host cannot be used")
 
 
-def test_the_list_is_by_channel_and_in_the_order_in_which_the_service_tries(
+def test_the_list_is_sorted_by_channel_and_by_the_order_of_attempts(
     owner: Database, database: Environment, add_provider: AddProvider
 ) -> None:
     for channel in ("PushNotification", "Email"):
@@ -429,7 +429,7 @@ def test_the_list_is_by_channel_and_in_the_order_in_which_the_service_tries(
     assert ids(catalogue.entries(owner, channel="Email")) == [7, 6, 8, 10, 9]
 
 
-def test_rows_by_hand_are_listed_whatever_they_hold(
+def test_rows_inserted_by_hand_are_listed_whatever_they_hold(
     owner: Database, database: Environment, add_provider: AddProvider
 ) -> None:
     execute(database, "ALTER TYPE notification_provider_type ADD VALUE 'Sms'")
@@ -466,7 +466,7 @@ def test_rows_by_hand_are_listed_whatever_they_hold(
         ),
     ],
 )
-def test_a_password_in_a_url_by_hand_is_not_shown(
+def test_a_password_in_the_url_of_a_row_is_masked(
     url: str, shown: str, owner: Database, add_provider: AddProvider
 ) -> None:
     add_provider(url)
@@ -483,7 +483,7 @@ def test_the_provider_of_a_row_has_its_secret_and_its_whole_url(
     assert (provider.id, provider.url, provider.secret_key) == (1, url, SECRET)
 
 
-def test_a_row_of_a_channel_that_we_do_not_know_is_no_provider(
+def test_a_row_of_an_unknown_channel_cannot_be_used_as_a_provider(
     owner: Database, database: Environment, add_provider: AddProvider
 ) -> None:
     execute(database, "ALTER TYPE notification_provider_type ADD VALUE 'Sms'")
@@ -492,7 +492,7 @@ def test_a_row_of_a_channel_that_we_do_not_know_is_no_provider(
 
 
 def waiting(environment: Environment) -> list[str]:
-    """The statements that wait for what another session holds."""
+    """Return the statements that wait for another session's lock."""
     with connect(environment) as connection:
         found = connection.execute(
             "SELECT query FROM pg_stat_activity"
@@ -519,7 +519,7 @@ def test_two_operators_cannot_add_the_same_row_at_once(
     assert [row["provider_name"] for row in stored(database)] == ["the first"]
 
 
-def test_who_waits_too_long_for_another_operator_is_told_so(
+def test_an_operator_who_waits_too_long_for_another_is_refused(
     owner: Database, database: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(catalogue, "LOCK_WAIT", "200ms")
@@ -528,7 +528,7 @@ def test_who_waits_too_long_for_another_operator_is_told_so(
     assert message == "somebody has been changing the providers for 200ms; try again later"
 
 
-def test_nobody_who_reads_waits_for_a_change(
+def test_readers_do_not_wait_for_a_change(
     owner: Database, database: Environment, add_provider: AddProvider
 ) -> None:
     add_provider(URL)
@@ -552,7 +552,7 @@ ACTS: dict[str, Callable[[Database], object]] = {
 @pytest.mark.parametrize(
     "granted", ["", "SELECT", "SELECT, UPDATE", "SELECT, INSERT", "SELECT, INSERT, UPDATE"]
 )
-def test_a_role_is_told_which_privilege_it_lacks(
+def test_the_refusal_names_the_privileges_that_the_role_lacks(
     act: str, granted: str, database: Environment, add_provider: AddProvider
 ) -> None:
     needed = {"entries": "SELECT", "provider": "SELECT", "add": "SELECT, INSERT, UPDATE"}
@@ -575,7 +575,7 @@ def test_a_role_is_told_which_privilege_it_lacks(
 
 
 def make_role(database: Environment, granted: str) -> Environment:
-    """Return the `DB_*` of a new role with these privileges on the table."""
+    """Return the `DB_*` variables of a new role with the privileges `granted` on the table."""
     name = f"role_of_{database['DB_NAME']}"
     execute(database, f"CREATE ROLE {name} LOGIN PASSWORD 'r0les-password'")
     if granted:
@@ -588,7 +588,9 @@ def make_role(database: Environment, granted: str) -> Environment:
 
 
 @pytest.mark.parametrize("act", ACTS)
-def test_without_a_table_one_is_told_to_migrate(act: str, empty_database: Environment) -> None:
+def test_without_the_table_the_refusal_says_to_migrate(
+    act: str, empty_database: Environment
+) -> None:
     assert refusal(ACTS[act], database_of(empty_database)) == (
         "there is no table notification_preferences: run flask --app notifier.app migrate"
     )

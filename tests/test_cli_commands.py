@@ -1,4 +1,4 @@
-"""What all commands have in common: `--help` in any environment, and one line without settings."""
+"""All commands: `--help` works in any environment, and one line reports a missing setting."""
 
 import subprocess
 import sys
@@ -27,13 +27,13 @@ COMMANDS = [
 
 
 def flask(*arguments: str) -> Result:
-    """Run `flask --app notifier.app` in this process, which has no settings in its environment."""
+    """Run `flask --app notifier.app` in this process, whose environment has no settings."""
     return CliRunner().invoke(FlaskGroup(load_dotenv=False), ["--app", "notifier.app", *arguments])
 
 
 @pytest.fixture(autouse=True)
 def _without_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASK_RUN_FROM_CLI", "")  # flask sets it; this lets it be unset afterwards
+    monkeypatch.setenv("FLASK_RUN_FROM_CLI", "")  # flask sets it; this unsets it afterwards
 
 
 def name_of(command: str) -> str:
@@ -42,7 +42,7 @@ def name_of(command: str) -> str:
 
 
 def names(group: click.Command, *before: str) -> Iterator[str]:
-    """Yield the names of a group's commands, those of groups within it too."""
+    """Yield the names of a group's commands, including those of nested groups."""
     assert isinstance(group, click.Group)
     context = click.Context(group)
     for name in group.list_commands(context):
@@ -78,14 +78,14 @@ def test_every_command_has_help_in_any_environment(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "routes"])
-def test_every_command_that_runs_says_in_one_line_which_settings_are_missing(command: str) -> None:
+def test_every_command_reports_a_missing_setting_in_one_line(command: str) -> None:
     result = flask(*command.split())
     assert result.exit_code == 1
     (line,) = result.output.splitlines()
     assert line.startswith("notifier cannot start: DB_HOST is missing: ")
 
 
-def test_a_command_line_that_cannot_be_understood_is_told_before_settings_are_missing() -> None:
+def test_an_invalid_command_line_is_reported_before_missing_settings() -> None:
     for wrong in (["unknown"], ["providers", "unknown"], ["providers", "remove"]):
         assert flask(*wrong).exit_code == 2
 
@@ -97,7 +97,9 @@ def test_without_settings_the_service_itself_cannot_start() -> None:
 
 @pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(("command", "code"), [("--help", 0), ("migrate", 1)])
-def test_a_process_with_an_empty_environment_does_the_same(command: str, code: int) -> None:
+def test_commands_behave_the_same_in_a_process_with_an_empty_environment(
+    command: str, code: int
+) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "flask", "--app", "notifier.app", command],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""`flask --app notifier.app providers`: what operators type, see, and may rely on in scripts."""
+"""The commands `flask --app notifier.app providers`: input, output, exit codes and secrets."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def run(environment: Environment, *command: str, given: str | bytes | None = Non
 
 
 def done(environment: Environment, *command: str, given: str | bytes | None = None) -> str:
-    """Return what a command prints that succeeds."""
+    """Run a command that must succeed and return its output."""
     result = run(environment, *command, given=given)
     assert (result.exit_code, result.stderr) == (0, ""), result.output
     assert SECRET not in result.output
@@ -54,13 +54,13 @@ def done(environment: Environment, *command: str, given: str | bytes | None = No
 def failed(
     environment: Environment, *command: str, given: str | bytes | None = None, code: int = 1
 ) -> str:
-    """Return the last line that a command says on standard error when it fails."""
+    """Run a command that must fail and return the last line of its standard error."""
     result = run(environment, *command, given=given)
     assert isinstance(result.exception, SystemExit), result.exception
     assert (result.exit_code, result.stdout) == (code, "")
     assert SECRET not in result.stderr
     *before, last = result.stderr.splitlines()
-    assert bool(before) == (code == 2)  # where click shows the usage
+    assert bool(before) == (code == 2)  # click prints the usage first
     return last
 
 
@@ -85,7 +85,7 @@ def names_of(output: str) -> list[str]:
 
 
 def cells(output: str) -> list[list[str]]:
-    """Return a table's cells, the times in it by their form only."""
+    """Return a table's cells with every time replaced by `(time)`."""
     lines = TIME.sub("(time)", output).splitlines()
     return [re.split(r" {2,}", line) for line in lines]
 
@@ -94,7 +94,7 @@ COLUMNS = ["id", "channel", "name", "host", "priority", "secret", "created", "st
 ROW = ["1", "Email", "Acme Mail", URL, "0", "set", "(time)", "active"]
 
 
-def test_every_command_shows_the_row_that_it_leaves(database: Environment) -> None:
+def test_every_command_shows_the_row_after_its_change(database: Environment) -> None:
     added = done(database, *ADD, "--secret-stdin", given=f"{SECRET}\n")
     assert cells(added) == [COLUMNS, ROW]
     assert done(database, "list") == added
@@ -106,7 +106,7 @@ def test_every_command_shows_the_row_that_it_leaves(database: Environment) -> No
     assert done(database, "restore", "1") == edited == done(database, "list")
 
 
-def test_an_option_that_is_zero_or_empty_is_given(database: Environment) -> None:
+def test_an_option_that_is_zero_or_empty_counts_as_given(database: Environment) -> None:
     done(database, *ADD, "--priority", "5")
     assert cells(done(database, "edit", "1", "--priority", "0"))[1][4] == "0"
     for option in ("--name", "--host"):
@@ -146,13 +146,13 @@ def test_the_columns_are_aligned(database: Environment, add_provider: AddProvide
         assert all(row[start - 2 : start] == "  " and row[start] != " " for row in rows), column
 
 
-def test_no_rows_are_no_failure_and_no_output(database: Environment) -> None:
+def test_an_empty_list_succeeds_and_prints_no_table(database: Environment) -> None:
     result = run(database, "list")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "no providers\n")
     assert done(database, "list", "--json") == "[]\n"
 
 
-def test_the_list_can_be_narrowed_down(database: Environment, add_provider: AddProvider) -> None:
+def test_the_list_can_be_filtered(database: Environment, add_provider: AddProvider) -> None:
     for number, channel in enumerate(("Email", "Email", "PushNotification")):
         add_provider(f"http://a/{number}", channel, name=f"{channel} {number}")
     done(database, "remove", "1")
@@ -180,7 +180,7 @@ def test_the_list_can_be_narrowed_down(database: Environment, add_provider: AddP
         ],
     ],
 )
-def test_a_channel_may_be_written_as_it_comes(
+def test_a_channel_may_be_abbreviated_and_written_in_any_case(
     given: str, channel: str, database: Environment
 ) -> None:
     added = done(database, "add", "--channel", given, "--name", "n", "--host", URL, "--json")
@@ -188,7 +188,7 @@ def test_a_channel_may_be_written_as_it_comes(
     assert len(json.loads(done(database, "list", "--channel", given, "--json"))) == 1
 
 
-def test_what_rows_by_hand_hold_cannot_reach_the_terminal(
+def test_control_characters_in_a_row_do_not_reach_the_terminal(
     database: Environment, add_provider: AddProvider
 ) -> None:
     odd = "\x1b]0;owned\x07\x9b2J\n\u202e\\ \u00fc"
@@ -216,7 +216,7 @@ def test_what_rows_by_hand_hold_cannot_reach_the_terminal(
     ],
 )
 @pytest.mark.parametrize("source", ["--secret-stdin", "--secret-file"])
-def test_a_secret_is_read_but_for_one_line_end(
+def test_a_secret_is_read_without_its_last_line_end(
     source: str, given: str, stored: str, database: Environment, tmp_path: Path
 ) -> None:
     (tmp_path / "key").write_bytes(given.encode())
@@ -241,7 +241,7 @@ def test_a_secret_is_read_but_for_one_line_end(
     ],
 )
 @pytest.mark.parametrize("source", ["--secret-stdin", "--secret-file"])
-def test_a_secret_that_cannot_be_one_is_refused_and_not_shown(
+def test_an_invalid_secret_is_refused_and_not_shown(
     source: str, given: bytes, expected: str, database: Environment, tmp_path: Path
 ) -> None:
     (tmp_path / "key").write_bytes(given)
@@ -251,7 +251,7 @@ def test_a_secret_that_cannot_be_one_is_refused_and_not_shown(
     assert secrets(database) == []
 
 
-def test_of_an_input_without_end_not_much_more_is_read_than_a_secret_can_have(
+def test_an_endless_input_is_read_only_a_little_beyond_the_longest_secret(
     database: Environment,
 ) -> None:
     piped = 0
@@ -265,10 +265,10 @@ def test_of_an_input_without_end_not_much_more_is_read_than_a_secret_can_have(
     assert piped < 2**20
 
 
-def test_a_file_that_cannot_be_read_is_told_without_its_name(
+def test_an_unreadable_secret_file_is_reported_without_its_name(
     database: Environment, tmp_path: Path
 ) -> None:
-    """Somebody may have given the secret itself."""
+    """The name may be the secret itself, given by mistake."""
     is_none, is_folder = "No such file or directory", "Is a directory"
     for file, why in ((SECRET, is_none), (str(tmp_path), is_folder), ("", is_folder)):
         message = failed(database, *ADD, "--secret-file", file)
@@ -314,8 +314,7 @@ def test_a_prompt_needs_a_terminal(database: Environment) -> None:
 def typed(
     environment: Environment, answers: list[tuple[str, str]], *command: str
 ) -> tuple[int, str]:
-    """Run a command at a terminal, answer its prompts, and return its exit code and all that the
-    terminal has shown."""
+    """Run a command at a terminal and answer its prompts; return its exit code and its output."""
     terminal, end = pty.openpty()
     try:
         running = process(
@@ -336,10 +335,10 @@ def typed(
 
 
 def read_until(terminal: int, last: bytes | None) -> bytes:
-    """Read up to the text `last`, or until nobody has the terminal any more."""
+    """Read up to the text `last`, or until every process has closed the terminal."""
     shown = b""
     give_up = time.monotonic() + 30
-    with suppress(OSError):  # the last of them has left
+    with suppress(OSError):  # every process has closed it
         while last is None or not shown.endswith(last):
             ready, _, _ = select.select([terminal], [], [], give_up - time.monotonic())
             assert ready, shown
@@ -366,7 +365,7 @@ def test_a_secret_is_typed_twice_and_never_shown(database: Environment) -> None:
     assert "s3cr3t" not in shown
 
 
-def test_standard_input_that_is_a_terminal_would_show_the_secret_and_is_refused(
+def test_secret_stdin_is_refused_at_a_terminal_which_would_show_the_secret(
     database: Environment,
 ) -> None:
     code, shown = typed(database, [], *ADD, "--secret-stdin")
@@ -375,7 +374,7 @@ def test_standard_input_that_is_a_terminal_would_show_the_secret_and_is_refused(
 
 
 @pytest.mark.parametrize("url", [URL, "nonsense"])
-def test_a_process_keeps_the_secret_to_itself_whatever_comes_of_it(
+def test_a_process_never_exposes_the_secret_whether_it_succeeds_or_fails(
     url: str, database: Environment
 ) -> None:
     arguments = ("add", "--channel", "email", "--name", "n", "--host", url, "--secret-stdin")
@@ -391,7 +390,7 @@ def test_a_process_keeps_the_secret_to_itself_whatever_comes_of_it(
 
 
 def test_an_error_of_postgresql_does_not_show_the_row(database: Environment) -> None:
-    """Its details would."""
+    """The details of PostgreSQL's error would show it."""
     with connect(database) as connection:
         connection.execute(
             "ALTER TABLE notification_preferences ADD CONSTRAINT few CHECK (priority < 5)"
@@ -418,7 +417,7 @@ def test_an_error_of_postgresql_does_not_show_the_row(database: Environment) -> 
     ],
     ids=" ".join,
 )
-def test_a_command_line_that_cannot_be_understood_exits_with_2(
+def test_an_invalid_command_line_exits_with_2(
     command: tuple[str, ...], database: Environment
 ) -> None:
     failed(database, *command, code=2)
@@ -435,7 +434,7 @@ def test_a_command_line_that_cannot_be_understood_exits_with_2(
         (("test", "2"), "there is no provider 2"),
     ],
 )
-def test_what_is_refused_exits_with_1_and_says_why_in_one_line(
+def test_a_refused_command_exits_with_1_and_gives_the_reason_in_one_line(
     command: tuple[str, ...], message: str, database: Environment
 ) -> None:
     done(database, *ADD)
@@ -452,7 +451,7 @@ def test_the_exit_codes_are_those_of_the_process(database: Environment) -> None:
 
 @pytest.fixture
 def reader(database: Environment) -> Environment:
-    """The `DB_*` of a role that may only read the table."""
+    """The `DB_*` variables of a role that may only read the table."""
     name = f"reader_of_{database['DB_NAME']}"
     with connect(database) as connection:
         connection.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'readers-p4ssword'")
@@ -460,7 +459,7 @@ def reader(database: Environment) -> Environment:
     return one_role(database, name, "readers-p4ssword")
 
 
-def test_a_role_that_may_only_read_lists_and_tests_and_is_told_what_it_lacks_to_change(
+def test_a_read_only_role_can_list_and_test_but_changes_are_refused(
     database: Environment, reader: Environment, make_provider: MakeProvider
 ) -> None:
     provider = make_provider()
@@ -484,27 +483,27 @@ def test_changes_are_made_as_the_role_that_migrates(
     assert cells(done(reader, "list"))[1][0] == "1"
 
 
-def test_a_database_without_the_table_wants_a_migration(empty_database: Environment) -> None:
+def test_without_the_table_a_command_says_to_migrate(empty_database: Environment) -> None:
     assert failed(empty_database, "list") == (
         "Error: there is no table notification_preferences: run flask --app notifier.app migrate"
     )
 
 
-def test_postgresql_that_is_away_is_told_in_one_line(server: Environment) -> None:
+def test_an_unreachable_postgresql_is_reported_in_one_line(server: Environment) -> None:
     with refusing() as port:
         message = failed(server | {"DB_HOST": LOOPBACK, "DB_PORT": str(port)}, "list")
     assert message.startswith("Error: PostgreSQL: ")
     assert "Connection refused" in message
 
 
-def test_a_wrong_password_is_told_in_one_line_without_it(database: Environment) -> None:
+def test_a_wrong_password_is_reported_in_one_line_and_not_shown(database: Environment) -> None:
     message = failed(one_role(database, password="not-the-p4ssword"), "list")
     assert message.startswith("Error: PostgreSQL: ")
     assert "not-the-p4ssword" not in message
 
 
 @pytest.mark.parametrize("command", sorted(providers.commands))
-def test_the_help_of_every_command_ends_with_examples_that_can_be_typed(
+def test_the_help_of_every_command_ends_with_examples_that_parse(
     command: str, make_settings: Callable[..., Settings]
 ) -> None:
     runner = create_app(make_settings()).test_cli_runner()
@@ -517,10 +516,10 @@ def test_the_help_of_every_command_ends_with_examples_that_can_be_typed(
     for name, arguments in typed:
         assert name == command
         words = shlex.split(arguments)
-        providers.commands[name].make_context(name, words)  # parses them
+        providers.commands[name].make_context(name, words)  # parses the arguments
 
 
-def test_the_help_says_as_whom_it_connects_and_what_the_exit_codes_mean(
+def test_the_help_names_the_role_variables_and_explains_the_exit_codes(
     make_settings: Callable[..., Settings],
 ) -> None:
     help_text = create_app(make_settings()).test_cli_runner().invoke(args=["providers", "--help"])
@@ -535,7 +534,7 @@ def test_the_help_says_as_whom_it_connects_and_what_the_exit_codes_mean(
 
 
 def outcome(environment: Environment, *command: str) -> dict[str, Any]:
-    """Return what `test --json` finds, the exit code being what it should."""
+    """Return the result of `test --json` after checking its exit code."""
     result = run(environment, "test", "1", *command, "--json")
     assert result.stderr == ""
     assert SECRET not in result.stdout
@@ -559,7 +558,7 @@ def judged(found: dict[str, Any]) -> tuple[str, int | None, str | None]:
         (503, "unknown"),
     ],
 )
-def test_a_test_shows_what_the_providers_status_means(
+def test_a_test_reports_the_outcome_that_the_providers_status_means(
     status: int,
     expected: str,
     database: Environment,
@@ -580,7 +579,7 @@ def garbage(peer: Peer, _: Received) -> None:
 @pytest.mark.parametrize(
     ("script", "error"), [(hang, "timeout"), (reset, "reset"), (garbage, "protocol")]
 )
-def test_a_test_says_how_an_answer_failed(
+def test_a_test_reports_the_fault_of_a_failed_exchange(
     script: Script,
     error: str,
     database: Environment,
@@ -596,12 +595,12 @@ def test_a_test_says_how_an_answer_failed(
 
 
 @pytest.mark.parametrize("to", ["", "nobody", "a@b\n", "a@b\udcff"])
-def test_a_test_wants_an_address(to: str, database: Environment) -> None:
+def test_a_test_refuses_an_invalid_address(to: str, database: Environment) -> None:
     message = failed(database, "test", "1", "--to", to, code=2)
     assert message == "Error: Invalid value for --to: expected an e-mail address"
 
 
-def test_a_test_of_a_host_that_refuses_connections_was_not_sent(
+def test_a_test_of_a_host_that_refuses_connections_is_not_sent(
     database: Environment, add_provider: AddProvider
 ) -> None:
     with refusing() as port:
@@ -609,14 +608,14 @@ def test_a_test_of_a_host_that_refuses_connections_was_not_sent(
         assert judged(outcome(database)) == ("not_sent", None, "connect")
 
 
-def test_a_test_of_a_host_that_nobody_knows_was_not_sent(
+def test_a_test_of_an_unknown_host_is_not_sent(
     database: Environment, add_provider: AddProvider
 ) -> None:
     add_provider("http://does-not-exist.invalid/")
     assert judged(outcome(database)) == ("not_sent", None, "dns")
 
 
-def test_a_test_trusts_whom_the_service_trusts(
+def test_a_test_trusts_the_same_authorities_as_the_service(
     database: Environment,
     add_provider: AddProvider,
     make_provider: MakeProvider,
@@ -629,28 +628,28 @@ def test_a_test_trusts_whom_the_service_trusts(
     assert judged(outcome(trusting)) == ("accepted", 200, None)
 
 
-def test_a_test_goes_through_the_proxy_that_the_service_uses(
+def test_a_test_uses_the_services_proxy(
     database: Environment,
     add_provider: AddProvider,
     make_provider: MakeProvider,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     proxy = make_provider()
-    monkeypatch.setenv("http_proxy", f"http://{proxy.host}")
+    monkeypatch.setenv("http_proxy", f"http://{proxy.endpoint}")
     add_provider("http://mail.example.com/v1/send")
     assert outcome(database)["outcome"] == "accepted"
     assert [received.path for received in proxy.received] == ["http://mail.example.com/v1/send"]
 
 
 @pytest.mark.parametrize("url", ["nonsense", "ftp://mail.example.com/", "http://*.example.com/"])
-def test_a_row_whose_url_cannot_be_called_is_skipped(
+def test_a_test_of_a_row_with_an_invalid_url_is_skipped(
     url: str, database: Environment, add_provider: AddProvider
 ) -> None:
     add_provider(url)
     assert judged(outcome(database)) == ("skipped", None, "url")
 
 
-def test_a_tested_provider_gets_what_the_service_would_send(
+def test_a_test_sends_the_same_request_as_the_service(
     database: Environment, add_provider: AddProvider, make_provider: MakeProvider
 ) -> None:
     provider = make_provider()
@@ -669,7 +668,7 @@ def test_a_tested_provider_gets_what_the_service_would_send(
         "secret_key": SECRET,
     }
     assert second.json() == first.json() | {"to": "me@example.com"}
-    assert logs.request_id.get() is None  # it was the message's only
+    assert logs.request_id.get() is None  # the id was set for the test message only
 
 
 def test_a_test_shows_the_provider_and_the_outcome(
@@ -694,10 +693,10 @@ def test_a_test_shows_the_provider_and_the_outcome(
     }
 
 
-def test_a_test_says_nothing_but_its_outcome_however_odd_the_answer(
+def test_a_test_prints_only_its_outcome_even_for_a_malformed_answer(
     database: Environment, add_provider: AddProvider, make_provider: MakeProvider
 ) -> None:
-    """Libraries that nobody silenced would write about it to standard error."""
+    """Otherwise libraries would log the malformed answer to standard error."""
 
     def odd(peer: Peer, _: Received) -> None:
         peer.send(b"HTTP/1.1 200 OK\r\nno header\r\nContent-Length: x\r\n\r\n")

@@ -1,5 +1,4 @@
-"""How the tests run: what is missing is said and never skipped in silence, and what needs servers,
-or to be alone, is found and treated so."""
+"""The hooks of conftest.py, which mark, order, group and deselect tests and report it."""
 
 import os
 import subprocess
@@ -31,7 +30,7 @@ def test_containers(): pass
 
 @pytest.fixture
 def run(processes: None, tmp_path: Path):
-    """Run tests with variables and arguments; return exit code and output."""
+    """Run pytest on `tests` with arguments and variables; return its exit code and output."""
 
     def run(*arguments: str, tests: str = TESTS, **variables: str) -> tuple[int, str]:
         (tmp_path / "test_sample.py").write_text(tests)
@@ -58,7 +57,7 @@ WITHOUT_XDIST_AND_WITH = pytest.mark.parametrize(
 
 
 @WITHOUT_XDIST_AND_WITH
-def test_what_is_missing_is_left_out_and_the_summary_says_why(run, several):
+def test_a_test_whose_program_is_missing_is_deselected_and_the_summary_says_why(run, several):
     code, output = run(*several)
     assert code == 0
     assert "2 passed" in output
@@ -68,21 +67,21 @@ def test_what_is_missing_is_left_out_and_the_summary_says_why(run, several):
     assert "deselected 1 test: TEST_CONTAINERS is not 1\n" in output
 
 
-def test_nothing_is_said_where_nothing_is_left_out(run):
+def test_the_summary_is_silent_if_no_test_is_deselected(run):
     code, output = run("-k", "plain or shell", REQUIRE_ALL="1")
     assert code == 0
     assert "2 passed" in output
     assert "is not" not in output
 
 
-def test_containers_are_tested_where_the_environment_says_that_they_can_be(run):
+def test_container_tests_run_if_the_environment_enables_them(run):
     code, output = run("-k", "containers", TEST_CONTAINERS="1")
     assert code == 0
     assert "test_containers PASSED" in output
 
 
 @WITHOUT_XDIST_AND_WITH
-def test_where_all_is_required_a_missing_executable_fails_the_run(run, several):
+def test_with_require_all_a_missing_executable_fails_the_run(run, several):
     code, output = run(*several, REQUIRE_ALL="1")
     assert code == pytest.ExitCode.TESTS_FAILED
     assert "REQUIRE_ALL is 1, but no-such-tool is not installed" in output
@@ -90,7 +89,7 @@ def test_where_all_is_required_a_missing_executable_fails_the_run(run, several):
     assert "2 errors" in output
 
 
-def test_where_all_is_required_containers_still_need_to_be_asked_for(run):
+def test_with_require_all_container_tests_still_have_to_be_enabled(run):
     code, output = run("-k", "containers or plain", REQUIRE_ALL="1")
     assert code == 0
     assert "deselected 1 test: TEST_CONTAINERS is not 1\n" in output
@@ -110,11 +109,11 @@ def test_database(): pass
 @pytest.mark.usefixtures("processes")
 def test_program(): subprocess.run(["true"], check=True)
 
-def test_program_that_is_not_announced(): subprocess.run(["true"], check=True)
+def test_program_without_the_fixture(): subprocess.run(["true"], check=True)
 """
 
 
-def test_which_tests_need_servers_is_read_from_their_fixtures(run):
+def test_the_mark_servers_follows_from_a_tests_fixtures(run):
     code, output = run("-m", "not servers", tests=SERVERS_AND_OTHERS)
     assert "test_plain PASSED" in output
     assert "1 failed, 1 passed, 2 deselected" in output
@@ -138,7 +137,7 @@ def test_alone():
     run("alone")
 
 @pytest.mark.parametrize("number", range(4))
-def test_in_company(number):
+def test_with_others(number):
     assert "alone" not in os.listdir(running)
     run(str(number))
 """
@@ -147,7 +146,7 @@ def test_in_company(number):
 @pytest.mark.parametrize(
     "several", [(), ("-n", "2", "--dist", "loadgroup")], ids=["without xdist", "with xdist"]
 )
-def test_a_test_that_is_to_be_alone_comes_last_and_runs_beside_no_other(run, tmp_path, several):
+def test_a_test_marked_alone_runs_last_and_beside_no_other(run, tmp_path, several):
     running = tmp_path / "running"
     running.mkdir()
     code, output = run(*several, tests=ALONE, RUNNING=str(running))
@@ -169,22 +168,22 @@ def test_of_the_module(started, number): pass
 """
 
 
-def test_tests_that_share_a_server_stay_together(run, tmp_path):
+def test_tests_that_share_a_module_fixture_run_in_one_worker(run, tmp_path):
     arguments, started = ("-n", "2", "--dist", "loadgroup"), tmp_path / "started"
     code, output = run(*arguments, tests=SHARED, STARTED=str(started))
     assert (code, "4 passed" in output) == (0, True), output
     assert len(started.read_text().splitlines()) == 1
 
 
-def test_what_cannot_be_written_as_text_does_not_end_a_run_of_several_processes(run):
+def test_a_lone_surrogate_in_a_report_does_not_crash_a_run_under_xdist(run):
     surrogate = 'def test_odd():\n    print("\\udcff")\n    assert "\\udcff" == ""\n'
     code, output = run("-n", "1", tests=surrogate)
     assert code == pytest.ExitCode.TESTS_FAILED
     assert r"AssertionError: assert '\udcff' == ''" in output
 
 
-def test_of_the_systems_postgresqls_the_newest_that_can_serve_is_taken(tmp_path, monkeypatch):
-    """Debian has each in a folder off the path, and the clients' programs in such folders too."""
+def test_the_newest_system_postgresql_that_has_a_server_is_chosen(tmp_path, monkeypatch):
+    """Debian installs each version in its own folder, which may hold only client programs."""
     monkeypatch.setattr(programs, "SYSTEM", (f"{str(tmp_path)[1:]}/*/bin",))
     assert system_postgres.binaries() is None
     for version, program in (("9", "postgres"), ("15", "postgres"), ("16", "psql")):

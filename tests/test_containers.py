@@ -1,6 +1,6 @@
-"""The image and the compose file for real: built, started, used and stopped, in this order.
+"""The image and the compose file, built, started, used and stopped in this order.
 
-They need an engine and docker-compose.yml's ports, and say on the way what they measure.
+The tests need a container engine and docker-compose.yml's ports. They print what they measure.
 """
 
 import faulthandler
@@ -32,7 +32,7 @@ PROMETHEUS = "http://127.0.0.1:9095"
 ONE_SHOTS = {"migrate", "seed"}
 RUNNING = {"notifier", "postgres", "prometheus", "providers"}
 
-# What pip installed, tools, pip's cache, our files, which lack bytecode, which others may change.
+# Prints the packages, tools, caches and files, and which lack bytecode or can be written by others.
 CONTENTS = """
 import json
 import shutil
@@ -59,18 +59,18 @@ Say = Callable[[str], None]
 
 @pytest.fixture(scope="module")
 def say(request: pytest.FixtureRequest) -> Say:
-    """Write a line where whoever runs the tests sees it."""
+    """Write a line to the terminal, past pytest's capturing."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
 
     def say(line: str) -> None:
         with capture.global_and_fixture_disabled():
-            sys.stderr.write(f"\n  {line}\n")  # in a process of xdist's there is no reporter
+            sys.stderr.write(f"\n  {line}\n")  # an xdist worker has no terminal reporter
 
     return say
 
 
 def docker(*arguments: str, seconds: float = 120) -> str:
-    """Run docker and return what it wrote; it has to succeed."""
+    """Run docker, which must succeed, and return its output."""
     done = subprocess.run(
         ["docker", *arguments],
         cwd=ROOT,
@@ -90,15 +90,15 @@ def compose(*arguments: str, seconds: float = 120) -> str:
 
 
 def containers() -> dict[str, dict[str, Any]]:
-    """Return what docker knows of each service's container."""
+    """Return `docker inspect`'s description of each container, by service."""
     described = json.loads(docker("inspect", *compose("ps", "--all", "--quiet").split()))
     return {each["Config"]["Labels"]["com.docker.compose.service"]: each for each in described}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _system(processes: None, say: Say) -> Iterator[None]:
-    """Build the image and start the system; at the end nothing of it is left."""
-    # Images may have to be downloaded first. Every command here has a limit of its own.
+    """Build the image and start the system; remove its containers and volumes at the end."""
+    # Downloading images may take long. Every command here has its own time-out.
     faulthandler.cancel_dump_traceback_later()
     began = time.monotonic()
     compose("build", seconds=600)
@@ -123,10 +123,10 @@ def test_the_image_is_small_and_its_user_is_a_number(say: Say) -> None:
     assert re.fullmatch(r"[1-9][0-9]*:[1-9][0-9]*", user)
 
 
-def test_the_image_has_what_production_needs_and_nothing_else() -> None:
+def test_the_image_contains_only_what_production_needs() -> None:
     run = ("run", "--rm", "--network=none", "--read-only", "--user=0", "--entrypoint=python")
     contents = json.loads(docker(*run, IMAGE, "-c", CONTENTS))
-    contents["packages"].pop("pip", None)  # the base's
+    contents["packages"].pop("pip", None)  # part of the base image
     ours = [
         *(ROOT / "notifier").rglob("*.py"),
         *ROOT.glob("migrations/*.sql"),
@@ -142,7 +142,7 @@ def test_the_image_has_what_production_needs_and_nothing_else() -> None:
     }
 
 
-def test_every_container_is_healthy_or_has_done_its_work(say: Say) -> None:
+def test_every_container_is_healthy_or_has_exited_with_0(say: Say) -> None:
     states = {name: each["State"] for name, each in containers().items()}
     assert states.keys() == RUNNING | ONE_SHOTS
     for name, state in states.items():
@@ -226,7 +226,7 @@ def test_a_sellers_notification_arrives_at_an_email_and_a_push_provider(say: Say
 
 
 def asked(query: str) -> float | None:
-    """Return what Prometheus has for a query with one answer; None if it has none yet."""
+    """Return the value of a Prometheus query with one result, or None while it has no result."""
     parameters = {"query": query}
     reply = requests.get(f"{PROMETHEUS}/api/v1/query", params=parameters, timeout=10).json()
     results = reply["data"]["result"]
@@ -248,7 +248,7 @@ def behave(provider: str, behaviour: str, delay: float) -> None:
 
 
 def test_a_request_under_way_gets_its_answer_while_the_container_stops(say: Say) -> None:
-    behave(EMAIL_1, "slow", 30)  # up to HTTP_CLIENT_TIMEOUT, and so to the end of DRAIN_DELAY
+    behave(EMAIL_1, "slow", 30)  # cut off at HTTP_CLIENT_TIMEOUT, as long as DRAIN_DELAY
     behave(EMAIL_2, "slow", 3)
     title = uuid4().hex
     with ThreadPoolExecutor() as pool:
@@ -266,7 +266,7 @@ def test_a_request_under_way_gets_its_answer_while_the_container_stops(say: Say)
     assert took > 7
 
 
-def test_everything_ends_with_exit_code_0(say: Say) -> None:
+def test_every_container_exits_with_0(say: Say) -> None:
     compose("stop")
     codes = {name: each["State"]["ExitCode"] for name, each in containers().items()}
     say(f"exit codes: {codes}")

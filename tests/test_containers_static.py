@@ -1,4 +1,4 @@
-"""What can be said about the image and the compose file without building or starting anything."""
+"""Checks of the Dockerfile and the compose file that neither build nor start anything."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from tools.dev.seed import PROVIDERS
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 ONE_SHOTS = {"migrate", "seed"}
-HOME = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -33,7 +33,7 @@ def arguments(name: str) -> list[str]:
 
 
 def parsed_command(name: str) -> list[str]:
-    """Return the only CMD or HEALTHCHECK as the list it is; a shell form is no JSON."""
+    """Return the words of the only CMD or HEALTHCHECK, which must be in exec form, a JSON list."""
     (text,) = arguments(name)
     words = json.loads(text[text.index("[") :])
     assert words
@@ -45,11 +45,11 @@ def tagged(image: str) -> bool:
     return re.fullmatch(r"[a-z/-]+:(?!latest)[a-z]*[0-9][a-z0-9.-]*", image) is not None
 
 
-def test_the_image_is_made_in_two_stages_of_the_same_python() -> None:
+def test_the_image_is_built_in_two_stages_from_the_same_python() -> None:
     assert arguments("FROM") == ["python:3.13-slim AS wheels", "python:3.13-slim"]
 
 
-def test_the_second_stage_installs_from_the_first_ones_wheels_alone() -> None:
+def test_the_second_stage_installs_only_from_the_first_stages_wheels() -> None:
     names = [name for name, _ in instructions()]
     second = instructions()[len(names) - names[::-1].index("FROM") :]
     (pip,) = [rest for name, rest in second if name == "RUN" and "pip" in rest]
@@ -58,7 +58,7 @@ def test_the_second_stage_installs_from_the_first_ones_wheels_alone() -> None:
     assert not [rest for name, rest in second if "apt" in rest or (name == "COPY" and "--" in rest)]
 
 
-def test_the_image_needs_no_frontend_of_its_own() -> None:
+def test_the_dockerfile_names_no_frontend() -> None:
     assert not re.match(r"#\s*syntax\s*=", (ROOT / "Dockerfile").read_text())
 
 
@@ -68,13 +68,13 @@ def test_the_images_user_is_a_number_and_not_root() -> None:
     assert "RUN" not in [name for name, _ in instructions()[instructions().index(("USER", user)) :]]
 
 
-def test_the_image_starts_gunicorn_without_a_shell_and_is_stopped_as_gunicorn_expects() -> None:
+def test_the_image_starts_gunicorn_without_a_shell_and_stops_it_with_sigterm() -> None:
     assert parsed_command("CMD") == ["gunicorn"]
     assert arguments("STOPSIGNAL") == ["SIGTERM"]
     assert arguments("ENTRYPOINT") == []
 
 
-def test_the_images_health_check_is_python_that_asks_for_liveness() -> None:
+def test_the_images_health_check_calls_the_liveness_endpoint_from_python() -> None:
     python, option, code = parsed_command("HEALTHCHECK")
     assert (python, option) == ("python", "-c")
     compile(code, "HEALTHCHECK", "exec")
@@ -82,9 +82,9 @@ def test_the_images_health_check_is_python_that_asks_for_liveness() -> None:
 
 
 def ignored(path: str) -> bool:
-    """Say whether .dockerignore keeps a file out of the build: its last pattern that fits decides.
+    """Return True if .dockerignore excludes the file; its last matching pattern decides.
 
-    A pattern that fits a folder fits all in it.
+    A pattern that matches a folder matches everything in it.
     """
     answer = False
     parts = [path, *map(str, PurePosixPath(path).parents)]
@@ -109,11 +109,11 @@ def ignored(path: str) -> bool:
         *[str(path.relative_to(ROOT)) for path in (ROOT / "tools").rglob("*.py")],
     ],
 )
-def test_what_production_does_not_need_is_kept_out_of_the_build(path: str) -> None:
+def test_files_that_production_does_not_need_are_excluded_from_the_build(path: str) -> None:
     assert ignored(path)
 
 
-def test_what_production_needs_is_let_into_the_build() -> None:
+def test_files_that_production_needs_are_part_of_the_build() -> None:
     wanted = [ROOT / "requirements.txt", ROOT / "gunicorn.conf.py"]
     wanted += [*(ROOT / "notifier").rglob("*.py"), *(ROOT / "migrations").glob("*.sql")]
     assert len(wanted) > 20
@@ -131,7 +131,7 @@ def test_a_container_has_no_privileges_and_cannot_change_its_files(name: str) ->
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_folder_of_this_machine_can_only_be_read(name: str) -> None:
+def test_a_folder_of_the_host_is_mounted_read_only(name: str) -> None:
     for volume in SERVICES[name].get("volumes", []):
         source, _, options = volume.rpartition(":")
         assert options == "ro" or source in COMPOSE["volumes"], volume
@@ -151,7 +151,7 @@ def test_only_the_service_builds_its_image() -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_whatever_keeps_running_has_a_health_check(name: str) -> None:
+def test_every_long_running_container_has_a_health_check(name: str) -> None:
     check = SERVICES[name]["healthcheck"]
     if name in ONE_SHOTS:
         assert check == {"disable": True}
@@ -166,17 +166,17 @@ def test_the_services_container_is_healthy_when_the_service_is_ready() -> None:
     assert "/readyz" in code
 
 
-def test_ports_are_published_to_this_machine_alone() -> None:
+def test_ports_are_published_on_loopback_only() -> None:
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
     assert published == {
-        "notifier": [f"{HOME}:8080:8080"],
-        "providers": [f"{HOME}:9090-9093:9090-9093"],
-        "prometheus": [f"{HOME}:9095:9090"],
-        "grafana": [f"{HOME}:3000:3000"],
+        "notifier": [f"{LOOPBACK}:8080:8080"],
+        "providers": [f"{LOOPBACK}:9090-9093:9090-9093"],
+        "prometheus": [f"{LOOPBACK}:9095:9090"],
+        "grafana": [f"{LOOPBACK}:3000:3000"],
     }
 
 
-def test_the_service_starts_after_the_migration_and_stops_before_what_it_calls() -> None:
+def test_the_service_starts_after_the_migration_and_stops_before_its_dependencies() -> None:
     conditions = {
         name: wait["condition"] for name, wait in SERVICES["notifier"]["depends_on"].items()
     }
@@ -189,18 +189,18 @@ def test_the_service_starts_after_the_migration_and_stops_before_what_it_calls()
     assert SERVICES["migrate"]["depends_on"] == {"postgres": {"condition": "service_healthy"}}
 
 
-def test_only_grafana_has_to_be_asked_for() -> None:
+def test_only_grafana_needs_a_profile() -> None:
     assert [name for name in SERVICES if "profiles" in SERVICES[name]] == ["grafana"]
 
 
-def test_the_services_environment_is_one_that_it_takes() -> None:
+def test_the_services_environment_is_valid() -> None:
     environment = dict(SERVICES["notifier"]["environment"])
     assert environment.pop("no_proxy") == "providers"
     Settings.from_env(environment)
     assert {name.lower() for name in environment} <= Settings.__dataclass_fields__.keys()
 
 
-def test_only_what_migrates_and_seeds_knows_the_role_that_owns() -> None:
+def test_only_migrate_seed_and_postgres_know_the_owners_role() -> None:
     knowing = {name for name, each in SERVICES.items() if "DB_MIGRATION" in json.dumps(each)}
     assert knowing == ONE_SHOTS | {"postgres"}
     postgres = SERVICES["postgres"]["environment"]
@@ -236,13 +236,13 @@ def test_a_stopping_container_has_time_for_the_drain_and_for_requests_under_way(
     assert settings.drain_delay + graceful_timeout < stop_grace_period
 
 
-def test_the_mock_providers_run_where_their_rows_say() -> None:
+def test_the_mock_providers_listen_where_their_rows_point() -> None:
     *_, module, bind, first, second, third, fourth = SERVICES["providers"]["command"]
     assert (module, bind) == ("tools.dev.mock_provider", "--bind=0.0.0.0")
     assert [first, second, third, fourth] == [f"{mock.name}={mock.port}" for mock in PROVIDERS]
     assert SERVICES["seed"]["command"][-2:] == ["tools.dev.seed", "providers"]
 
 
-def test_the_database_keeps_its_data_where_its_image_does() -> None:
+def test_the_volume_is_where_the_postgres_image_keeps_its_data() -> None:
     assert SERVICES["postgres"]["volumes"] == ["postgres:/var/lib/postgresql"]
     assert "ports" not in SERVICES["postgres"]

@@ -1,4 +1,4 @@
-"""How PostgreSQL is reached, on real servers: TLS, rotation, several hosts, limits, a pooler."""
+"""Connections to real PostgreSQL servers: TLS, rotation, several hosts, time limits, a pooler."""
 
 import os
 import secrets
@@ -32,13 +32,13 @@ def database_of(environment: Environment, **variables: str) -> Database:
 
 
 def value(connection: Connection, query: str, *parameters: Any) -> Any:
-    """Return the only value that a query has."""
+    """Return a query's only value."""
     ((found,),) = connection.execute(query.encode(), parameters).fetchall()
     return found
 
 
 def refusal(database: Database) -> str:
-    """Return the reason why there is no connection."""
+    """Return the reason for which connecting fails."""
     with pytest.raises(psycopg.OperationalError) as raised:
         database.connect()
     why = reason(raised.value)
@@ -52,11 +52,11 @@ def refusal(database: Database) -> str:
 
 @dataclass(frozen=True)
 class Certificates:
-    """Each is self-signed, and so its own authority; the key is beside it."""
+    """Self-signed certificates, each its own authority, with the key beside it."""
 
     server: Path  # for localhost only
     stranger: Path
-    client: Path  # in the name of the user
+    client: Path  # in the user's name
     other_client: Path
     unknown_client: Path
 
@@ -78,7 +78,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @pytest.fixture(scope="module")
 def tls_server(processes: None, certificates: Certificates) -> Iterator[Environment]:
-    """The `DB_*` of a server that speaks nothing but TLS, with all that verifying it takes."""
+    """The `DB_*` variables of a server that requires TLS, set to verify it."""
     with SystemPostgres(Tls(certificates.server)) as server:
         yield server.environment | verified(certificates)
 
@@ -87,7 +87,7 @@ def tls_server(processes: None, certificates: Certificates) -> Iterator[Environm
 def strict_server(
     processes: None, certificates: Certificates, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Environment]:
-    """The same of a server that wants a certificate of its clients too."""
+    """The same for a server that also requires client certificates."""
     known = tmp_path_factory.mktemp("clients") / "known.pem"
     known.write_bytes(certificates.client.read_bytes() + certificates.other_client.read_bytes())
     with SystemPostgres(Tls(certificates.server, clients=known)) as server:
@@ -130,10 +130,10 @@ def test_an_unknown_authority_is_refused(
 
 
 @pytest.mark.needs("postgresql")
-def test_without_authorities_a_server_that_is_to_be_verified_is_refused(
+def test_a_server_cannot_be_verified_without_authorities(
     tls_server: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))  # where libpq looks
+    monkeypatch.setenv("HOME", str(tmp_path))  # libpq looks for authorities there
     database = database_of(tls_server, DB_SSLROOTCERT="")
     assert refusal(database) == "tls: DB_SSLROOTCERT names no file of authorities"
 
@@ -153,13 +153,13 @@ def test_authorities_are_read_for_each_connection(
 
 
 @pytest.mark.needs("postgresql")
-def test_a_server_that_wants_tls_refuses_to_do_without(tls_server: Environment) -> None:
+def test_a_server_that_requires_tls_refuses_plain_connections(tls_server: Environment) -> None:
     database = database_of(tls_server, DB_SSLMODE="disable", DB_SSLROOTCERT="")
     assert refusal(database) == "PostgreSQL admits no such user from here without tls"
 
 
 @pytest.mark.parametrize("mode", ["require", "verify-full"])
-def test_a_server_without_tls_is_refused_where_tls_is_wanted(
+def test_a_server_without_tls_is_refused_if_tls_is_required(
     database: Environment, certificates: Certificates, mode: str
 ) -> None:
     authorities = str(certificates.server)
@@ -168,7 +168,7 @@ def test_a_server_without_tls_is_refused_where_tls_is_wanted(
 
 
 @pytest.mark.needs("postgresql")
-def test_a_client_shows_its_certificate(
+def test_a_client_presents_its_certificate(
     strict_server: Environment, certificates: Certificates
 ) -> None:
     database = database_of(strict_server | with_certificate(certificates.client))
@@ -208,14 +208,14 @@ def test_a_client_whose_certificate_or_key_cannot_be_used_is_refused(
 
 
 def migrate(environment: Environment) -> tuple[int, str]:
-    """Run the command; return its exit code and what it says, on either stream."""
+    """Run the command `migrate`; return its exit code and its output on both streams."""
     app = create_app(Settings.from_env(environment))
     result = app.test_cli_runner().invoke(args=["migrate"])
     return result.exit_code, result.output
 
 
 @pytest.mark.needs("postgresql")
-def test_the_command_to_migrate_says_in_a_line_what_is_wrong_and_works_when_nothing_is(
+def test_migrate_reports_a_tls_error_in_one_line_and_works_without_one(
     tls_server: Environment, certificates: Certificates
 ) -> None:
     for wrong, said in (
@@ -236,7 +236,7 @@ def test_the_command_to_migrate_says_in_a_line_what_is_wrong_and_works_when_noth
 
 @dataclass(frozen=True)
 class Rotation:
-    """A user whose password can be changed, in the server and in a file."""
+    """A role whose password a test can change in the server and in a file."""
 
     name: str
     file: Path
@@ -257,7 +257,7 @@ def rotation(database: Environment, tmp_path: Path) -> Iterator[Rotation]:
 
 
 @pytest.mark.parametrize("variable", ["DB", "DB_MIGRATION"])
-def test_a_password_that_changes_in_its_file_is_used_from_the_next_connection_on(
+def test_the_next_connection_uses_the_new_password_in_the_file(
     database: Environment, rotation: Rotation, variable: str
 ) -> None:
     rotation.file.write_text("first\n")
@@ -274,11 +274,11 @@ def test_a_password_that_changes_in_its_file_is_used_from_the_next_connection_on
         assert refusal(rotated) == ONE_IS_WRONG
         rotation.file.write_text("second\n")
         rotated.connect().close()
-        assert value(connection, "SELECT 1") == 1  # who is connected stays
+        assert value(connection, "SELECT 1") == 1  # an open connection is kept
 
 
 @pytest.mark.parametrize("break_it", [Path.unlink, lambda file: file.write_text("\n")])
-def test_a_password_whose_file_is_away_for_a_while_is_an_error_for_that_while(
+def test_connecting_fails_only_while_the_password_file_is_unreadable(
     database: Environment, rotation: Rotation, break_it: Callable[[Path], object]
 ) -> None:
     rotation.set_password("the password")
@@ -296,12 +296,12 @@ def test_a_password_whose_file_is_away_for_a_while_is_an_error_for_that_while(
 
 
 def hosts(*ports: object) -> Environment:
-    """Return the `DB_*` of several servers on this machine."""
+    """Return the `DB_*` variables for several servers on this machine."""
     return {"DB_HOST": ",".join([LOOPBACK] * len(ports)), "DB_PORT": ",".join(map(str, ports))}
 
 
 @pytest.mark.parametrize(("trouble", "seconds"), [(refusing, 1), (silent, 4), (not_answering, 4)])
-def test_of_several_hosts_the_first_that_serves_is_used(
+def test_the_first_of_several_hosts_that_answers_is_used(
     database: Environment, trouble: Callable[[], AbstractContextManager[int]], seconds: float
 ) -> None:
     with trouble() as port, within(seconds):
@@ -310,14 +310,14 @@ def test_of_several_hosts_the_first_that_serves_is_used(
             assert value(connection, "SELECT current_database()") == database["DB_NAME"]
 
 
-def test_a_host_whose_name_is_unknown_is_passed_over(database: Environment) -> None:
+def test_a_host_with_an_unknown_name_is_skipped(database: Environment) -> None:
     several = database_of(database, DB_HOST=f"no-such-host.invalid,{LOOPBACK}")
     with several.connect() as connection:
         assert value(connection, "SELECT current_database()") == database["DB_NAME"]
 
 
 @pytest.mark.needs("postgresql")
-def test_a_host_that_takes_no_connections_is_passed_over(database: Environment) -> None:
+def test_a_host_that_accepts_no_connections_is_skipped(database: Environment) -> None:
     owners = one_role(database)
     with SystemPostgres() as other:
         closed = other.environment | {
@@ -332,7 +332,7 @@ def test_a_host_that_takes_no_connections_is_passed_over(database: Environment) 
             assert str(connection.info.port) == database["DB_PORT"]
 
 
-def test_where_no_host_serves_that_is_an_error(database: Environment) -> None:
+def test_connecting_fails_if_no_host_answers(database: Environment) -> None:
     with refusing() as first, refusing() as second:
         assert refusal(database_of(database, **hosts(first, second))) == "refused"
     assert refusal(database_of(database, DB_HOST="no-such-host.invalid")) == "no such host"
@@ -346,7 +346,7 @@ def test_a_host_that_hangs_is_given_two_seconds(database: Environment) -> None:
 
 @pytest.mark.needs("postgresql")
 @pytest.mark.usefixtures("processes")
-def test_who_needs_the_primary_passes_a_standby_over() -> None:
+def test_a_connection_that_needs_the_primary_skips_a_standby() -> None:
     with SystemPostgres() as primary, primary.standby() as standby:
         ports = [standby.environment["DB_PORT"], primary.environment["DB_PORT"]]
         settings = Settings.from_env(primary.environment | hosts(*ports))
@@ -369,10 +369,10 @@ def test_who_needs_the_primary_passes_a_standby_over() -> None:
             assert reason(raised.value) == "the server is a standby"
 
 
-def test_each_place_and_the_migrating_role_are_used_where_they_are_set(
+def test_each_configured_place_and_the_migrating_role_are_used(
     database: Environment,
 ) -> None:
-    """A migration goes the listener's way: a pooler is none for it either."""
+    """A migration connects where the listener does: neither works through a pooler."""
     owner, _ = Settings.from_env(database).migrating_role
     with refusing() as port:
         settings = Settings.from_env(
@@ -394,10 +394,10 @@ def test_each_place_and_the_migrating_role_are_used_where_they_are_set(
     assert owner != database["DB_USERNAME"]
 
 
-# --- what a connection is
+# --- connections, transactions and reasons
 
 
-def test_the_server_knows_a_connection_by_the_services_name(database: Environment) -> None:
+def test_a_connection_has_the_services_name_as_application_name(database: Environment) -> None:
     with (
         connect(database) as watching,
         database_of(database, APP_NAME="notifier-eu").connect() as connection,
@@ -406,7 +406,7 @@ def test_the_server_knows_a_connection_by_the_services_name(database: Environmen
         assert value(watching, query, connection.info.backend_pid) == "notifier-eu"
 
 
-def test_a_transactions_time_limit_is_the_servers_too_and_ends_with_it(
+def test_a_transaction_sets_the_servers_statement_timeout_until_it_ends(
     database: Environment,
 ) -> None:
     with database_of(database).connect() as connection:
@@ -417,7 +417,7 @@ def test_a_transactions_time_limit_is_the_servers_too_and_ends_with_it(
         assert value(connection, limit) == before == "0"
 
 
-def test_each_statement_of_a_transaction_sees_what_is_committed_before_it_by_any_default(
+def test_each_statement_sees_earlier_commits_whatever_the_default_isolation(
     database: Environment,
 ) -> None:
     name = sql.Identifier(database["DB_NAME"])
@@ -434,8 +434,8 @@ def test_each_statement_of_a_transaction_sees_what_is_committed_before_it_by_any
             assert value(connection, count) == 1
 
 
-def test_the_server_gives_up_on_what_we_no_longer_wait_for(database: Environment) -> None:
-    """It would not notice that we have left until the query is done."""
+def test_the_server_cancels_a_query_that_timed_out(database: Environment) -> None:
+    """Without its own limit the server would run the query to its end after we disconnect."""
     with connect(database) as watching, database_of(database).connect() as connection:
         backend = connection.info.backend_pid
         with (
@@ -449,7 +449,7 @@ def test_the_server_gives_up_on_what_we_no_longer_wait_for(database: Environment
         eventually(lambda: value(watching, query, backend) == 0)
 
 
-def test_nobody_waits_for_a_server_process_that_has_stopped(database: Environment) -> None:
+def test_a_stopped_server_process_does_not_block_its_client(database: Environment) -> None:
     connection = database_of(database).connect()
     backend = connection.info.backend_pid
     os.kill(backend, signal.SIGSTOP)
@@ -462,7 +462,7 @@ def test_nobody_waits_for_a_server_process_that_has_stopped(database: Environmen
     assert connection.broken
 
 
-def test_work_that_is_done_in_time_is_not_ended(database: Environment) -> None:
+def test_a_transaction_within_its_time_limit_is_not_interrupted(database: Environment) -> None:
     with database_of(database).connect() as connection:
         for _ in range(3):
             with transaction(connection, 5):
@@ -471,7 +471,7 @@ def test_work_that_is_done_in_time_is_not_ended(database: Environment) -> None:
 
 
 def test_a_reason_names_no_host_no_user_and_no_database(database: Environment) -> None:
-    """An error's own words do; the log has the reason instead."""
+    """PostgreSQL's own error texts do, so the log has the reason instead."""
     with pytest.raises(psycopg.OperationalError) as raised:
         database_of(database, DB_USERNAME="nobody-here").connect()
     assert "nobody-here" in str(raised.value)
@@ -485,7 +485,7 @@ NOT_THERE = "the database, the user or the table does not exist"
 NO_ANSWER = "no answer in time"
 ENDED = "PostgreSQL ended the connection"
 
-# What the service may meet once it is connected: statements, SQLSTATE and reason of the last one.
+# Errors on an open connection: statements, and the last statement's SQLSTATE and reason.
 PROVOKED = [
     ("SELECT FROM no_such_table", "42P01", NOT_THERE),
     ("SELECT no_such_column FROM notification_preferences", "42703", NOT_THERE),
@@ -499,7 +499,7 @@ PROVOKED = [
 
 
 @pytest.mark.parametrize(("statements", "state", "why"), PROVOKED, ids=lambda value: value[:20])
-def test_what_a_server_refuses_is_told_by_its_sqlstate(
+def test_the_reason_of_a_servers_error_follows_from_its_sqlstate(
     statements: str, state: str, why: str, database: Environment
 ) -> None:
     with database_of(database).connect() as connection, pytest.raises(psycopg.Error) as raised:
@@ -508,7 +508,7 @@ def test_what_a_server_refuses_is_told_by_its_sqlstate(
 
 
 @pytest.mark.parametrize(("state", "why"), [(state, why) for _, state, why in PROVOKED])
-def test_the_language_of_the_server_does_not_matter_where_there_is_a_sqlstate(
+def test_the_servers_language_does_not_matter_if_the_error_has_a_sqlstate(
     state: str, why: str, database: Environment
 ) -> None:
     said = f"DO $$ BEGIN RAISE EXCEPTION 'keine Berechtigung' USING ERRCODE = '{state}'; END $$"
@@ -518,7 +518,7 @@ def test_the_language_of_the_server_does_not_matter_where_there_is_a_sqlstate(
     assert reason(raised.value) == why
 
 
-# Errors as psycopg makes them, with what makes the difference: the class, or else the text.
+# Errors as psycopg raises them: the class decides the reason, or else the text does.
 MADE = [
     (errors.AdminShutdown("timeout"), ENDED),
     (errors.CrashShutdown("autre langue"), ENDED),
@@ -543,7 +543,7 @@ MADE = [
 
 
 @pytest.mark.parametrize(("error", "why"), MADE, ids=repr)
-def test_a_reason_is_told_by_sqlstate_before_text(error: Exception, why: str) -> None:
+def test_a_sqlstate_takes_precedence_over_the_text(error: Exception, why: str) -> None:
     assert reason(error) == why
     assert log_fields(error) == {"error": type(error).__name__, "reason": why}
 
@@ -553,26 +553,26 @@ def test_a_reason_is_told_by_sqlstate_before_text(error: Exception, why: str) ->
 
 @pytest.fixture
 def pooled(database: Environment) -> Iterator[Environment]:
-    """The `DB_*` of `database` by way of a pgbouncer that pools transactions."""
+    """The `DB_*` variables of `database` behind a pgbouncer in transaction pooling mode."""
     with PgBouncer(database) as pgbouncer:
         yield pgbouncer.environment
 
 
 @pytest.mark.needs("pgbouncer")
-def test_a_pooler_of_transactions_can_be_between(pooled: Environment) -> None:
-    """It takes no `options` at the start, and its connections share what is prepared."""
+def test_connections_work_through_a_transaction_pooler(pooled: Environment) -> None:
+    """A pooler refuses the start-up parameter `options`; its clients share prepared statements."""
     backends = set()
     for _ in range(3):
         with database_of(pooled).connect() as connection:
-            for number in range(8):  # by default psycopg would prepare from the sixth on
+            for number in range(8):  # by default psycopg would prepare the sixth
                 with transaction(connection, 1.5):
                     assert value(connection, "SELECT %s::int", number) == number
                     backends.add(value(connection, "SELECT pg_backend_pid()"))
-    assert len(backends) == 1  # the pooler hands the same one on: what is left on it would be seen
+    assert len(backends) == 1  # the pooler reuses one session, so leftovers would show
 
 
 @pytest.mark.needs("pgbouncer")
-def test_a_transaction_leaves_no_time_limit_to_the_poolers_next_client(
+def test_a_transaction_leaves_no_time_limit_for_the_poolers_next_client(
     pooled: Environment,
 ) -> None:
     with database_of(pooled).connect() as connection, transaction(connection, 1.5):
@@ -583,7 +583,7 @@ def test_a_transaction_leaves_no_time_limit_to_the_poolers_next_client(
 
 
 @pytest.mark.needs("pgbouncer")
-def test_a_pooler_is_no_standby_and_tells_who_connects(pooled: Environment) -> None:
+def test_a_pooler_is_no_standby_and_passes_on_the_application_name(pooled: Environment) -> None:
     with Database.listening(Settings.from_env(pooled)).connect() as connection:
         assert value(connection, "SELECT current_setting('application_name')") == (
             "notification-service"
@@ -591,10 +591,10 @@ def test_a_pooler_is_no_standby_and_tells_who_connects(pooled: Environment) -> N
 
 
 @pytest.mark.needs("pgbouncer")
-def test_a_pooler_that_refuses_says_why(
+def test_a_poolers_refusal_has_a_reason(
     pooled: Environment, allow_connections: Callable[[str], None]
 ) -> None:
-    """Without PostgreSQL it still takes connections, and lets what is asked of them wait."""
+    """Without PostgreSQL a pooler still accepts connections, and their queries wait."""
     assert refusal(database_of(pooled, DB_PASSWORD="wrong")) == "password or user: one is wrong"
     pooler = database_of(pooled)
 

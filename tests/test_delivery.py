@@ -1,5 +1,4 @@
-"""Who is asked, in which order, what each outcome means for the next and for the breaker, and when
-it all ends: real providers on real sockets."""
+"""Delivery through real providers: their order, the outcomes, the breakers and the deadline."""
 
 import logging
 import socket
@@ -37,11 +36,11 @@ from tests.sockets import LOOPBACK, not_answering, refusing, silent
 from tests.timing import within
 
 MESSAGE = Message("buyer@example.com", "Hello", "It is on its way.")
-TIMEOUT = 0.4  # of one attempt, where a test waits for it
+TIMEOUT = 0.4  # seconds for one attempt, in tests that wait for it
 
 
 def rows(*urls: str, channel: Channel = Channel.EMAIL) -> tuple[Provider, ...]:
-    """Return providers `email 1`, `email 2`, ... as the database would."""
+    """Return providers named `email 1`, `email 2`, … as read from the database."""
     return tuple(
         Provider.from_row((number, channel.value, f"{channel.name.lower()} {number}", url, "key"))
         for number, url in enumerate(urls, 1)
@@ -49,7 +48,7 @@ def rows(*urls: str, channel: Channel = Channel.EMAIL) -> tuple[Provider, ...]:
 
 
 class Known:
-    """Preferences that are known already; a channel without an entry cannot be asked about."""
+    """Fixed preferences; for a channel without an entry they are unavailable."""
 
     def __init__(self, **providers: tuple[Provider, ...]) -> None:
         self._providers = providers
@@ -63,22 +62,22 @@ class Known:
 
 @dataclass
 class Made:
-    """A delivery, the breakers behind it, and what it reported so far."""
+    """A delivery, its breakers and its reports so far."""
 
     delivery: Delivery
     breakers: Breakers
     reports: list[Report]
-    seconds: float  # for a delivery
+    seconds: float  # until the deadline of a delivery
 
     def to(self, recipient: Recipient) -> bool:
-        """Deliver, and say whether that succeeded."""
+        """Deliver to `recipient`; return True if it succeeded."""
         report = self.delivery.deliver(recipient, MESSAGE, time.monotonic() + self.seconds)
         self.reports.append(report)
         return report.outcome == "delivered"
 
-    def recorded(self, host: str) -> str:
-        """What the breaker of `host` has recorded."""
-        totals = self.breakers.of(host)._window.totals(time.monotonic())
+    def recorded(self, endpoint: str) -> str:
+        """Return what the breaker of `endpoint` has recorded."""
+        totals = self.breakers.of(endpoint)._window.totals(time.monotonic())
         return {(0, 0): "nothing", (1, 0): "success", (1, 1): "failure"}[totals]
 
 
@@ -89,7 +88,7 @@ def reports() -> list[Report]:
 
 @pytest.fixture
 def make(make_transport: MakeTransport, reports: list[Report]) -> Iterator[Callable[..., Made]]:
-    """Make deliveries, by default with breakers that never trip and more time than is needed."""
+    """Make deliveries, by default with breakers that never open and with ample time."""
     with ExitStack() as stack:
 
         def make(
@@ -106,7 +105,7 @@ def make(make_transport: MakeTransport, reports: list[Report]) -> Iterator[Calla
 
 @pytest.fixture
 def results(reports: list[Report]) -> Callable[[], list[Any]]:
-    """Return how the channels of the last delivery ended."""
+    """Return the channel results of the last delivery."""
     return lambda: list(reports[-1].channels)
 
 
@@ -152,7 +151,7 @@ def test_the_provider_gets_the_contracts_body_and_headers(
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
-def test_any_2xx_is_accepted_and_nobody_else_is_asked(
+def test_any_2xx_is_accepted_and_no_other_provider_is_asked(
     make: Callable[..., Made],
     make_provider: MakeProvider,
     results: Callable[[], list[Any]],
@@ -162,7 +161,7 @@ def test_any_2xx_is_accepted_and_nobody_else_is_asked(
     made = make(Known(email=rows(first.url, second.url)))
     assert made.to(Recipient.BUYER)
     assert (len(first.received), len(second.received)) == (1, 0)
-    assert made.recorded(first.host) == "success"
+    assert made.recorded(first.endpoint) == "success"
     assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 1", 1)]
 
 
@@ -192,7 +191,7 @@ def test_an_accepted_message_is_never_sent_twice_however_its_answer_ends(
     made = make(Known(email=rows(first.url, second.url)), timeout=TIMEOUT)
     assert made.to(Recipient.BUYER)
     assert (len(first.received), len(second.received)) == (1, 0)
-    assert made.recorded(first.host) == "success"
+    assert made.recorded(first.endpoint) == "success"
 
 
 FALLS_BACK: dict[str, tuple[Script, str]] = {
@@ -221,7 +220,7 @@ FALLS_BACK: dict[str, tuple[Script, str]] = {
 
 
 @pytest.mark.parametrize("name", FALLS_BACK)
-def test_the_next_provider_is_asked_when_the_first(
+def test_the_next_provider_is_asked_after_a_failed_attempt(
     make: Callable[..., Made],
     make_provider: MakeProvider,
     results: Callable[[], list[Any]],
@@ -233,14 +232,14 @@ def test_the_next_provider_is_asked_when_the_first(
     assert made.to(Recipient.BUYER)
     assert [len(p.received) for p in (first, second, third)] == [1, 1, 0]
     assert first.received[0].body == second.received[0].body
-    assert made.recorded(first.host) == recorded
-    assert made.recorded(second.host) == "success"
+    assert made.recorded(first.endpoint) == recorded
+    assert made.recorded(second.endpoint) == "success"
     assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 2)]
 
 
 @pytest.fixture(params=["refuses", "does not answer", "no such name", "no TLS", "not trusted"])
 def unreachable(request: pytest.FixtureRequest, make_provider: MakeProvider) -> Iterator[str]:
-    """The URL of a provider to which nothing can be sent."""
+    """The URL of a provider that cannot be reached."""
     with ExitStack() as stack:
         if request.param == "refuses":
             yield f"http://{LOOPBACK}:{stack.enter_context(refusing())}/send"
@@ -284,7 +283,7 @@ def test_a_row_without_a_usable_url_is_skipped_with_an_error_in_the_log(
     made = make(Known(email=rows(url, second.url)))
     assert made.to(Recipient.BUYER)
     assert len(second.received) == 1
-    assert list(made.breakers._by_endpoint) == [second.host]
+    assert list(made.breakers._by_endpoint) == [second.endpoint]
     assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 1, skipped=1)]
     (error,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert (error.__dict__["provider_id"], error.__dict__["reason"]) == (1, "url")
@@ -296,15 +295,15 @@ def test_a_host_whose_breaker_is_open_is_skipped_and_its_breaker_records_nothing
     first, second = make_provider(answer(503)), make_provider()
     made = make(Known(email=rows(first.url, second.url)), min_calls=1)
     assert made.to(Recipient.BUYER)
-    assert made.breakers.of(first.host).state == "open"
+    assert made.breakers.of(first.endpoint).state == "open"
     for _ in range(3):
         assert made.to(Recipient.BUYER)
         assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 1, skipped=1)]
     assert (len(first.received), len(second.received)) == (1, 4)
-    assert made.recorded(first.host) == "failure"  # the one before it opened
+    assert made.recorded(first.endpoint) == "failure"  # the call that opened it
 
 
-def test_a_buyer_is_reached_by_email_alone(
+def test_a_buyer_is_reached_by_email_only(
     make: Callable[..., Made], make_provider: MakeProvider
 ) -> None:
     email, push = make_provider(), make_provider()
@@ -314,7 +313,7 @@ def test_a_buyer_is_reached_by_email_alone(
 
 
 def together(barrier: threading.Barrier) -> Script:
-    """Answer once the other channel's provider has been asked too, and fail if it is not."""
+    """Return a script that answers 200 once all parties wait at the barrier, or else 500."""
 
     def script(peer: Peer, received: Received) -> None:
         try:
@@ -327,7 +326,7 @@ def together(barrier: threading.Barrier) -> Script:
     return script
 
 
-def test_a_sellers_channels_are_under_way_at_the_same_time_with_the_same_request_id(
+def test_a_sellers_channels_run_in_parallel_with_the_same_request_id(
     make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[Any]]
 ) -> None:
     script = together(threading.Barrier(2))
@@ -347,7 +346,7 @@ def test_a_sellers_channels_are_under_way_at_the_same_time_with_the_same_request
     ]
 
 
-def test_the_second_channels_of_several_requests_are_under_way_at_the_same_time(
+def test_the_second_channels_of_several_requests_run_in_parallel(
     make: Callable[..., Made], make_provider: MakeProvider
 ) -> None:
     email, push = make_provider(), make_provider(together(threading.Barrier(3)))
@@ -358,13 +357,13 @@ def test_the_second_channels_of_several_requests_are_under_way_at_the_same_time(
 
 @pytest.mark.parametrize("failing", ["email", "push"])
 @pytest.mark.parametrize("how", ["every provider fails", "no provider", "no preferences"])
-def test_a_channel_that_fails_never_stops_the_other_which_is_awaited(
+def test_a_failed_channel_does_not_stop_the_other(
     make: Callable[..., Made], make_provider: MakeProvider, failing: str, how: str
 ) -> None:
     failed = threading.Event()
 
     def answer_late(peer: Peer, received: Received) -> None:
-        failed.wait(0.3)  # not set: it only gives the other channel time to fail first
+        failed.wait(0.3)  # never set: the other channel gets time to fail first
         answer(200)(peer, received)
 
     other = "push" if failing == "email" else "email"
@@ -376,7 +375,7 @@ def test_a_channel_that_fails_never_stops_the_other_which_is_awaited(
     made = make(Known(**known))
     assert not made.to(Recipient.SELLER)
     assert len(good.received) == 1
-    assert made.recorded(good.host) == "success"  # so it has been awaited
+    assert made.recorded(good.endpoint) == "success"  # so it has been awaited
 
 
 def test_without_a_provider_nothing_is_delivered(
@@ -386,7 +385,7 @@ def test_without_a_provider_nothing_is_delivered(
     assert results() == [ChannelResult(Channel.EMAIL, "no_provider")]
 
 
-def test_when_every_provider_fails_each_has_been_asked_once(
+def test_when_every_provider_fails_each_is_asked_once(
     make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[Any]]
 ) -> None:
     providers = [make_provider(answer(status)) for status in (500, 404, 429)]
@@ -395,7 +394,7 @@ def test_when_every_provider_fails_each_has_been_asked_once(
     assert results() == [ChannelResult(Channel.EMAIL, "failed", None, 3)]
 
 
-def test_providers_that_are_skipped_are_no_attempts_when_all_fail_either(
+def test_skipped_providers_are_not_counted_as_attempts_when_all_fail(
     make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[Any]]
 ) -> None:
     provider = make_provider(answer(404))
@@ -414,7 +413,7 @@ def test_providers_that_are_skipped_are_no_attempts_when_all_fail_either(
         (([400, 500], [500, 200]), "failed", ["failed", "push 2"], 1),
     ],
 )
-def test_a_notification_and_its_channels_are_counted_by_how_they_ended(  # noqa: PLR0913
+def test_a_notification_and_its_channels_are_counted_by_outcome(  # noqa: PLR0913
     make: Callable[..., Made],
     make_provider: MakeProvider,
     growth: Growth,
@@ -424,7 +423,7 @@ def test_a_notification_and_its_channels_are_counted_by_how_they_ended(  # noqa:
     channels: list[str],
     fallbacks: int,
 ) -> None:
-    """`statuses` of the two channels' providers; `channels`: who delivered, or why nobody."""
+    """`statuses` are the providers'; `channels` has each delivering provider, or the outcome."""
     email, push = ([make_provider(answer(s)).url for s in of_channel] for of_channel in statuses)
     made = make(Known(email=rows(*email), push=rows(*push, channel=Channel.PUSH)))
     made.to(Recipient.SELLER)
@@ -437,7 +436,7 @@ def test_a_notification_and_its_channels_are_counted_by_how_they_ended(  # noqa:
     assert sum(growth("notification_fallback_total").values()) == fallbacks
 
 
-def test_what_was_delivered_is_counted_though_something_unforeseen_ends_the_rest(
+def test_a_delivered_channel_is_counted_although_an_unexpected_error_ends_the_other(
     make: Callable[..., Made], make_provider: MakeProvider, growth: Growth
 ) -> None:
     class Broken(Known):
@@ -454,7 +453,7 @@ def test_what_was_delivered_is_counted_though_something_unforeseen_ends_the_rest
     assert growth("notification_channel_total") == {("Email", "email 1", "delivered"): 1}
 
 
-def test_preferences_that_cannot_be_read_are_a_failure(
+def test_unavailable_preferences_are_counted_as_a_failure(
     make: Callable[..., Made], growth: Growth
 ) -> None:
     make(Known()).to(Recipient.BUYER)
@@ -462,7 +461,7 @@ def test_preferences_that_cannot_be_read_are_a_failure(
     assert growth("notification_channel_total") == {("Email", "", "failed"): 1}
 
 
-def test_an_open_breaker_makes_its_providers_successor_a_fallback(
+def test_a_delivery_past_an_open_breaker_counts_as_a_fallback(
     make: Callable[..., Made], make_provider: MakeProvider, growth: Growth
 ) -> None:
     first, second = make_provider(answer(503)), make_provider()
@@ -481,7 +480,7 @@ SLOW: list[Script] = [
 
 
 @pytest.mark.parametrize("script", SLOW, ids=["hangs", "drips", "says Continue"])
-def test_an_attempt_cut_short_is_the_last_and_counts_for_nothing(
+def test_an_attempt_cut_short_by_the_deadline_is_the_last_and_records_nothing(
     make: Callable[..., Made],
     make_provider: MakeProvider,
     results: Callable[[], list[Any]],
@@ -492,13 +491,13 @@ def test_an_attempt_cut_short_is_the_last_and_counts_for_nothing(
     with within(3):
         assert not made.to(Recipient.BUYER)
     assert (len(first.received), len(second.received)) == (1, 0)
-    assert made.recorded(first.host) == "nothing"
+    assert made.recorded(first.endpoint) == "nothing"
     assert results() == [ChannelResult(Channel.EMAIL, "failed", None, 1)]
 
 
 @pytest.fixture(params=["look-up", "connect", "tls"])
 def slow_to_reach(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A URL where that step takes longer than any test."""
+    """A URL for which this step takes longer than any test."""
     released = threading.Event()
 
     def look_up(host: str, port: int, flags: int = 0) -> Any:
@@ -517,7 +516,7 @@ def slow_to_reach(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
             yield f"https://{LOOPBACK}:{stack.enter_context(silent())}/send"
 
 
-def test_an_attempt_cut_short_before_its_message_is_sent_counts_for_nothing_either(
+def test_an_attempt_cut_short_before_the_message_is_sent_records_nothing(
     make: Callable[..., Made], make_provider: MakeProvider, slow_to_reach: str
 ) -> None:
     second = make_provider()
@@ -536,11 +535,11 @@ def test_with_less_than_a_quarter_of_a_second_left_no_attempt_is_begun(
     made = make(Known(email=rows(first.url, second.url)), timeout=0.4, deadline=0.6)
     assert not made.to(Recipient.BUYER)
     assert (len(first.received), len(second.received)) == (1, 0)
-    assert made.recorded(first.host) == "failure"  # it had all of its time
+    assert made.recorded(first.endpoint) == "failure"  # it had its full time
     assert results() == [ChannelResult(Channel.EMAIL, "failed", None, 1)]
 
 
-def test_the_shortest_deadline_that_the_settings_take_is_enough_for_an_attempt(
+def test_the_shortest_deadline_that_the_settings_accept_is_enough_for_an_attempt(
     make: Callable[..., Made], make_provider: MakeProvider, make_settings: Callable[..., Settings]
 ) -> None:
     settings = make_settings(http_client_timeout=0.1, notify_deadline=MIN_DEADLINE)
@@ -550,21 +549,21 @@ def test_the_shortest_deadline_that_the_settings_take_is_enough_for_an_attempt(
     )
 
 
-def test_a_hanging_host_counts_as_failed_where_the_deadline_is_one_attempt_long(
+def test_a_hanging_host_counts_as_failed_if_the_deadline_is_as_long_as_one_attempt(
     make: Callable[..., Made], make_provider: MakeProvider, make_settings: Callable[..., Settings]
 ) -> None:
-    """Else its breaker never opens, and every request waits for it in vain."""
+    """Otherwise its breaker would never open, and every request would wait for it in vain."""
     settings = make_settings(http_client_timeout=0.4, notify_deadline=0.4)
     provider = make_provider(hang)
     made = make(Known(email=rows(provider.url)), timeout=0.4, deadline=settings.notify_deadline)
     assert not made.to(Recipient.BUYER)
-    assert made.recorded(provider.host) == "failure"
+    assert made.recorded(provider.endpoint) == "failure"
 
 
-def test_the_other_channels_are_awaited_where_the_first_fails_in_an_unforeseen_way(
+def test_the_other_channels_are_awaited_when_the_first_raises_an_unexpected_error(
     make: Callable[..., Made], make_provider: MakeProvider
 ) -> None:
-    """Else whoever asked hears of an error, while messages are still being sent."""
+    """Otherwise the caller would get an error while messages are still being sent."""
     asked = threading.Event()
 
     def slow(peer: Peer, received: Received) -> None:
@@ -585,7 +584,7 @@ def test_the_other_channels_are_awaited_where_the_first_fails_in_an_unforeseen_w
     made = make(Broken())
     with pytest.raises(ZeroDivisionError):
         made.to(Recipient.SELLER)
-    assert made.recorded(push.host) == "success"
+    assert made.recorded(push.endpoint) == "success"
 
 
 def test_the_deadline_bounds_all_attempts_of_all_channels_together(

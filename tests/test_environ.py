@@ -1,4 +1,4 @@
-"""The kinds of values that a variable can have: what each takes, and what it refuses."""
+"""The kinds of values that a variable can have: which texts each accepts and refuses."""
 
 import re
 from pathlib import Path
@@ -44,7 +44,7 @@ NO_NUMBERS = [
     "9" * 30,
 ]
 
-# Of each kind: what it says that it expects, good texts with their values, and wrong ones.
+# For each kind: its `expected` text, valid texts with their values, and invalid texts.
 KINDS: list[tuple[Kind, str, dict[str, object], list[str]]] = [
     (TEXT, "a text", {"benachrichtigung-\u00fc": "benachrichtigung-\u00fc"}, []),
     (
@@ -127,7 +127,7 @@ KINDS: list[tuple[Kind, str, dict[str, object], list[str]]] = [
 ]
 
 
-def takes(kind: Kind, text: str) -> bool:
+def accepts(kind: Kind, text: str) -> bool:
     try:
         kind.parse(text)
     except ValueError:
@@ -138,15 +138,15 @@ def takes(kind: Kind, text: str) -> bool:
 @pytest.mark.parametrize(
     ("kind", "expected", "good", "wrong"), KINDS, ids=[expected for _, expected, *_ in KINDS]
 )
-def test_a_kind_reads_good_values_refuses_wrong_ones_and_says_what_it_expects(
+def test_a_kind_parses_valid_texts_refuses_others_and_says_what_it_expects(
     kind: Kind, expected: str, good: dict[str, object], wrong: list[str]
 ) -> None:
     assert {text: kind.parse(text) for text in good} == good
-    assert [text for text in wrong if takes(kind, text)] == []
+    assert [text for text in wrong if accepts(kind, text)] == []
     assert kind.expected == expected
 
 
-def test_every_kind_there_is_is_tested() -> None:
+def test_every_kind_is_tested() -> None:
     named = [kind for kind in vars(environ).values() if isinstance(kind, Kind)]
     assert named
     assert [kind.expected for kind in named if kind not in [tested for tested, *_ in KINDS]] == []
@@ -177,7 +177,7 @@ def test_every_kind_there_is_is_tested() -> None:
         ("23h59m60s", 86_400.0),
     ],
 )
-def test_a_duration_is_read_as_go_writes_it(text: str, seconds: float) -> None:
+def test_a_duration_is_parsed_in_gos_format(text: str, seconds: float) -> None:
     assert parse_duration(text) == pytest.approx(seconds, rel=1e-12)
 
 
@@ -202,6 +202,6 @@ def test_a_duration_is_read_as_go_writes_it(text: str, seconds: float) -> None:
         *["nan", "nans", "inf", "infs", "0x5s", "1_0s", "one"],
     ],
 )
-def test_what_is_no_duration_is_refused(text: str) -> None:
+def test_an_invalid_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=rf"\A{re.escape(text)}\Z"):
         parse_duration(text)

@@ -1,7 +1,7 @@
-"""What the service relies on in the pinned gunicorn beyond its documentation.
+"""Internals of the pinned gunicorn on which the service relies.
 
 gunicorn documents its settings, its hooks, and that a worker derives from `workers.base.Worker`.
-`notifier/serving/` relies on more. This test fails when an upgrade changes any of it.
+`notifier/serving/` relies on more. The test fails when an upgrade changes any of it.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from gunicorn.workers import base
 
 
 class Part(NamedTuple):
-    """A part of gunicorn, the digest of its source, and what must hold for it."""
+    """A part of gunicorn, the digest of its source, and the property on which we rely."""
 
-    what: Any
+    code: Any
     digest: str
     holds: str
 
@@ -28,7 +28,7 @@ PARTS = [
     Part(
         base.Worker.__init__,
         "e0f1de2d6057",
-        "alive, cfg, log, max_requests, nr, ppid and sockets are what worker.py takes them for",
+        "alive, cfg, log, max_requests, nr, ppid and sockets mean what worker.py assumes",
     ),
     Part(
         base.Worker.init_process,
@@ -51,12 +51,12 @@ PARTS = [
     Part(
         base.Worker.handle_error,
         "75426448389b",
-        "it logs an error and sends a reply on a socket that does not block",
+        "it logs an error and sends a reply on a non-blocking socket",
     ),
     Part(
         Config.__getattr__,
         "ff80f0fbda2e",
-        "an attribute of the instance comes before the setting: Worker.init_process puts all there",
+        "instance attributes hide the settings: Worker.init_process copies all settings there",
     ),
     Part(
         parser.Parser.__init__,
@@ -66,7 +66,7 @@ PARTS = [
     Part(
         parser.Parser.finish_body,
         "54c5d0d28c26",
-        "it asks an unreader without `sock` for no time-out, and stops after max_bytes",
+        "it sets no time-out on an unreader without `sock`, and stops after max_bytes",
     ),
     Part(
         parser.Parser.__next__,
@@ -76,31 +76,31 @@ PARTS = [
     Part(
         unreader.Unreader,
         "84aaa8f91fcd",
-        "`buf` holds what has been read, and chunk() is all that reads on",
+        "`buf` holds the unparsed bytes, and only chunk() reads more",
     ),
     Part(
         message.Request.parse,
         "34c084607ae1",
-        "it reads from the unreader only, and refuses what has_read_head() calls enough",
+        "it reads only from the unreader, and reads no more once has_read_head() is True",
     ),
     Part(
         message.Request._parse_python,
         "ed07ffec5178",
-        "it refuses bare line feeds without reading on",
+        "it refuses bare line feeds without reading more",
     ),
     Part(
         body.Body._read_reader,
         "443e7cfab4b8",
-        "it calls `reader.read(size)`, which BodyReader replaces, and notes that it failed",
+        "it calls `reader.read(size)`, which BodyReader replaces, and remembers a failure",
     ),
-    Part(wsgi.create, "2c35d4a2dc62", 'it sends "100 Continue" by send(), and nothing else'),
+    Part(wsgi.create, "2c35d4a2dc62", 'it sends "100 Continue" through send(), and nothing else'),
     Part(
         wsgi.Response,
         "d67f8e6b29d7",
-        "it writes by sendall() alone, and force_close() before the head closes the connection",
+        "it writes only through sendall(); force_close() before the head closes the connection",
     ),
-    Part(util.write, "cd995031295f", "it calls sendall() alone"),
-    Part(util.write_error, "bd0143a03c15", "it works on a socket that does not block"),
+    Part(util.write, "cd995031295f", "it calls only sendall()"),
+    Part(util.write_error, "bd0143a03c15", "it works on a non-blocking socket"),
     Part(util.write_nonblock, "d2ff97701c36", "write_error calls it: it never waits"),
     Part(
         wsgi.default_environ,
@@ -112,19 +112,19 @@ PARTS = [
         "37c454bfb3e3",
         "it says whether the caller wants the connection closed",
     ),
-    Part(errors.NoMoreData, "549d75f9be34", "it is an OSError, as of a caller that has left"),
+    Part(errors.NoMoreData, "549d75f9be34", "it is an OSError, as for a caller that has left"),
     Part(Arbiter.reload, "fec344d2f774", "it starts num_workers workers, then manages them"),
     Part(Arbiter.stop, "7138b6afd9c4", "it ends the workers within graceful_timeout"),
     Part(
         Arbiter.__init__,
         "53b20d752bbb",
-        "reexec_pid, master_pid, num_workers are what master.py takes them for",
+        "reexec_pid, master_pid and num_workers mean what master.py assumes",
     ),
     Part(glogging.Logger.__init__, "508cb885e4c0", "it makes error_log and calls setup()"),
     Part(
         Arbiter.handle_term,
         "93d583480a66",
-        "it stops the master by an exception, so _drain goes on only while it drains",
+        "it stops the master by raising StopIteration, so _drain never goes on after stop()",
     ),
     Part(Arbiter.handle_hup, "50de80005cd6", "it reloads, and nothing else"),
     Part(
@@ -145,9 +145,9 @@ PARTS = [
 ]
 
 
-@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.what.__qualname__)
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.code.__qualname__)
 def test_gunicorn_is_as_the_service_expects(part: Part) -> None:
-    digest = hashlib.sha256(inspect.getsource(part.what).encode()).hexdigest()
-    name = f"{part.what.__module__}.{part.what.__qualname__}"
+    digest = hashlib.sha256(inspect.getsource(part.code).encode()).hexdigest()
+    name = f"{part.code.__module__}.{part.code.__qualname__}"
     advice = f"gunicorn has changed {name}: check that {part.holds}; then put {digest[:12]} here"
     assert digest.startswith(part.digest), advice

@@ -1,7 +1,7 @@
-"""What no provider may do: hold an attempt past its deadline, fill memory, keep what it was lent.
+"""No provider can hold an attempt past its deadline, fill memory, or leak threads or descriptors.
 
-Each character is one way to misbehave. All of them meet the same assertions, over plain HTTP and
-over TLS. `test_transport` has those whose outcome alone is worth a test.
+The same assertions hold for every misbehaviour, over plain HTTP and over TLS. `test_transport` has
+those for which only the outcome matters.
 """
 
 import itertools
@@ -48,15 +48,15 @@ from tests.sockets import LOOPBACK, not_answering, refusing
 from tests.test_transport import ODD_ENDS
 from tests.timing import eventually, within
 
-SECONDS = 0.4  # for an attempt that only its deadline ends
-ENOUGH = 5.0  # for any other, on a machine that is busy with something else too
-MARGIN = 2.0  # for a machine that is busy with something else
+SECONDS = 0.4  # for an attempt that ends at its deadline
+ENOUGH = 5.0  # for any other attempt, even on a busy machine
+MARGIN = 2.0  # extra time on a busy machine
 MEMORY = 4 * 1024**2
-# What may leave the provider before it is left: 64 KiB are drained, the rest is the kernel's.
+# The most that a provider can send: we drain 64 KiB, the rest fills the kernel's buffers.
 SENT = 16 * 1024**2
 FOUR_GB = 4 * 1024**3
 
-# One failure opens the breaker: its state says what the attempt was taken for.
+# One failure opens the breaker, so its state shows what the attempt recorded.
 POLICY = Policy(
     max_half_open=1, open_seconds=60.0, min_calls=1, failure_percent=100, window_seconds=60.0
 )
@@ -67,8 +67,8 @@ ByHand = Callable[[Peer, TLSByHand], None]
 
 
 @dataclass(frozen=True)
-class Character:
-    """A way to misbehave, and what the attempt at such a provider is."""
+class Misbehaviour:
+    """A provider's misbehaviour, and the outcome of an attempt at it."""
 
     script: Script
     outcome: str
@@ -80,8 +80,8 @@ def status_line(status: int) -> bytes:
     return f"HTTP/1.1 {status} X\r\n".encode()
 
 
-def says(text: bytes, then: Script = close, outcome: str = "unknown") -> Character:
-    return Character(sends(text, then), outcome)
+def says(text: bytes, then: Script = close, outcome: str = "unknown") -> Misbehaviour:
+    return Misbehaviour(sends(text, then), outcome)
 
 
 def reads_slowly(peer: Peer, _: Received) -> None:
@@ -89,32 +89,32 @@ def reads_slowly(peer: Peer, _: Received) -> None:
         peer.pause(0.05)
 
 
-def early(text: bytes, then: Script, outcome: str) -> Character:
-    """Send `text` once the request begins, and never read the rest of it."""
+def early(text: bytes, then: Script, outcome: str) -> Misbehaviour:
+    """Send `text` once the request begins, and do not read the rest of it."""
 
     def script(peer: Peer, received: Received) -> None:
         peer.read_some()
         peer.send(text)
         then(peer, received)
 
-    return Character(script, outcome, LARGEST, eager=True)
+    return Misbehaviour(script, outcome, LARGEST, eager=True)
 
 
-def accepted(character: str) -> Character:
-    """Take a character of `test_transport`'s, whose answers are all accepted."""
-    return Character(ODD_ENDS[character], "accepted")
+def accepted(name: str) -> Misbehaviour:
+    """Return one of `test_transport`'s misbehaviours whose answer is accepted."""
+    return Misbehaviour(ODD_ENDS[name], "accepted")
 
 
 CONTINUE = status_line(100)
 REPLY = STATUS_LINE + b"Content-Length: 2\r\n\r\n{}"
 LAST = STATUS_LINE + b"Connection: close\r\nContent-Length: 2\r\n\r\n{}"
 BIG = 8 * 1024**2  # more than the kernel's buffers hold
-LARGEST = 62_000  # as long as the API's limits allow a provider's body to become
+LARGEST = 62_000  # the longest body of an attempt that the API's limits allow
 
-CAST = {
+MISBEHAVIOURS = {
     # Silence and slowness.
-    "takes the connection and says nothing": Character(hang, "unknown", eager=True),
-    "reads slowly": Character(reads_slowly, "unknown", BIG, eager=True),
+    "accepts the connection and sends nothing": Misbehaviour(hang, "unknown", eager=True),
+    "reads slowly": Misbehaviour(reads_slowly, "unknown", BIG, eager=True),
     "drips spaces into the status line": says(b"HTTP/1.1", drips(b" ")),
     "drips the headers of a 500": says(status_line(500), drips(b"X-A: b\r\n")),
     "drips the body of a 500": says(status_line(500) + b"\r\n", drips(b"x")),
@@ -139,10 +139,10 @@ CAST = {
     "sends a header line of Continue without end": says(CONTINUE, floods(b"X" * 65536)),
     "sends a status line without end": says(b"HTTP/1.1 200 ", floods(b"x" * 65536)),
     "sends spaces without end": says(b"HTTP/1.1 ", floods(b" " * 65536)),
-    "sends empty lines without end": Character(floods(b"\r\n" * 8192), "unknown"),
-    "hints for ever": Character(floods(status_line(103) + b"\r\n"), "unknown"),
-    # The end in the middle.
-    "closes at once": Character(close, "unknown", eager=True),
+    "sends empty lines without end": Misbehaviour(floods(b"\r\n" * 8192), "unknown"),
+    "sends 103 for ever": Misbehaviour(floods(status_line(103) + b"\r\n"), "unknown"),
+    # A connection that ends too early.
+    "closes at once": Misbehaviour(close, "unknown", eager=True),
     "resets within the status line": says(b"HTTP/1.1 2", reset),
     "closes after Continue": says(CONTINUE + b"\r\n"),
     "resets after Continue": says(CONTINUE + b"\r\n", reset),
@@ -155,17 +155,21 @@ CAST = {
     "stops sending within the headers": says(
         STATUS_LINE + b"X-A: b\r\n", lambda peer, _: peer.stop_sending(), "accepted"
     ),
-    "says goodbye before the status line": Character(lambda peer, _: peer.say_goodbye(), "unknown"),
-    "says goodbye after it": says(STATUS_LINE, lambda peer, _: peer.say_goodbye(), "accepted"),
+    "closes properly before the status line": Misbehaviour(
+        lambda peer, _: peer.say_goodbye(), "unknown"
+    ),
+    "closes properly after the status line": says(
+        STATUS_LINE, lambda peer, _: peer.say_goodbye(), "accepted"
+    ),
     # An answer before the request has been read.
-    "accepts before it reads": Character(sends(LAST, hang), "accepted", eager=True),
+    "accepts before it reads": Misbehaviour(sends(LAST, hang), "accepted", eager=True),
     "fails early and reads no more": early(status_line(500) + b"\r\n", hang, "unknown"),
     "fails early and closes": early(status_line(500) + b"\r\n", close, "unknown"),
     "fails early and resets": early(status_line(500) + b"\r\n", reset, "unknown"),
-    "reads no more": early(b"", hang, "unknown"),
+    "stops reading": early(b"", hang, "unknown"),
     "closes before it has read all": early(b"", close, "unknown"),
     "resets before it has read all": early(b"", reset, "unknown"),
-    # What is no answer.
+    # An invalid answer.
     "answers in HTTP/0.9": says(b"<html>Fine</html>"),
     "answers with NULs": says(bytes(4096)),
     "answers in UTF-16": says("HTTP/1.1 200 OK\r\n\r\n".encode("utf-16")),
@@ -177,9 +181,9 @@ CAST = {
     "has a status in letters": says(b"HTTP/1.1 OK 200\r\n\r\n"),
     "switches protocols": says(status_line(101) + b"Upgrade: h2c\r\n\r\n", hang),
     "has a status line of 70 KB": says(b"HTTP/1.1 200 " + b"x" * 70_000 + b"\r\n\r\n"),
-    # What is an answer, if an odd one.
-    "has a version of its own": says(b"HTTP/9.9 200 OK\r\n\r\n", outcome="accepted"),
-    "has much to say after the status": says(
+    # An odd but valid answer.
+    "has an unknown version": says(b"HTTP/9.9 200 OK\r\n\r\n", outcome="accepted"),
+    "sends a long reason phrase": says(
         b"HTTP/1.1 200 " + b"x" * 60_000 + b"\r\n\r\n", outcome="accepted"
     ),
     "announces two lengths": says(
@@ -190,18 +194,18 @@ CAST = {
         hang,
         "accepted",
     ),
-    "announces less than nothing": says(
+    "announces a negative length": says(
         status_line(404) + b"Content-Length: -9\r\n\r\n", floods(bytes(65536)), "rejected"
     ),
     "announces a length of five thousand digits": says(
         STATUS_LINE + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", hang, "accepted"
     ),
-    "says that a chunk is smaller than nothing": says(CHUNKED + b"-9\r\n{}", hang, "accepted"),
+    "announces a negative chunk size": says(CHUNKED + b"-9\r\n{}", hang, "accepted"),
 }
 
 
 def floods_for_a_while(data: bytes) -> Script:
-    """Flood for longer than an attempt may take, but not for as long as it may hang."""
+    """Return a script that floods for longer than an attempt may take, but not for ever."""
 
     def script(peer: Peer, _: Received) -> None:
         give_up = time.monotonic() + 2 * (SECONDS + MARGIN)
@@ -213,7 +217,7 @@ def floods_for_a_while(data: bytes) -> Script:
 
 MANY_IN_A_LINE = b"a:\r" * 21_000 + b"\n"  # email.parser ends a line at every CR
 
-CAST |= {
+MISBEHAVIOURS |= {
     "sends headers of 5 MB and an end": says(
         STATUS_LINE + (b"X-A: " + b"x" * 65_000 + b"\r\n") * 80 + b"\r\n", outcome="accepted"
     ),
@@ -238,8 +242,8 @@ CAST |= {
     ),
 }
 
-# One TLS record, its length, and what it could hold.
-ALERT = b"\x15\x03\x03\x00\x02\x02\x28"  # fatal: no handshake
+# TLS records, and bytes that are none.
+ALERT = b"\x15\x03\x03\x00\x02\x02\x28"  # fatal: handshake_failure
 HUGE_HELLO = b"\x16\x03\x03\x40\x00\x02\xff\xff\xff" + bytes(16380)
 NOISE = random.Random(5).randbytes(65536)
 
@@ -249,7 +253,7 @@ def by_hand(act: ByHand, context: ssl.SSLContext) -> Script:
 
 
 def greets(data: bytes, then: Script = hang) -> ByHand:
-    """Answer the caller's hello with `data`."""
+    """Answer the caller's ClientHello with `data`."""
 
     def act(peer: Peer, _: TLSByHand) -> None:
         peer.read_some()
@@ -260,7 +264,7 @@ def greets(data: bytes, then: Script = hang) -> ByHand:
 
 
 def shakes_half(then: Script) -> ByHand:
-    """Send one half of the first flight of the handshake, and then do something else."""
+    """Send half of the handshake's first flight, and then run `then`."""
 
     def act(peer: Peer, tls: TLSByHand) -> None:
         flight = tls.first_flight()
@@ -271,7 +275,7 @@ def shakes_half(then: Script) -> ByHand:
 
 
 def replies(reply: Callable[[TLSByHand], bytes], then: Script = hang) -> ByHand:
-    """Shake hands, read the request, and send what `reply` makes of it."""
+    """Complete the handshake, read the request, and send what `reply` returns."""
 
     def act(peer: Peer, tls: TLSByHand) -> None:
         tls.open()
@@ -286,7 +290,7 @@ def drips_handshake(peer: Peer, tls: TLSByHand) -> None:
 
 
 def drips_records(head: bytes, rest: bytes) -> ByHand:
-    """Send `head`, and drip the record of `rest`."""
+    """Send `head` at once, and drip the TLS record that holds `rest`."""
 
     def act(peer: Peer, tls: TLSByHand) -> None:
         tls.open()
@@ -310,12 +314,12 @@ BAD_TLS: dict[str, tuple[ByHand, str]] = {
         greets(b"", floods(b"\x15\x03\x03\x00\x02\x01\x5a" * 4096)),
         "not_sent",
     ),
-    "has an alert for a hello": (greets(ALERT), "not_sent"),
+    "answers the hello with an alert": (greets(ALERT), "not_sent"),
     "announces a hello of 16 MB": (greets(HUGE_HELLO, floods(bytes(65536))), "not_sent"),
     "hangs within the handshake": (shakes_half(hang), "not_sent"),
     "closes within the handshake": (shakes_half(close), "not_sent"),
     "resets within the handshake": (shakes_half(reset), "not_sent"),
-    "has an alert within the handshake": (shakes_half(sends(ALERT, hang)), "not_sent"),
+    "sends an alert within the handshake": (shakes_half(sends(ALERT, hang)), "not_sent"),
     "drips the handshake": (drips_handshake, "not_sent"),
     "drips the record of the status line": (drips_records(b"", REPLY), "unknown"),
     "drips the record of the body": (drips_records(STATUS_LINE + b"\r\n", b"{}"), "accepted"),
@@ -325,15 +329,15 @@ BAD_TLS: dict[str, tuple[ByHand, str]] = {
         "accepted",
     ),
     "falls back to plain HTTP": (replies(lambda _: REPLY), "unknown"),
-    "has an alert for the request": (replies(lambda tls: tls.alert()), "unknown"),
-    "has an alert after the status line": (
+    "answers the request with an alert": (replies(lambda tls: tls.alert()), "unknown"),
+    "sends an alert after the status line": (
         replies(lambda tls: tls.sealed(STATUS_LINE) + tls.alert()),
         "accepted",
     ),
     "corrupts its answer": (replies(corrupt), "unknown"),
     "resets within a record": (replies(lambda tls: tls.sealed(REPLY)[:-9], reset), "unknown"),
-    # A caller that has sent its own hello steps over these, whatever time it is.
-    "asks for a hello without end": (
+    # OpenSSL skips these after its own hello, without regard to the deadline.
+    "sends hello requests without end": (
         greets(b"", floods_for_a_while(b"\x16\x03\x03\x00\x04\x00\x00\x00\x00" * 7000)),
         "not_sent",
     ),
@@ -341,31 +345,32 @@ BAD_TLS: dict[str, tuple[ByHand, str]] = {
 }
 
 
-# Only the deadline ends an attempt at these.
+# The misbehaviours for which only the deadline ends an attempt.
 ENDLESS = {
-    "takes the connection and says nothing",
+    "accepts the connection and sends nothing",
     "reads slowly",
     "drips spaces into the status line",
-    "reads no more",
+    "stops reading",
     "hangs within the handshake",
-    "has an alert within the handshake",
+    "sends an alert within the handshake",
     "drips the record of the status line",
 }
 
 
 def seconds_for(name: str) -> float:
-    """Return what an attempt may take at the character of that name."""
+    """Return the seconds that an attempt at this misbehaviour may take."""
     if name not in ENDLESS:
         return ENOUGH
-    return 3 * SECONDS if name in CAST and CAST[name].body == BIG else SECONDS  # to write it
+    is_big = name in MISBEHAVIOURS and MISBEHAVIOURS[name].body == BIG
+    return 3 * SECONDS if is_big else SECONDS  # a big body takes time to write
 
 
 @contextmanager
 def nothing_kept(beyond: int = 0) -> Iterator[None]:
-    """Fail unless threads and descriptors end up as they were, and memory stayed in its bounds.
+    """Fail if the block leaks threads or descriptors, or uses too much memory.
 
     Args:
-        beyond: bytes that may be used besides.
+        beyond: bytes that it may use on top of `MEMORY`.
     """
 
     def in_use() -> tuple[int, int]:
@@ -386,7 +391,7 @@ def nothing_kept(beyond: int = 0) -> Iterator[None]:
 def attempt(
     transport: Transport, url: str, text: Message | None = None, seconds: float = SECONDS
 ) -> str:
-    """Return the outcome of an attempt, which has to come in time."""
+    """Make an attempt and return its outcome; fail if it takes too long."""
     provider = Provider.from_row((1, "Email", "mailer", url, "secret"))
     breakers = Breakers(POLICY)
     outcome = "accepted"
@@ -411,59 +416,59 @@ def transport(make_transport: MakeTransport, wire: Wire) -> Transport:
 
 
 def used(transport: Transport) -> Transport:
-    """Let begin what begins with the first use of `transport` and ends with it."""
+    """Use `transport` once, so that what it makes at its first use is not taken for a leak."""
     with refusing() as port:
         failure(transport, f"https://{LOOPBACK}:{port}/")
     return transport
 
 
-def meet(
+def check(
     transport: Transport,
-    character: Character,
+    misbehaviour: Misbehaviour,
     seconds: float,
     tls: ssl.SSLContext | None = None,
     scheme: str | None = None,
 ) -> None:
-    """Attempt to notify through `character`, and let nothing of it stay.
+    """Make an attempt at a misbehaving provider; check its outcome, and that nothing leaks.
 
     Args:
-        seconds: that the attempt may take.
-        scheme: of the URL, if not that of what the provider serves.
+        seconds: the time that the attempt may take.
+        scheme: the URL's scheme, if the provider serves another one.
     """
-    text = message(character.body)
-    copies = 3 * character.body
-    with nothing_kept(copies), ScriptedProvider(character.script, tls=tls) as provider:
-        provider.eager = character.eager
-        url = f"{scheme}://{provider.host}/" if scheme else provider.url
-        assert attempt(transport, url, text, seconds) == character.outcome
+    text = message(misbehaviour.body)
+    copies = 3 * misbehaviour.body
+    with nothing_kept(copies), ScriptedProvider(misbehaviour.script, tls=tls) as provider:
+        provider.eager = misbehaviour.eager
+        url = f"{scheme}://{provider.endpoint}/" if scheme else provider.url
+        assert attempt(transport, url, text, seconds) == misbehaviour.outcome
         assert provider.connections == 1
         assert provider.sent < SENT
-        if not scheme:  # what is left of the connection harms nobody
+        if not scheme:  # the next attempt is not affected
             provider.script, provider.eager = answer(202, b"{}", "Connection: close"), False
             assert attempt(transport, url, seconds=5) == "accepted"
 
 
 @pytest.mark.usefixtures("short_drain")
-@pytest.mark.parametrize("name", CAST)
-def test_a_hostile_provider_costs_an_attempt_and_no_more(
+@pytest.mark.parametrize("name", MISBEHAVIOURS)
+def test_a_hostile_provider_costs_no_more_than_one_attempt(
     transport: Transport, wire: Wire, name: str
 ) -> None:
-    meet(transport, CAST[name], seconds_for(name), wire[1])
+    check(transport, MISBEHAVIOURS[name], seconds_for(name), wire[1])
 
 
 @pytest.mark.usefixtures("short_drain")
 @pytest.mark.parametrize("name", BAD_TLS)
-def test_a_provider_that_speaks_tls_badly_costs_an_attempt_and_no_more(
+def test_a_provider_with_broken_tls_costs_no_more_than_one_attempt(
     make_transport: MakeTransport, certificate: Certificate, name: str
 ) -> None:
     bundle, context = certificate
     act, outcome = BAD_TLS[name]
-    character = Character(by_hand(act, context), outcome, eager=True)
-    meet(used(make_transport(bundle)), character, seconds_for(name), scheme="https")
+    misbehaviour = Misbehaviour(by_hand(act, context), outcome, eager=True)
+    check(used(make_transport(bundle)), misbehaviour, seconds_for(name), scheme="https")
 
 
 @pytest.mark.parametrize("status", [200, 500])
-def test_a_body_that_drips_costs_a_second_of_a_longer_attempt(
+def test_a_dripping_body_costs_one_second_of_a_longer_attempt(
     transport: Transport, wire: Wire, status: int
 ) -> None:
     script = sends(status_line(status) + b"\r\n", drips(b"x"))
@@ -472,52 +477,56 @@ def test_a_body_that_drips_costs_a_second_of_a_longer_attempt(
     assert outcome == ("accepted" if status == 200 else "unknown")
 
 
-def test_who_talks_without_answering_is_not_listened_to_for_the_whole_of_a_long_attempt(
+def test_endless_interim_answers_end_a_long_attempt_early(
     transport: Transport, provider: ScriptedProvider
 ) -> None:
-    """Reading without a pause, of interim answers say, takes the interpreter from all others."""
+    """Reading them without a pause would keep the interpreter from all other threads."""
     provider.script = floods(CONTINUE + b"\r\n" + status_line(103) + b"\r\n")
     with within(1 + MARGIN):
         assert attempt(transport, provider.url, seconds=10) == "unknown"
 
 
 @pytest.mark.usefixtures("short_drain")
-def test_many_hostile_providers_at_once_take_no_more_than_one(
+def test_many_hostile_providers_at_once_cost_no_more_than_one(
     transport: Transport, wire: Wire
 ) -> None:
-    """Those that flood stay away: they would show how fast this machine is."""
-    names = [name for name in CAST if "without end" not in name and CAST[name].body != BIG]
+    """Floods are left out: they would measure the speed of the machine."""
+    names = [
+        name
+        for name in MISBEHAVIOURS
+        if "without end" not in name and MISBEHAVIOURS[name].body != BIG
+    ]
     outcomes: dict[str, str] = {}
 
-    def meet_one(name: str) -> None:
-        with ScriptedProvider(CAST[name].script, tls=wire[1]) as provider:
-            provider.eager = CAST[name].eager
+    def check_one(name: str) -> None:
+        with ScriptedProvider(MISBEHAVIOURS[name].script, tls=wire[1]) as provider:
+            provider.eager = MISBEHAVIOURS[name].eager
             outcomes[name] = attempt(transport, provider.url, seconds=seconds_for(name))
 
     with nothing_kept(len(names) * 1024**2):
-        threads = [threading.Thread(target=meet_one, args=(name,)) for name in names]
+        threads = [threading.Thread(target=check_one, args=(name,)) for name in names]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(30)
-        transport.close()  # who sends more than announced has an idle connection
-    assert outcomes == {name: CAST[name].outcome for name in names}
+        transport.close()  # one that sent too much has left an idle connection
+    assert outcomes == {name: MISBEHAVIOURS[name].outcome for name in names}
 
 
 LEAVING: dict[str, Callable[[Peer], None]] = {
     "closes": Peer.close,
     "resets": Peer.reset,
-    "says goodbye": Peer.say_goodbye,
+    "closes properly": Peer.say_goodbye,
     "stops sending": Peer.stop_sending,
-    "sends what nobody asked for": lambda peer: peer.send(b"HTTP/1.1 408 Too late\r\n\r\n"),
+    "sends an unsolicited answer": lambda peer: peer.send(b"HTTP/1.1 408 Too late\r\n\r\n"),
 }
 
 
 @pytest.mark.parametrize("name", LEAVING)
-def test_connections_that_the_provider_left_while_idle_fail_no_notification(
+def test_a_provider_that_leaves_idle_connections_fails_no_notification(
     transport: Transport, provider: ScriptedProvider, name: str
 ) -> None:
-    """Eight at a time, as when the provider starts again."""
+    """It leaves eight connections at a time, as a restarting provider does."""
     together = threading.Barrier(8, timeout=20)
     left: list[str] = []
 
@@ -548,10 +557,10 @@ def test_connections_that_the_provider_left_while_idle_fail_no_notification(
 
 
 @pytest.mark.parametrize("leave", [close, reset], ids=["closes", "resets"])
-def test_a_notification_that_the_provider_has_read_is_not_sent_to_it_again(
+def test_a_notification_that_the_provider_has_read_is_not_resent(
     transport: Transport, provider: ScriptedProvider, leave: Script
 ) -> None:
-    """Over a connection that has been used before too, where a retry would be at hand."""
+    """Not even on a reused connection, where a resend may look safe."""
     assert attempt(transport, provider.url) == "accepted"
     provider.script = leave
     assert attempt(transport, provider.url) == "unknown"
@@ -559,13 +568,13 @@ def test_a_notification_that_the_provider_has_read_is_not_sent_to_it_again(
 
 
 @pytest.mark.parametrize("by_reset", [False, True], ids=["FIN", "reset"])
-def test_a_provider_that_leaves_just_before_the_notification_is_sent_fails_it_no_more(
+def test_a_connection_closed_just_before_the_request_fails_no_notification(
     transport: Transport,
     provider: ScriptedProvider,
     monkeypatch: pytest.MonkeyPatch,
     by_reset: bool,
 ) -> None:
-    """After the last look at the idle connection, and before the first byte."""
+    """The provider closes it after our last check of the idle connection, before the first byte."""
     leave, went = threading.Event(), threading.Event()
 
     def answer_and_leave(peer: Peer, received: Received) -> None:
@@ -581,7 +590,7 @@ def test_a_provider_that_leaves_just_before_the_notification_is_sent_fails_it_no
             if to_provider and len(provider.received) == 1:
                 leave.set()
                 assert went.wait(20)
-                select.select([sock], [], [], 20)  # its end has arrived
+                select.select([sock], [], [], 20)  # its FIN or RST has arrived
             return send(sock, *args)
 
         return replaced
@@ -602,7 +611,7 @@ def addresses(port: int, count: int = 1) -> list[Any]:
 
 
 @pytest.mark.parametrize("count", [1, 50, 4000])
-def test_a_name_that_resolves_slowly_to_addresses_that_do_not_answer_has_one_deadline_for_all(
+def test_one_deadline_covers_a_slow_look_up_and_all_addresses_that_do_not_answer(
     make_transport: MakeTransport, resolve: Callable[..., None], count: int
 ) -> None:
     transport, url = make_transport(), "http://mail.example.com/"
@@ -616,7 +625,7 @@ def test_a_name_that_resolves_slowly_to_addresses_that_do_not_answer_has_one_dea
         assert attempt(transport, url) == "not_sent"
 
 
-def test_a_name_that_resolves_slowly_leaves_the_rest_of_the_time_to_the_provider(
+def test_a_slow_look_up_leaves_the_rest_of_the_time_to_the_provider(
     make_transport: MakeTransport, resolve: Callable[..., None], make_provider: MakeProvider
 ) -> None:
     provider, transport, url = make_provider(), make_transport(), "http://mail.example.com/"
@@ -632,7 +641,7 @@ def test_a_name_that_resolves_slowly_leaves_the_rest_of_the_time_to_the_provider
     assert attempt(transport, url) == "unknown"
 
 
-def test_a_name_that_never_resolves_costs_a_thread_only_while_it_is_looked_up(
+def test_a_name_that_never_resolves_costs_a_thread_only_during_the_look_up(
     make_transport: MakeTransport, resolve: Callable[..., None]
 ) -> None:
     transport, released = make_transport(), threading.Event()

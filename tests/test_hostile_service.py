@@ -1,5 +1,4 @@
-"""Hostile providers behind a real gunicorn: every notification arrives, and the workers stay as
-they were."""
+"""Hostile providers behind a real gunicorn: every notification arrives, and no worker leaks."""
 
 import itertools
 import ssl
@@ -15,7 +14,7 @@ import pytest
 from tests.fixtures import MakeProvider
 from tests.scripted_provider import Peer, Received, Script, answer
 from tests.service import Service
-from tests.test_hostile import BAD_TLS, BIG, CAST, by_hand
+from tests.test_hostile import BAD_TLS, BIG, MISBEHAVIOURS, by_hand
 from tests.test_transport import NO_STATUS_LINE, ODD_ENDS
 from tests.timing import eventually
 
@@ -23,36 +22,34 @@ StartService = Callable[..., Service]
 MB = 1024**2
 LAST_READ = "preference_last_refresh_timestamp_seconds"
 
-# Of the characters of both files those that an ordinary notification meets, in no special order.
+# The misbehaviours of test_hostile and test_transport that an ordinary notification can meet.
 SCRIPTS = {
-    **{name: character.script for name, character in CAST.items() if not character.eager},
+    **{name: each.script for name, each in MISBEHAVIOURS.items() if not each.eager},
     **{name: script for name, (script, _) in NO_STATUS_LINE.items()},
     **ODD_ENDS,
 }
 EAGER = {
-    name: character.script
-    for name, character in CAST.items()
-    if character.eager and character.body != BIG
+    name: each.script for name, each in MISBEHAVIOURS.items() if each.eager and each.body != BIG
 }
 DEADLINE = 5  # seconds
 
 
-class Company:
-    """A provider with another character for each request; `waiting` are yet to have their turn."""
+class Rotation:
+    """A script that misbehaves in another way at each request; `unused` names those to come."""
 
     def __init__(self, scripts: dict[str, Script]) -> None:
         self._scripts = scripts
         self._next = itertools.cycle(scripts)
-        self.waiting = set(scripts)
+        self.unused = set(scripts)
 
     def __call__(self, peer: Peer, received: Received) -> None:
         name = next(self._next)
-        self.waiting.discard(name)
+        self.unused.discard(name)
         self._scripts[name](peer, received)
 
 
 class Workers:
-    """What the workers of a service take from their machine."""
+    """The resources that a service's workers use."""
 
     def __init__(self, service: Service) -> None:
         self._processes = service.booted()
@@ -60,17 +57,17 @@ class Workers:
         self._stopping = threading.Event()
 
     def in_use(self) -> tuple[int, int]:
-        """Return threads and descriptors of all."""
+        """Return the number of threads and of descriptors of all workers."""
         threads = sum(worker.num_threads() for worker in self._processes)
         return threads, sum(worker.num_fds() for worker in self._processes)
 
     def memory(self) -> int:
-        """Return the bytes of the largest."""
+        """Return the resident memory of the largest worker, in bytes."""
         return max(worker.memory_info().rss for worker in self._processes)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Keep the most memory that is seen during the block in `peak`."""
+        """Record the highest memory use during the block in `peak`."""
 
         def watch() -> None:
             while not self._stopping.wait(0.05):
@@ -86,13 +83,13 @@ class Workers:
 
 
 @pytest.fixture
-def companies(
+def rotations(
     make_provider: MakeProvider, certificate: tuple[Path, ssl.SSLContext]
-) -> dict[str, tuple[Company, str]]:
-    """Companies and their channels, by the URL of their provider."""
+) -> dict[str, tuple[Rotation, str]]:
+    """Return rotations and their channels by the URL of the provider that runs them."""
     context = certificate[1]
     bad_tls = {name: by_hand(act, context) for name, (act, _) in BAD_TLS.items()}
-    plain, over_tls, bare, eager = (Company(cast) for cast in (SCRIPTS, SCRIPTS, bad_tls, EAGER))
+    plain, over_tls, bare, eager = (Rotation(cast) for cast in (SCRIPTS, SCRIPTS, bad_tls, EAGER))
     first, second = make_provider(bare), make_provider(eager)
     first.eager = second.eager = True
     return {
@@ -103,12 +100,12 @@ def companies(
     }
 
 
-def test_whatever_providers_do_the_next_one_delivers_in_time_and_the_workers_stay_as_they_were(
+def test_whatever_providers_do_the_next_one_delivers_in_time_and_no_worker_leaks(
     start_service: StartService,
     make_provider: MakeProvider,
     add_provider: Callable[..., int],
     certificate: tuple[Path, ssl.SSLContext],
-    companies: dict[str, tuple[Company, str]],
+    rotations: dict[str, tuple[Rotation, str]],
 ) -> None:
     healthy = make_provider(answer(200, b"", "Connection: close"))
     service = start_service(
@@ -134,14 +131,14 @@ def test_whatever_providers_do_the_next_one_delivers_in_time_and_the_workers_sta
     eventually(lambda: service.notify("seller").status_code == 200)
     notify_often(100)
     at_first = workers.memory()
-    for priority, (url, (_, channel)) in enumerate(companies.items()):
+    for priority, (url, (_, channel)) in enumerate(rotations.items()):
         add_provider(url, channel, priority=priority)
     with workers.watched():
         assert notify_often(40) == {(200, True)}
         threads, descriptors = workers.in_use()
         assert notify_often(90) == {(200, True)}
-    assert [name for company, _ in companies.values() for name in company.waiting] == []
-    # A thread that had not been needed before, a connection that has not been asked since.
+    assert [name for rotation, _ in rotations.values() for name in rotation.unused] == []
+    # The margin: threads that were not needed before, idle connections not checked since.
     eventually(lambda: workers.in_use()[1] <= descriptors + 4)
     assert workers.in_use()[0] <= threads + 4
     assert workers.peak - at_first < 20 * MB
@@ -149,7 +146,7 @@ def test_whatever_providers_do_the_next_one_delivers_in_time_and_the_workers_sta
 
 @pytest.fixture
 def patient(start_service: StartService) -> Service:
-    """A service with one worker that waits for longer than any test."""
+    """A service with one worker whose attempts may take longer than any test."""
     return start_service(
         WEB_CONCURRENCY="1",
         WEB_THREADS="8",
@@ -162,7 +159,7 @@ def patient(start_service: StartService) -> Service:
 
 @contextmanager
 def callers(released: threading.Event) -> Iterator[ThreadPoolExecutor]:
-    """Yield threads for callers; none of them outlives the block for want of an answer."""
+    """Yield a pool for callers; set `released` at the end, so that every call gets its answer."""
     with ThreadPoolExecutor(4) as executor:
         try:
             yield executor
@@ -171,7 +168,7 @@ def callers(released: threading.Event) -> Iterator[ThreadPoolExecutor]:
 
 
 def holds(released: threading.Event) -> Script:
-    """Return a script that answers once it is told to."""
+    """Return a script that answers once `released` is set."""
 
     def script(peer: Peer, received: Received) -> None:
         released.wait(60)
@@ -180,7 +177,7 @@ def holds(released: threading.Event) -> Script:
     return script
 
 
-def test_pushes_are_sent_and_other_hosts_asked_while_an_email_provider_hangs(
+def test_other_channels_and_providers_are_used_while_an_email_provider_hangs(
     patient: Service,
     make_provider: MakeProvider,
     add_provider: Callable[..., int],
@@ -220,7 +217,7 @@ def test_buyers_fall_back_at_once_while_a_probe_of_the_first_provider_hangs(
     first.script = holds(released)
 
     def probe() -> None:
-        """Notify until the breaker has let somebody try the first provider."""
+        """Notify until the breaker admits a probe of the first provider."""
         while len(first.received) == failed:
             assert patient.notify().status_code == 200
 

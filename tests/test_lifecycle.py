@@ -1,4 +1,4 @@
-"""What an orchestrator does to a running service: probe, drain, stop, reload, upgrade, kill."""
+"""A running service under an orchestrator: probes, drain, stop, reload, upgrade, kill."""
 
 import contextlib
 import shutil
@@ -48,16 +48,16 @@ class Gate:
         self._open.set()
 
 
-# Between the requests of a caller: enough for the workers to start beside them.
+# Seconds between a caller's requests, so that new workers get CPU time to start.
 CALLERS_PAUSE = 0.005
 
 
 @contextmanager
 def callers(service: Service, count: int, *, keep: bool) -> Iterator[list[Any]]:
-    """Notify without pause from `count` threads; the list gets the status or error of each try.
+    """Notify continuously from `count` threads; yield a list of each request's status or error.
 
     Args:
-        keep: whether each thread keeps its connection, or makes one for each request.
+        keep: True if each thread reuses its connection, False for a new one for each request.
     """
     outcomes: list[Any] = []
     enough = threading.Event()
@@ -82,7 +82,7 @@ def callers(service: Service, count: int, *, keep: bool) -> Iterator[list[Any]]:
 
 
 def reload(service: Service, starts: int) -> None:
-    """Send SIGHUP; wait for the old workers' end, and for `starts` since the master's start."""
+    """Send SIGHUP; wait until the old workers have ended and `starts` have started in all."""
     old = service.booted()
     service.process.send_signal(signal.SIGHUP)
     psutil.wait_procs(old, timeout=30)
@@ -95,7 +95,7 @@ def readiness(service: Service, session: Any = requests) -> tuple[int, dict[str,
 
 
 def metrics_folders(service: Service) -> list[Path]:
-    """Return where the workers of each of the service's masters count."""
+    """Return the metrics folder of each of the service's masters."""
     return [Path(line["folder"]) for line in service.lines() if "folder" in line]
 
 
@@ -116,7 +116,7 @@ def test_a_service_with_its_database_is_ready(start_service: StartService) -> No
     )
 
 
-def test_what_is_held_in_cache_makes_ready_while_the_database_is_away(
+def test_cached_providers_keep_the_service_ready_without_the_database(
     start_service: StartService, allow_connections: Callable[[str], None]
 ) -> None:
     service = start_service(WEB_CONCURRENCY="1", CACHE_EXPIRED_TIME="1ms")
@@ -126,7 +126,7 @@ def test_what_is_held_in_cache_makes_ready_while_the_database_is_away(
     assert (status, report["checks"]["preferences"]["detail"]) == (200, "held in cache")
 
 
-def test_a_service_that_knows_no_providers_and_cannot_ask_is_not_ready_until_it_can(
+def test_a_service_without_providers_is_not_ready_until_it_can_read_them(
     start_service: StartService, allow_connections: Callable[[str], None]
 ) -> None:
     allow_connections("false")
@@ -177,19 +177,19 @@ def test_a_stop_lets_thirty_slow_requests_finish(
     assert "Traceback" not in service.log.read_text()
 
 
-def test_a_stop_does_not_wait_for_connections_that_say_nothing(
+def test_a_stop_does_not_wait_for_connections_without_a_request(
     start_service: StartService,
 ) -> None:
-    """A load balancer opens some in advance."""
+    """A load balancer opens connections in advance."""
     service = start_service(WEB_CONCURRENCY="1")
     with socket.create_connection(("127.0.0.1", service.port)):
-        # Answered after it was accepted, and it has been put aside.
+        # This answer shows that the worker has accepted the silent connection too.
         assert requests.get(f"{service.url}/healthz", timeout=20).status_code == 200
         with within(15):  # graceful_timeout is 30 s
             assert service.stop() == 0
 
 
-def test_while_draining_it_is_not_ready_and_still_serves(
+def test_a_draining_service_is_not_ready_but_still_serves(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
 ) -> None:
     add_provider(make_provider().url)
@@ -204,7 +204,7 @@ def test_while_draining_it_is_not_ready_and_still_serves(
     for _ in range(10):
         reply = service.notify()
         assert reply.status_code == 200
-        assert reply.headers["Connection"] == "close"  # the next request goes to somebody else
+        assert reply.headers["Connection"] == "close"  # so the next request goes elsewhere
     assert service.stop() == 0
     assert [line["seconds"] for line in service.lines() if line["message"] == "draining"] == [3600]
 
@@ -222,8 +222,10 @@ def test_without_a_drain_delay_a_stop_does_not_wait(start_service: StartService)
     assert "draining" not in {line["message"] for line in service.lines()}
 
 
-def test_a_worker_that_a_reload_replaces_is_ready_to_its_end(start_service: StartService) -> None:
-    """The service is: whoever keeps a connection for its probes must not take it for stopping."""
+def test_a_worker_that_a_reload_replaces_stays_ready_to_its_end(
+    start_service: StartService,
+) -> None:
+    """The service is ready, and a prober that reuses its connection must see that."""
     service = start_service()
     with requests.Session() as kept:
 
@@ -279,7 +281,7 @@ globals().update(shipped)
 
 def post_fork(server, worker):
     try:
-        os.unlink(os.environ["DIE"])  # one worker finds it
+        os.unlink(os.environ["DIE"])  # only one worker finds the file
     except FileNotFoundError:
         shipped["post_fork"](server, worker)
     else:
@@ -287,7 +289,7 @@ def post_fork(server, worker):
 """
 
 
-def test_a_new_worker_that_dies_is_replaced_by_another_and_not_by_an_old_one(
+def test_a_new_worker_that_dies_is_replaced_by_a_new_one_and_not_by_an_old_one(
     start_service: StartService, tmp_path: Path
 ) -> None:
     config, die = tmp_path / "first_dies.py", tmp_path / "die"
@@ -322,7 +324,7 @@ def test_a_quick_stop_does_not_drain(start_service: StartService, number: int) -
 def test_under_load_a_drained_stop_refuses_connections_and_fails_no_request(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
 ) -> None:
-    """Callers that leave when they see a 503, as a load balancer does, lose nothing."""
+    """Callers that leave once /readyz answers 503, as a load balancer does, lose no request."""
     add_provider(make_provider().url)
     service = start_service(WEB_CONCURRENCY="2", DRAIN_DELAY="3s")
     with callers(service, 6, keep=True) as outcomes:
@@ -336,7 +338,7 @@ def test_under_load_a_drained_stop_refuses_connections_and_fails_no_request(
 # --- reload, kill, upgrade
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["kept connections", "new connections"])
+@pytest.mark.parametrize("keep", [True, False], ids=["reused connections", "new connections"])
 def test_a_reload_under_load_fails_no_request_and_loses_no_count(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider, keep: bool
 ) -> None:
@@ -356,7 +358,7 @@ def test_a_reload_under_load_fails_no_request_and_loses_no_count(
 @pytest.mark.parametrize(
     "break_it", [Path.unlink, lambda file: file.write_bytes(b"")], ids=["removed", "emptied"]
 )
-def test_a_reload_with_an_unusable_file_is_refused_and_works_once_that_is_mended(
+def test_a_reload_with_an_unusable_file_is_refused_and_works_once_the_file_is_repaired(
     start_service: StartService,
     database: dict[str, str],
     tmp_path: Path,
@@ -392,7 +394,7 @@ def test_a_reload_with_an_unusable_file_is_refused_and_works_once_that_is_mended
     assert service.stop() == 0
 
 
-def test_every_worker_says_what_all_have_counted_and_the_dead_too(
+def test_every_worker_reports_the_counts_of_all_workers_including_dead_ones(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
 ) -> None:
     add_provider(make_provider().url)
@@ -433,7 +435,7 @@ def test_a_killed_worker_leaves_no_gauge_behind(
         under_way = [pool.submit(service.notify) for _ in range(4)]
         gate.wait_for(4)
         assert service.metric("http_server_active_requests") == 4
-        assert service.metric("circuit_breaker_state", host=failing.host, state="open") == 1
+        assert service.metric("circuit_breaker_state", host=failing.endpoint, state="open") == 1
         for worker in service.booted():
             worker.kill()
         assert all(isinstance(reply.exception(), requests.RequestException) for reply in under_way)
@@ -443,7 +445,7 @@ def test_a_killed_worker_leaves_no_gauge_behind(
     assert service.metric("circuit_breaker_state") == 0
 
 
-def test_however_often_workers_are_replaced_their_files_do_not_pile_up(
+def test_metrics_files_do_not_pile_up_when_workers_are_replaced(
     start_service: StartService,
 ) -> None:
     service = start_service(WEB_CONCURRENCY="2")
@@ -457,7 +459,7 @@ def test_however_often_workers_are_replaced_their_files_do_not_pile_up(
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_scrape_while_a_worker_starts_steps_over_the_file_it_has_just_made(
+def test_a_scrape_skips_the_empty_file_of_a_starting_worker(
     start_service: StartService,
 ) -> None:
     service = start_service()
@@ -466,7 +468,7 @@ def test_a_scrape_while_a_worker_starts_steps_over_the_file_it_has_just_made(
     assert service.metric("worker_starts_total") == 1
 
 
-def test_a_metrics_folder_that_was_tidied_up_costs_counts_and_nothing_else(
+def test_a_deleted_metrics_folder_costs_counts_but_no_notification(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
 ) -> None:
     add_provider(make_provider().url)
@@ -483,10 +485,10 @@ def test_a_metrics_folder_that_was_tidied_up_costs_counts_and_nothing_else(
     assert service.notify().status_code == 200
 
 
-def test_each_master_has_a_metrics_folder_of_its_own_and_removes_it(
+def test_each_master_has_its_own_metrics_folder_and_removes_it(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
 ) -> None:
-    """Also after a reload, whose environment an upgrade hands on."""
+    """Also after a reload: then an upgrade passes on the variable that names the old folder."""
     add_provider(make_provider().url)
     service = start_service(PROMETHEUS_MULTIPROC_DIR="/no/such/folder")
     reload(service, starts=2)
@@ -505,7 +507,7 @@ def test_each_master_has_a_metrics_folder_of_its_own_and_removes_it(
 
 @contextmanager
 def second_master(service: Service) -> Iterator[psutil.Process]:
-    """Send SIGUSR2; yield the master that it starts, once its workers count; then stop it."""
+    """Send SIGUSR2, yield the new master once its workers count, and stop it at the end."""
     service.process.send_signal(signal.SIGUSR2)
     eventually(lambda: len(metrics_folders(service)) == 2)
     eventually(
@@ -522,11 +524,11 @@ def second_master(service: Service) -> Iterator[psutil.Process]:
         master.wait(30)
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["kept connections", "new connections"])
+@pytest.mark.parametrize("keep", [True, False], ids=["reused connections", "new connections"])
 def test_an_upgrade_fails_no_request_and_its_old_master_does_not_drain(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider, keep: bool
 ) -> None:
-    """Both masters listen on one socket: the old one's 503 would speak against the new one too."""
+    """Both masters share the socket, so a 503 from the old one would count against the new one."""
     add_provider(make_provider().url)
     service = start_service(WEB_CONCURRENCY="2", DRAIN_DELAY="1h")
     with second_master(service):
@@ -539,7 +541,7 @@ def test_an_upgrade_fails_no_request_and_its_old_master_does_not_drain(
         assert readiness(service)[0] == 200
 
 
-def test_a_new_master_that_is_taken_back_does_not_drain(start_service: StartService) -> None:
+def test_a_new_master_that_is_stopped_again_does_not_drain(start_service: StartService) -> None:
     service = start_service(DRAIN_DELAY="1h")
     with second_master(service) as master:
         master.send_signal(signal.SIGTERM)
@@ -548,7 +550,7 @@ def test_a_new_master_that_is_taken_back_does_not_drain(start_service: StartServ
     assert service.stop(signal.SIGINT) == 0
 
 
-def test_workers_that_would_not_count_are_not_started(
+def test_the_service_does_not_start_with_preload_app(
     tmp_path: Path, server: dict[str, str]
 ) -> None:
     service = Service(tmp_path, server | {"GUNICORN_CMD_ARGS": "--preload"})
@@ -556,13 +558,15 @@ def test_workers_that_would_not_count_are_not_started(
     assert "notifier cannot start: preload_app is set" in service.log.read_text()
 
 
-def test_tls_of_gunicorns_own_is_refused(tmp_path: Path, server: dict[str, str]) -> None:
+def test_the_service_does_not_start_with_gunicorns_own_tls(
+    tmp_path: Path, server: dict[str, str]
+) -> None:
     service = Service(tmp_path, server | {"GUNICORN_CMD_ARGS": f"--certfile {certifi.where()}"})
     assert service.process.wait(30) == 1
     assert "notifier cannot start: certfile or keyfile is set" in service.log.read_text()
 
 
-def test_a_command_ignores_where_others_count(server: dict[str, str]) -> None:
+def test_a_command_ignores_the_metrics_folder_in_its_environment(server: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "flask", "--app", "notifier.app", "routes"],
         cwd=ROOT,

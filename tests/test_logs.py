@@ -1,4 +1,4 @@
-"""What a log line holds, and what it never holds."""
+"""Log lines: their fields, and the texts and secrets that they never contain."""
 
 import contextvars
 import io
@@ -29,7 +29,7 @@ Lines = Callable[[], list[dict[str, Any]]]
 
 @pytest.fixture
 def stream() -> Iterator[io.StringIO]:
-    """What the process writes once its logs are configured; the logging of pytest is put back."""
+    """The output of the configured logs; pytest's logging is restored afterwards."""
     root = logging.getLogger()
     before = [(logging.getLogger(name), logging.getLogger(name).level) for name in QUIET]
     handlers, level = root.handlers[:], root.level
@@ -53,7 +53,9 @@ def in_context(request_id: str | None, act: Callable[[], Any]) -> Any:
     return context.run(act)
 
 
-def test_a_line_says_when_how_bad_who_and_what_in_this_order(lines: Lines) -> None:
+def test_a_line_has_time_level_logger_message_app_and_request_id_in_this_order(
+    lines: Lines,
+) -> None:
     in_context("req-1", lambda: log.warning("cache %s", "miss"))
     (line,) = lines()
     timestamp = line.pop("timestamp")
@@ -209,13 +211,13 @@ def test_an_exception_without_a_traceback_is_logged_as_its_class() -> None:
     assert logs.frames(ValueError(SECRET)) == "builtins.ValueError"
 
 
-def test_an_exception_that_another_handler_has_formatted_keeps_its_text_to_itself(
+def test_an_exception_that_another_handler_formatted_is_still_logged_without_its_text(
     lines: Lines,
 ) -> None:
     other = logging.StreamHandler(io.StringIO())
     logging.getLogger().handlers.insert(0, other)
     text = logged_exception(fail, lines)
-    assert SECRET in other.stream.getvalue()  # so that it had the text in its hands
+    assert SECRET in other.stream.getvalue()  # the other handler did format it
     assert text.startswith("builtins.ConnectionError")
 
 
@@ -230,11 +232,11 @@ def test_an_exception_that_another_handler_has_formatted_keeps_its_text_to_itsel
         ("\u00fcber@example.com", "\u00fc***@example.com"),
     ],
 )
-def test_of_an_address_the_first_character_and_the_domain_are_shown(to: str, masked: str) -> None:
+def test_a_masked_address_shows_the_first_character_and_the_domain(to: str, masked: str) -> None:
     assert logs.mask_address(to) == masked
 
 
-def test_gunicorns_quote_of_what_it_could_not_parse_is_cut(
+def test_gunicorns_quote_of_an_invalid_request_is_removed(
     stream: io.StringIO, lines: Lines
 ) -> None:
     quote = f'Invalid HTTP request line: \'{{"to": "{SECRET}"}}\n{SECRET}\''
@@ -250,14 +252,18 @@ def test_other_lines_of_gunicorn_are_kept(lines: Lines) -> None:
 
 
 @pytest.mark.parametrize("library", [*QUIET, "urllib3.connectionpool", "yoyo.migrations"])
-def test_libraries_that_quote_hosts_and_texts_are_quiet(library: str, stream: io.StringIO) -> None:
+def test_libraries_that_quote_hosts_and_texts_are_silenced(
+    library: str, stream: io.StringIO
+) -> None:
     logger = logging.getLogger(library)
     for act in (logger.debug, logger.info, logger.warning, logger.error):
         act("Retrying %s", SECRET)
     assert stream.getvalue() == ""
 
 
-def test_configured_twice_a_line_is_still_written_once(stream: io.StringIO, lines: Lines) -> None:
+def test_a_line_is_written_once_even_if_logs_are_configured_twice(
+    stream: io.StringIO, lines: Lines
+) -> None:
     logs.configure("other-name", "WARNING", stream)
     log.info("an event")
     log.warning("a warning")
@@ -277,12 +283,12 @@ def test_lines_go_to_stdout() -> None:
     assert done.stderr == b""
 
 
-def test_what_happens_often_is_logged_once_a_second_with_how_often_it_happened() -> None:
+def test_a_frequent_event_is_logged_once_a_second_with_its_count() -> None:
     now = 0.0
-    sparing = logs.OncePerSecond(lambda: now)
-    assert [sparing.times("a") for _ in range(3)] == [1, 0, 0]
-    assert sparing.times("b") == 1
+    limiter = logs.OncePerSecond(lambda: now)
+    assert [limiter.times("a") for _ in range(3)] == [1, 0, 0]
+    assert limiter.times("b") == 1
     now = logs.LOG_INTERVAL - 0.001
-    assert sparing.times("a") == 0
+    assert limiter.times("a") == 0
     now = logs.LOG_INTERVAL
-    assert [sparing.times(key) for key in "aab"] == [4, 0, 1]
+    assert [limiter.times(key) for key in "aab"] == [4, 0, 1]

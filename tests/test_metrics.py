@@ -1,4 +1,4 @@
-"""What `/metrics` shows: the contract, one process's counts, and the breakers of all workers."""
+"""The page `/metrics`: its contract, one process's counts, and the breakers of all workers."""
 
 import platform
 import time
@@ -30,7 +30,7 @@ AddProvider = Callable[..., int]
 SERVER = {"http_method", "http_route", "http_status_code"}
 CLIENT = {"http_method", "http_host", "http_status_code", "error"}
 
-# Name, type and labels as other systems rely on them; the parser drops `_total`.
+# The names, types and labels on which other systems rely. The parser drops `_total`.
 EXPORTED = {
     "http_server_requests": ("counter", SERVER),
     "http_server_duration_seconds": ("histogram", SERVER),
@@ -55,23 +55,23 @@ EXPORTED = {
     "notifier_build_info": ("gauge", {"version", "python_version"}),
 }
 
-HOST, OTHER = "one.metrics.example:443", "other.metrics.example:443"  # of these tests alone
+ENDPOINT, OTHER = "one.metrics.example:443", "other.metrics.example:443"  # used by no other test
 ONE_FAILURE_OPENS = Policy(
     max_half_open=1, open_seconds=60.0, min_calls=1, failure_percent=1, window_seconds=60.0
 )
 
 
 def states() -> dict[str, tuple[str, float]]:
-    """Return state and value of our hosts' `circuit_breaker_state`, of this process."""
+    """Return state and value of these tests' endpoints in this process's metrics."""
     families = text_string_to_metric_families(metrics.page().decode())
     (family,) = (family for family in families if family.name == "circuit_breaker_state")
     assert len(family.samples) == len({sample.labels["host"] for sample in family.samples})
     shown = {s.labels["host"]: (s.labels["state"], s.value) for s in family.samples}
-    return {host: shown[host] for host in (HOST, OTHER) if host in shown}
+    return {host: shown[host] for host in (ENDPOINT, OTHER) if host in shown}
 
 
 def shown(service: Service, name: str) -> dict[tuple[str, ...], float]:
-    """Return the series of a metric by the values of their labels, in the labels' order."""
+    """Return a metric's series by label values, in the order of the labels' names."""
     return {
         tuple(value for _, value in sorted(labels.items())): value
         for sample, labels, value in service.samples()
@@ -84,10 +84,10 @@ def shown(service: Service, name: str) -> dict[tuple[str, ...], float]:
 
 @dataclass(frozen=True)
 class Used:
-    """A service of one worker after 5 buyers, a seller without push, and 3 wrong requests."""
+    """A service with one worker after 5 buyers, a seller without push, and 3 wrong requests."""
 
     service: Service
-    failing: str  # the host that is asked first
+    failing: str  # the endpoint that is tried first
     delivering: str
 
 
@@ -103,7 +103,7 @@ def used(
         try:
             service.wait_until_ready().wait_until_listening()
             _use(service)
-            yield Used(service, failing.host, delivering.host)
+            yield Used(service, failing.endpoint, delivering.endpoint)
         finally:
             service.stop()
 
@@ -126,10 +126,10 @@ def test_names_types_and_labels_are_those_of_the_contract(used: Used) -> None:
         found[family.name] = (family.type, labels)
         assert family.documentation
     assert found == EXPORTED
-    assert list(found) == sorted(found)  # for those who read it themselves
+    assert list(found) == sorted(found)  # for human readers
 
 
-def test_requests_are_counted_by_rule_and_calls_by_endpoint(used: Used) -> None:
+def test_requests_are_counted_by_route_and_calls_by_endpoint(used: Used) -> None:
     route = "/api/v1.0/recipient/<recipient>/notify"
     answered = shown(used.service, "http_server_requests_total")
     assert {key: n for key, n in answered.items() if key[1] != "/metrics"} == {
@@ -151,7 +151,7 @@ def test_requests_are_counted_by_rule_and_calls_by_endpoint(used: Used) -> None:
     }
     changes = shown(used.service, "circuit_breaker_state_changes_total")
     assert {key: n for key, n in changes.items() if n} == {("closed", used.failing, "open"): 1}
-    assert len(changes) == 2 * len(CHANGES)  # the others are there at 0
+    assert len(changes) == 2 * len(CHANGES)  # the others exist at 0
 
 
 def test_notifications_channels_and_look_ups_are_counted_by_outcome(used: Used) -> None:
@@ -174,13 +174,15 @@ def test_notifications_channels_and_look_ups_are_counted_by_outcome(used: Used) 
     }
 
 
-def test_what_runs_is_told_once_however_many_workers_there_are(start_service: StartService) -> None:
+def test_the_build_info_appears_once_however_many_workers_there_are(
+    start_service: StartService,
+) -> None:
     service = start_service(WEB_CONCURRENCY="2")
-    told = {(platform.python_version(), __version__): 1}
-    assert shown(service, "notifier_build_info") == told
+    expected = {(platform.python_version(), __version__): 1}
+    assert shown(service, "notifier_build_info") == expected
 
 
-def test_durations_are_in_seconds_and_each_contains_what_it_waits_for(
+def test_durations_are_in_seconds_and_each_includes_the_one_that_it_waits_for(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
 ) -> None:
     def late(peer: Peer, received: Received) -> None:
@@ -196,8 +198,8 @@ def test_durations_are_in_seconds_and_each_contains_what_it_waits_for(
     assert 0.3 <= call <= notification <= request < 30
 
 
-def test_what_can_be_counted_is_there_before_it_is(start_service: StartService) -> None:
-    """Prometheus sees no increase in a series that begins with its first count."""
+def test_counters_are_exported_at_zero_before_they_count(start_service: StartService) -> None:
+    """Prometheus sees no increase in a series that starts with its first count."""
     service = start_service()
     zeros = {
         "notifications_total": 6,  # recipients x outcomes
@@ -209,17 +211,19 @@ def test_what_can_be_counted_is_there_before_it_is(start_service: StartService) 
     assert {service.metric(name) for name in zeros} == {0}
 
 
-def test_the_buckets_tell_apart_what_lasts_from_a_millisecond_to_a_whole_deadline() -> None:
+def test_the_buckets_range_from_a_millisecond_to_beyond_the_deadline() -> None:
     deadline = Settings.__dataclass_fields__["http_client_timeout"].default * 3
     assert metrics.BUCKETS[0] == 0.001
     assert {5.0, deadline} < set(metrics.BUCKETS)
-    assert metrics.BUCKETS[-1] > deadline  # what the deadline ends is a little longer
+    assert metrics.BUCKETS[-1] > deadline  # a request that its deadline ends takes a little longer
     assert list(metrics.BUCKETS) == sorted(set(metrics.BUCKETS))
 
 
-def test_instruments_are_looked_up_once_for_each_kind() -> None:
+def test_instruments_are_cached_by_their_labels() -> None:
     assert metrics.server_requests("POST", "/", 200) is metrics.server_requests("POST", "/", 200)
-    assert metrics.client_calls(HOST, None, "dns") is metrics.client_calls(HOST, None, "dns")
+    assert metrics.client_calls(ENDPOINT, None, "dns") is metrics.client_calls(
+        ENDPOINT, None, "dns"
+    )
     assert metrics.notifications("buyer", "failed") is metrics.notifications("buyer", "failed")
     assert metrics.channel_notifications("Email", "", "failed") is metrics.channel_notifications(
         "Email", "", "failed"
@@ -230,9 +234,11 @@ def test_instruments_are_looked_up_once_for_each_kind() -> None:
 @pytest.mark.parametrize(
     ("status", "label"), [(None, ""), (200, "200"), (599, "599"), (600, "_OTHER"), (999, "_OTHER")]
 )
-def test_a_provider_cannot_make_up_labels(status: int | None, label: str, growth: Growth) -> None:
-    metrics.client_calls(HOST, status).record(0.1)
-    assert growth("http_client_requests_total") == {("POST", HOST, label, ""): 1}
+def test_a_provider_cannot_create_labels_with_unknown_statuses(
+    status: int | None, label: str, growth: Growth
+) -> None:
+    metrics.client_calls(ENDPOINT, status).record(0.1)
+    assert growth("http_client_requests_total") == {("POST", ENDPOINT, label, ""): 1}
 
 
 # --- breakers
@@ -250,60 +256,60 @@ def fail(breaker: Breaker) -> None:
         call.record(failed=True)
 
 
-def test_a_breaker_is_shown_from_its_configuration_to_the_end_of_it(breakers: Breakers) -> None:
-    breakers.configure({HOST, OTHER})
-    assert states() == {HOST: ("closed", 0), OTHER: ("closed", 0)}
-    breakers.configure({HOST})
-    assert states() == {HOST: ("closed", 0)}
+def test_a_breaker_is_shown_only_while_its_endpoint_is_configured(breakers: Breakers) -> None:
+    breakers.configure({ENDPOINT, OTHER})
+    assert states() == {ENDPOINT: ("closed", 0), OTHER: ("closed", 0)}
+    breakers.configure({ENDPOINT})
+    assert states() == {ENDPOINT: ("closed", 0)}
     breakers.configure({OTHER})
     assert states() == {OTHER: ("closed", 0)}
 
 
-def test_a_breaker_that_stays_configured_stays_as_it_is(breakers: Breakers) -> None:
-    breakers.configure({HOST})
-    fail(breakers.of(HOST))
-    breakers.configure({HOST, OTHER})
-    assert states() == {HOST: ("open", 1), OTHER: ("closed", 0)}
+def test_a_breaker_that_stays_configured_keeps_its_state(breakers: Breakers) -> None:
+    breakers.configure({ENDPOINT})
+    fail(breakers.of(ENDPOINT))
+    breakers.configure({ENDPOINT, OTHER})
+    assert states() == {ENDPOINT: ("open", 1), OTHER: ("closed", 0)}
 
 
-def test_a_host_that_comes_back_begins_afresh(breakers: Breakers) -> None:
-    breakers.configure({HOST})
-    fail(breakers.of(HOST))
+def test_an_endpoint_that_is_configured_again_gets_a_new_breaker(breakers: Breakers) -> None:
+    breakers.configure({ENDPOINT})
+    fail(breakers.of(ENDPOINT))
     breakers.configure(set())
-    breakers.configure({HOST})
-    assert states() == {HOST: ("closed", 0)}
+    breakers.configure({ENDPOINT})
+    assert states() == {ENDPOINT: ("closed", 0)}
 
 
-def test_a_call_that_outlives_its_hosts_configuration_shows_nothing(breakers: Breakers) -> None:
-    breakers.configure({HOST})
-    with breakers.of(HOST).calling() as call:
+def test_a_call_that_outlives_its_endpoints_configuration_shows_nothing(breakers: Breakers) -> None:
+    breakers.configure({ENDPOINT})
+    with breakers.of(ENDPOINT).calling() as call:
         breakers.configure(set())
         call.record(failed=True)
     assert states() == {}
 
 
-def test_a_call_that_outlives_its_hosts_configuration_does_not_hide_the_next(
+def test_a_call_that_outlives_its_endpoints_configuration_does_not_change_the_next(
     breakers: Breakers,
 ) -> None:
-    breakers.configure({HOST})
-    with breakers.of(HOST).calling() as call:
+    breakers.configure({ENDPOINT})
+    with breakers.of(ENDPOINT).calling() as call:
         breakers.configure(set())
-        breakers.configure({HOST})
+        breakers.configure({ENDPOINT})
         call.record(failed=True)
-    assert states() == {HOST: ("closed", 0)}
+    assert states() == {ENDPOINT: ("closed", 0)}
 
 
-def test_a_request_with_an_older_configuration_does_not_bring_its_host_back(
+def test_a_request_with_an_older_configuration_does_not_show_its_endpoint_again(
     breakers: Breakers,
 ) -> None:
-    breakers.configure({HOST})
+    breakers.configure({ENDPOINT})
     breakers.configure(set())
-    fail(breakers.of(HOST))
+    fail(breakers.of(ENDPOINT))
     assert states() == {}
 
 
 class Clock:
-    """A clock that stands still, where the real one is now, until it is set."""
+    """A clock that stops at the real time of its creation until a test sets it."""
 
     def __init__(self) -> None:
         self.now = time.monotonic()
@@ -314,31 +320,31 @@ class Clock:
 
 def test_each_state_has_its_name_and_number_and_each_change_its_count(growth: Growth) -> None:
     clock = Clock()
-    breaker = Breaker(HOST, ONE_FAILURE_OPENS, clock)
+    breaker = Breaker(ENDPOINT, ONE_FAILURE_OPENS, clock)
     breaker.configure(configured=True)
     fail(breaker)
-    assert states()[HOST] == ("open", 1)
+    assert states()[ENDPOINT] == ("open", 1)
 
-    clock.now -= 60  # the metric goes by the real clock
-    fail_long_ago = Breaker(HOST, ONE_FAILURE_OPENS, clock)
+    clock.now -= 60  # the metric uses the real clock
+    fail_long_ago = Breaker(ENDPOINT, ONE_FAILURE_OPENS, clock)
     fail_long_ago.configure(configured=True)
     fail(fail_long_ago)
-    assert states()[HOST] == ("half-open", 2)  # without any call since
+    assert states()[ENDPOINT] == ("half-open", 2)  # without any call since
 
     clock.now += 60
     with fail_long_ago.calling() as call:
-        assert states()[HOST] == ("half-open", 2)
+        assert states()[ENDPOINT] == ("half-open", 2)
         call.record(failed=False)
-    assert states()[HOST] == ("closed", 0)
+    assert states()[ENDPOINT] == ("closed", 0)
     assert growth("circuit_breaker_state_changes_total") == {
-        (HOST, "closed", "open"): 2,
-        (HOST, "open", "half-open"): 1,
-        (HOST, "half-open", "closed"): 1,
+        (ENDPOINT, "closed", "open"): 2,
+        (ENDPOINT, "open", "half-open"): 1,
+        (ENDPOINT, "half-open", "closed"): 1,
     }
     breaker.configure(configured=False)
 
 
-def test_the_worst_of_the_workers_states_is_shown_and_half_open_comes_without_traffic(
+def test_the_worst_of_the_workers_states_is_shown_and_half_open_needs_no_traffic(
     start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
 ) -> None:
     provider, other = make_provider(), make_provider()
@@ -352,25 +358,25 @@ def test_the_worst_of_the_workers_states_is_shown_and_half_open_comes_without_tr
         CIRCUIT_BREAKER_MAX_HALF_OPEN_REQUESTS="1",
     )
 
-    service.wait_until_listening()  # so each worker has a breaker of the host
+    service.wait_until_listening()  # so each worker has a breaker for the endpoint
     provider.script = answer(503)
-    with requests.Session() as one_worker:  # a kept connection stays with it
+    with requests.Session() as one_worker:  # it reuses its connection
         service.notify(session=one_worker)
         assert service.metric("circuit_breaker_state_changes_total") == 1
-        state = {(provider.host, "open"): 1, (other.host, "closed"): 0}
+        state = {(provider.endpoint, "open"): 1, (other.endpoint, "closed"): 0}
         assert shown(service, "circuit_breaker_state") == state
 
         provider.script = answer()
-        half_open = {(provider.host, "half-open"): 2, (other.host, "closed"): 0}
+        half_open = {(provider.endpoint, "half-open"): 2, (other.endpoint, "closed"): 0}
         eventually(lambda: shown(service, "circuit_breaker_state") == half_open)
         assert service.metric("circuit_breaker_state_changes_total") == 1
 
         assert service.notify(session=one_worker).status_code == 200
-        closed = {(provider.host, "closed"): 0, (other.host, "closed"): 0}
+        closed = {(provider.endpoint, "closed"): 0, (other.endpoint, "closed"): 0}
         assert shown(service, "circuit_breaker_state") == closed
 
 
-def test_a_host_that_is_no_longer_configured_is_gone(
+def test_an_endpoint_that_is_no_longer_configured_disappears(
     start_service: StartService,
     make_provider: MakeProvider,
     add_provider: AddProvider,
@@ -380,18 +386,18 @@ def test_a_host_that_is_no_longer_configured_is_gone(
     gone = add_provider(old.url)
     service = start_service(WEB_CONCURRENCY="2").wait_until_listening()
     service.notify()
-    assert shown(service, "circuit_breaker_state") == {(old.host, "closed"): 0}
+    assert shown(service, "circuit_breaker_state") == {(old.endpoint, "closed"): 0}
     add_provider(new.url)
     with connect(database) as connection:
         connection.execute(
             "UPDATE notification_preferences SET deleted_at = now() WHERE id = %s", (gone,)
         )
 
-    only_the_new_one = {(new.host, "closed"): 0}
+    only_the_new_one = {(new.endpoint, "closed"): 0}
     eventually(lambda: shown(service, "circuit_breaker_state") == only_the_new_one)
 
 
-def test_what_the_listeners_do_is_shown_for_all_workers_together(
+def test_listener_metrics_cover_all_workers(
     start_service: StartService, add_provider: AddProvider
 ) -> None:
     service = start_service(WEB_CONCURRENCY="3").wait_until_listening()
@@ -402,7 +408,7 @@ def test_what_the_listeners_do_is_shown_for_all_workers_together(
     assert service.metric("preference_notifications_total") == 3
 
 
-def test_without_invalidation_nobody_listens(start_service: StartService) -> None:
+def test_without_invalidation_no_worker_listens(start_service: StartService) -> None:
     service = start_service(CACHE_INVALIDATION="off")
     eventually(lambda: service.metric("preference_last_refresh_timestamp_seconds") > 0)
     assert service.metric("preference_listener_connected") == 0

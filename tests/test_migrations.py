@@ -1,4 +1,4 @@
-"""The schema: what the migrations make, and that nothing keeps them from being run again."""
+"""The migrations: the schema they make, repeated and interrupted runs, and errors."""
 
 import signal
 import subprocess
@@ -75,7 +75,10 @@ def settings_of(environment: Environment) -> Settings:
 
 
 def columns(environment: Environment) -> Rows:
-    """PostgreSQL numbers a sequence whose name a dying session still holds: that is left out."""
+    """Return the columns with type, nullability and default.
+
+    PostgreSQL adds a number to a sequence's name while a dying session holds that name; drop it.
+    """
     return rows(
         environment,
         "SELECT column_name, udt_name, is_nullable, regexp_replace(column_default, '_seq1', '_seq')"
@@ -97,7 +100,7 @@ def labels(environment: Environment) -> list[str]:
 
 
 def ours(environment: Environment) -> list[str]:
-    """Every table, index, sequence, type, function and trigger of the database but yoyo's."""
+    """Return every table, index, sequence, type, function and trigger except yoyo's."""
     query = (
         "SELECT relname FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace"
         " WHERE nspname = 'public'"
@@ -111,7 +114,7 @@ def ours(environment: Environment) -> list[str]:
 
 
 def assert_complete(environment: Environment) -> None:
-    """Section 9 of the design, word for word."""
+    """Check that the schema is complete and that every migration is marked as applied."""
     assert labels(environment) == ["Email", "PushNotification"]
     assert columns(environment) == [
         ("id", "int8", "NO", f"nextval('{TABLE}_id_seq'::regclass)"),
@@ -152,7 +155,7 @@ def start(environment: Environment, *command: str) -> subprocess.Popen[str]:
 
 @contextmanager
 def migrating(environment: Environment) -> Iterator[subprocess.Popen[str]]:
-    """Run `migrate` in a process of its own, which ends with the block if not before."""
+    """Run `migrate` in its own process, which is killed if it outlives the block."""
     with start(environment, "migrate") as process:
         try:
             yield process
@@ -161,7 +164,7 @@ def migrating(environment: Environment) -> Iterator[subprocess.Popen[str]]:
 
 
 def waiting(environment: Environment) -> int:
-    """How many processes of the server wait, within a step, for what another session holds."""
+    """Return how many server processes wait within a step for another session's lock."""
     query = (
         "SELECT FROM pg_stat_activity WHERE datname = current_database()"
         " AND wait_event_type = 'Lock' AND wait_event <> 'advisory'"
@@ -169,7 +172,7 @@ def waiting(environment: Environment) -> int:
     return len(rows(environment, query))
 
 
-def test_an_empty_database_gets_the_schema_of_the_design_and_a_second_run_does_nothing(
+def test_migrate_creates_the_schema_and_a_second_run_does_nothing(
     empty_database: Environment,
 ) -> None:
     first, second = run(empty_database, "migrate"), run(empty_database, "migrate")
@@ -180,7 +183,7 @@ def test_an_empty_database_gets_the_schema_of_the_design_and_a_second_run_does_n
     assert_complete(empty_database)
 
 
-def test_the_type_takes_the_two_channels_and_nothing_else(
+def test_the_type_accepts_only_the_two_channels(
     database: Environment, add_provider: Callable[..., int]
 ) -> None:
     add_provider("http://a/", "Email")
@@ -189,7 +192,7 @@ def test_the_type_takes_the_two_channels_and_nothing_else(
         add_provider("http://a/", "email")
 
 
-def test_a_rollback_undoes_the_last_migration_only_and_at_last_there_is_nothing_left(
+def test_each_rollback_undoes_one_migration_until_nothing_is_left(
     empty_database: Environment,
 ) -> None:
     migrations.migrate(settings_of(empty_database))
@@ -220,7 +223,7 @@ def test_a_database_that_was_never_migrated_has_nothing_to_undo(
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_that_migrate_at_the_same_moment_all_succeed(
+def test_processes_that_migrate_at_the_same_time_all_succeed(
     empty_database: Environment, processes: int
 ) -> None:
     with ExitStack() as stack:
@@ -232,7 +235,7 @@ def test_processes_that_migrate_at_the_same_moment_all_succeed(
     assert_complete(empty_database)
 
 
-# What another session holds while a step runs, and how many migrations are there already.
+# For each step: the statement of another session that blocks it, and the steps applied before.
 CONFLICTS = {
     NAMES[0]: ("CREATE TYPE notification_provider_type AS ENUM ('other')", 0),
     NAMES[1]: (f"CREATE TABLE {TABLE} (id INT)", 1),
@@ -244,7 +247,7 @@ CONFLICTS = {
 
 
 @pytest.mark.parametrize("step", CONFLICTS)
-def test_a_run_that_is_killed_within_a_step_leaves_nothing_that_blocks_the_next(
+def test_a_run_that_is_killed_within_a_step_does_not_block_the_next(
     empty_database: Environment, step: str
 ) -> None:
     conflict, done = CONFLICTS[step]
@@ -260,7 +263,7 @@ def test_a_run_that_is_killed_within_a_step_leaves_nothing_that_blocks_the_next(
         assert killed.wait(10) == -signal.SIGKILL
         with ThreadPoolExecutor(1) as pool:
             following = pool.submit(run, empty_database, "migrate")
-            # The killed one's server process waits on: it has not noticed.
+            # The killed run's server process has not noticed and still waits.
             eventually(lambda: waiting(empty_database) == 2)
             other.execute("ROLLBACK")
             result = following.result(60)
@@ -269,7 +272,7 @@ def test_a_run_that_is_killed_within_a_step_leaves_nothing_that_blocks_the_next(
     assert_complete(empty_database)
 
 
-def test_a_server_that_ends_idle_transactions_does_not_end_the_lock(
+def test_the_servers_limit_on_idle_transactions_does_not_end_the_lock(
     empty_database: Environment,
 ) -> None:
     name, conflict = empty_database["DB_NAME"], CONFLICTS[NAMES[0]][0]
@@ -277,7 +280,7 @@ def test_a_server_that_ends_idle_transactions_does_not_end_the_lock(
         "SELECT FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory'"
         " AND datname = current_database() AND now() - state_change > interval '3 s'"
     )
-    with connect(empty_database) as other:  # which began before
+    with connect(empty_database) as other:  # connected before the limit applies
         limit = "SET idle_in_transaction_session_timeout = '2s'"
         other.execute(f"ALTER DATABASE {name} {limit}")
         other.execute("BEGIN")
@@ -290,7 +293,7 @@ def test_a_server_that_ends_idle_transactions_does_not_end_the_lock(
 
 
 @pytest.mark.parametrize("applied", [False, True])
-def test_a_lock_row_that_a_killed_process_left_blocks_nobody(
+def test_a_lock_row_of_a_killed_process_does_not_block_a_migration(
     empty_database: Environment, applied: bool
 ) -> None:
     if applied:
@@ -310,7 +313,7 @@ def test_a_lock_row_that_a_killed_process_left_blocks_nobody(
 
 
 @pytest.mark.parametrize("names", [*([name] for name in NAMES), NAMES])
-def test_a_step_that_was_applied_and_not_marked_can_be_run_again(
+def test_a_step_that_was_applied_but_not_marked_can_be_applied_again(
     empty_database: Environment, names: list[str]
 ) -> None:
     settings = settings_of(empty_database)
@@ -322,10 +325,10 @@ def test_a_step_that_was_applied_and_not_marked_can_be_run_again(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_that_was_undone_and_is_still_marked_can_be_undone_again(
+def test_a_step_that_was_undone_but_is_still_marked_can_be_undone_again(
     empty_database: Environment, name: str
 ) -> None:
-    """The same kill, in a rollback."""
+    """A rollback that is killed before it removes the mark leaves this state."""
     settings = settings_of(empty_database)
     migrations.migrate(settings)
     while (undone := migrations.rollback(settings)) != name:
@@ -357,7 +360,7 @@ def test_a_database_of_the_go_service_is_adopted_with_its_rows(
 
 
 def test_a_database_without_an_encoding_works_too(empty_database: Environment) -> None:
-    """Where the server's encoding decides, psycopg returns bytes for texts."""
+    """Without a client encoding of ours psycopg would return bytes for its texts."""
     name = f"ascii_{empty_database['DB_NAME']}"
     create = f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' TEMPLATE template0 LOCALE 'C'"
     execute(empty_database, f"{create} LOCALE_PROVIDER libc")
@@ -370,7 +373,7 @@ def test_a_database_without_an_encoding_works_too(empty_database: Environment) -
     assert (provider.name, provider.url) == ("Grüße", "http://a/")
 
 
-def test_who_waits_too_long_for_another_migration_says_so_in_one_line(
+def test_waiting_too_long_for_another_migration_is_reported_in_one_line(
     empty_database: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roles, "LOCK_WAIT", "200ms")
@@ -386,7 +389,7 @@ def test_who_waits_too_long_for_another_migration_says_so_in_one_line(
 
 
 def assert_one_line(environment: Environment, expected: str) -> None:
-    """Hold that `migrate` fails with one line that says why, and keeps passwords to itself."""
+    """Check that `migrate` fails with one line that gives the reason and no password."""
     result = run(environment, "migrate")
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1
@@ -401,7 +404,7 @@ def assert_line(output: str, environment: Environment, expected: str) -> None:
     assert environment["DB_MIGRATION_PASSWORD"] not in output
 
 
-def test_a_wrong_password_ends_a_process_with_one_line(empty_database: Environment) -> None:
+def test_a_wrong_password_is_reported_in_one_line(empty_database: Environment) -> None:
     wrong = empty_database | {"DB_MIGRATION_PASSWORD": "not-the-p4ssword"}
     with migrating(wrong) as process:
         output, errors = process.communicate(timeout=60)
@@ -409,11 +412,11 @@ def test_a_wrong_password_ends_a_process_with_one_line(empty_database: Environme
     assert_line(errors, wrong, "password authentication failed")
 
 
-def test_a_missing_database_ends_in_one_line(empty_database: Environment) -> None:
+def test_a_missing_database_is_reported_in_one_line(empty_database: Environment) -> None:
     assert_one_line(empty_database | {"DB_NAME": "missing"}, "does not exist")
 
 
-def test_a_user_who_may_create_nothing_is_told_so_in_one_line(
+def test_a_role_that_may_not_create_tables_is_reported_in_one_line(
     empty_database: Environment, server: Environment
 ) -> None:
     """PostgreSQL 15 and later let only a database's owner create tables in it."""
@@ -424,16 +427,16 @@ def test_a_user_who_may_create_nothing_is_told_so_in_one_line(
 
 
 @pytest.mark.parametrize("host", [LOOPBACK, "localhost"])
-def test_a_server_that_is_not_there_ends_in_one_line(server: Environment, host: str) -> None:
+def test_an_unreachable_server_is_reported_in_one_line(server: Environment, host: str) -> None:
     with refusing() as port:
         nowhere = {"DB_HOST": host, "DB_PORT": str(port)}
         assert_one_line(server | nowhere, "Connection refused")
 
 
-def test_a_server_that_says_nothing_ends_in_one_line(server: Environment) -> None:
+def test_a_silent_server_is_reported_in_one_line(server: Environment) -> None:
     with silent() as port:
         assert_one_line(server | {"DB_PORT": str(port)}, "timeout")
 
 
-def test_a_server_name_that_does_not_resolve_ends_in_one_line(server: Environment) -> None:
+def test_an_unknown_host_name_is_reported_in_one_line(server: Environment) -> None:
     assert_one_line(server | {"DB_HOST": "does-not-exist.invalid"}, "does-not-exist.invalid")

@@ -77,7 +77,7 @@ def test_an_endpoint_is_written_in_lower_case_with_its_port(url: str, endpoint: 
     ],
     ids=ascii,
 )
-def test_what_cannot_be_called_has_no_endpoint(url: str) -> None:
+def test_a_url_that_cannot_be_called_has_no_endpoint(url: str) -> None:
     assert endpoint_of(url) is None
 
 
@@ -93,7 +93,7 @@ def test_a_provider_is_made_from_a_row() -> None:
     )
 
 
-def test_white_space_around_a_url_is_no_part_of_it() -> None:
+def test_white_space_around_a_url_is_removed() -> None:
     provider = Provider.from_row((7, "Email", "p", "\t https://mail.example.com/v1 \r\n", SECRET))
     assert provider.url == "https://mail.example.com/v1"
     assert provider.endpoint == "mail.example.com:443"

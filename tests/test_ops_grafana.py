@@ -1,4 +1,4 @@
-"""What `ops/grafana` ships, against the formats of Grafana, which drops what it misreads."""
+"""The files in `ops/grafana` match Grafana's formats. Grafana ignores what it cannot read."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ COLUMNS = 24
 UNITS = {"short", "s", "reqps", "percentunit"}
 COLORS = {"green", "yellow", "red"}
 
-# What a panel of each type knows beyond what all have.
+# The options that each type of panel has beside the common ones.
 OPTIONS = {
     "stat": {"colorMode", "graphMode", "justifyMode", "orientation", "reduceOptions", "textMode"},
     "timeseries": {"legend", "tooltip"},
@@ -45,7 +45,7 @@ Json = dict[str, Any]
 
 
 def provisioned(kind: str) -> Iterator[Json]:
-    """Yield the entries of all provisioning files of one kind, which is also their list's name."""
+    """Yield the entries of all provisioning files in the folder `kind`."""
     entries = {"datasources": "datasources", "dashboards": "providers"}[kind]
     files = sorted((PROVISIONING / kind).iterdir())
     assert files
@@ -57,7 +57,7 @@ def provisioned(kind: str) -> Iterator[Json]:
         yield from content[entries]
 
 
-def test_only_what_grafana_looks_for_is_provisioned() -> None:
+def test_the_provisioning_folder_has_only_folders_that_grafana_reads() -> None:
     assert {path.name for path in PROVISIONING.iterdir()} == {"datasources", "dashboards"}
 
 
@@ -92,7 +92,7 @@ def test_one_provider_finds_the_dashboards_where_they_are_mounted() -> None:
 
 
 def load(text: str) -> Json:
-    """Return a JSON object, none of whose objects says a name twice."""
+    """Parse a JSON object; fail if any object in it has a name twice."""
 
     def once(pairs: list[tuple[str, Any]]) -> Json:
         names = [name for name, _ in pairs]
@@ -109,39 +109,39 @@ def dashboard(request: pytest.FixtureRequest) -> Json:
 
 @pytest.fixture(scope="module")
 def panels(dashboard: Json) -> list[Json]:
-    """The panels that show something."""
+    """All panels except the rows."""
     return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
 
 
 def everything(value: Any) -> Iterator[Any]:
-    """Yield a JSON value and all that it is made of."""
+    """Yield a JSON value and, recursively, every value in it."""
     yield value
     if isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
             yield from everything(part)
 
 
-def test_there_is_a_dashboard_and_nothing_else() -> None:
+def test_the_only_dashboard_is_the_notifiers() -> None:
     assert [path.name for path in (GRAFANA / "dashboards").iterdir()] == ["notifier.json"]
 
 
-def test_a_dashboard_has_what_grafana_needs_of_it(dashboard: Json) -> None:
+def test_a_dashboard_has_the_fields_that_grafana_needs(dashboard: Json) -> None:
     assert dashboard.keys() == {
         *("annotations", "description", "editable", "fiscalYearStartMonth", "graphTooltip"),
         *("links", "panels", "refresh", "schemaVersion", "tags", "templating", "time"),
         *("timepicker", "timezone", "title", "uid", "version", "weekStart"),
     }
-    # Grafana brings older files up to date, from 13 on; it does not look at newer ones.
+    # Grafana migrates schema versions from 13 on; it does not check newer ones.
     assert dashboard["schemaVersion"] == 39
     assert re.fullmatch(r"[a-zA-Z0-9_-]{1,40}", dashboard["uid"])
     assert dashboard["title"]
     assert dashboard["refresh"] == "10s"
     assert dashboard["time"].keys() == {"from", "to"}
     assert dashboard["graphTooltip"] in {0, 1, 2}
-    assert "id" not in dashboard  # a database's own; a provisioned dashboard has none
+    assert "id" not in dashboard  # assigned by Grafana's database; a provisioned dashboard has none
 
 
-def test_every_id_is_there_once(dashboard: Json) -> None:
+def test_panel_ids_and_titles_are_unique(dashboard: Json) -> None:
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert all(type(each) is int and each > 0 for each in ids)
     assert len(ids) == len(set(ids))
@@ -167,17 +167,17 @@ def test_panels_fill_the_grid_without_overlaps_or_holes(dashboard: Json) -> None
     assert covered == set(itertools.product(range(COLUMNS), range(height)))
 
 
-def test_panels_come_in_the_order_in_which_they_are_seen(dashboard: Json) -> None:
+def test_panels_are_listed_in_the_order_of_their_positions(dashboard: Json) -> None:
     places = [(panel["gridPos"]["y"], panel["gridPos"]["x"]) for panel in dashboard["panels"]]
     assert places == sorted(places)
 
 
-def test_rows_are_open_and_cover_what_is_watched(dashboard: Json) -> None:
+def test_rows_are_expanded_and_have_the_expected_titles(dashboard: Json) -> None:
     rows = [panel for panel in dashboard["panels"] if panel["type"] == "row"]
     for row in rows:
         assert row.keys() == {"id", "title", "type", "collapsed", "gridPos", "panels"}
         assert row["collapsed"] is False
-        assert row["panels"] == []  # of an open row they follow it
+        assert row["panels"] == []  # an expanded row's panels follow it in the list
         assert (row["gridPos"]["w"], row["gridPos"]["h"]) == (COLUMNS, 1)
     assert [row["title"] for row in rows] == [
         "Traffic",
@@ -191,7 +191,7 @@ def test_rows_are_open_and_cover_what_is_watched(dashboard: Json) -> None:
     ]
 
 
-def test_every_panel_says_what_it_shows_in_which_unit(panels: list[Json]) -> None:
+def test_every_panel_has_a_title_a_description_and_a_unit(panels: list[Json]) -> None:
     for panel in panels:
         assert panel.keys() == {
             *("id", "title", "description", "type", "datasource", "gridPos"),
@@ -223,7 +223,9 @@ def test_thresholds_rise_from_a_base(panels: list[Json]) -> None:
         assert {step["color"] for step in thresholds["steps"]} <= COLORS
 
 
-def test_a_line_is_drawn_where_the_alert_that_the_panel_names_fires(panels: list[Json]) -> None:
+def test_a_panel_draws_a_line_at_the_threshold_of_the_alert_that_it_names(
+    panels: list[Json],
+) -> None:
     text = (ROOT / "ops" / "prometheus" / "rules.yml").read_text()
     rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
     alerts = {rule["alert"]: rule["expr"] for rule in rules if "alert" in rule}
@@ -238,7 +240,7 @@ def test_a_line_is_drawn_where_the_alert_that_the_panel_names_fires(panels: list
     assert lines
 
 
-def test_every_panel_asks_the_provisioned_data_source(panels: list[Json]) -> None:
+def test_every_panel_queries_the_provisioned_data_source(panels: list[Json]) -> None:
     (source,) = provisioned("datasources")
     wanted = {"type": source["type"], "uid": source["uid"]}
     for panel in panels:
@@ -265,7 +267,7 @@ def test_the_breakers_states_have_names_and_colours(panels: list[Json]) -> None:
     assert shown == {"0": ("closed", "green"), "1": ("open", "red"), "2": ("half-open", "yellow")}
 
 
-def test_every_variable_is_defined_before_it_is_used_and_every_one_is_used(
+def test_every_variable_is_used_and_is_defined_before_its_use(
     dashboard: Json, panels: list[Json]
 ) -> None:
     variables = dashboard["templating"]["list"]
@@ -290,12 +292,14 @@ def test_every_variable_is_defined_before_it_is_used_and_every_one_is_used(
 
 
 def used_in(expression: str) -> set[str]:
-    """Return the names of Grafana's variables in a text, however they are written."""
+    """Return the names of Grafana's variables in a text, in either notation."""
     assert "[[" not in expression
     return set(re.findall(r"\$\{?(\w+)", expression))
 
 
-def test_a_variable_of_several_values_is_matched_as_a_pattern(panels: list[Json]) -> None:
+def test_a_variable_with_several_values_is_matched_by_regular_expression(
+    panels: list[Json],
+) -> None:
     for panel in panels:
         for target in panel["targets"]:
             for name in ("job", "instance"):
@@ -303,7 +307,7 @@ def test_a_variable_of_several_values_is_matched_as_a_pattern(panels: list[Json]
                 assert f"${name}" not in expression, panel["title"]
 
 
-def test_no_link_leads_to_where_nobody_has_looked(dashboard: Json) -> None:
+def test_a_dashboard_contains_no_links(dashboard: Json) -> None:
     for value in everything(dashboard):
         if isinstance(value, dict):
             assert not value.get("links"), value

@@ -1,4 +1,4 @@
-"""What `ops/` asks Prometheus: whether the service exports it, and whether a real one answers."""
+"""The queries in `ops/`: the service exports their metrics, and a real Prometheus answers them."""
 
 import json
 import re
@@ -28,10 +28,10 @@ from tests.timing import eventually
 DASHBOARDS = sorted((ROOT / "ops" / "grafana" / "dashboards").glob("*.json"))
 NOTIFY = "/api/v1.0/recipient/<recipient>/notify"
 
-# What the expressions of a dashboard leave to Grafana.
+# The values that replace Grafana's variables in a dashboard's expressions.
 GRAFANA = {"$__rate_interval": "10m", "$job": ".*", "$instance": ".*"}
 
-# No parser of PromQL: what these read, Prometheus has parsed and laid out before.
+# Not a parser of PromQL: these patterns read expressions that Prometheus has formatted.
 WORD = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 MATCHERS = r'\{(?:[^{}"]|"(?:[^"\\]|\\.)*")*\}'
 GROUPING = re.compile(r"\b(?:by|on|without|ignoring|group_left|group_right) ?\(([^()]*)\)")
@@ -58,7 +58,7 @@ def panels() -> list[dict[str, Any]]:
 
 
 def queries() -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield each panel's queries, with what of Grafana's they need, and a name for each."""
+    """Yield a name and the target of each panel's queries, with Grafana's variables replaced."""
     for panel in panels():
         for target in panel.get("targets", []):
             expression = target["expr"]
@@ -73,7 +73,7 @@ EXPRESSIONS = {name: each["expr"] for name, each in (ALERTS | RECORDED | QUERIES
 
 @dataclass(frozen=True)
 class Named:
-    """What an expression names: its selectors as metric and text, and the labels it groups by."""
+    """The names in an expression: selectors as metric and matchers, and the grouping labels."""
 
     selectors: frozenset[tuple[str, str]]
     groups_by: frozenset[str]
@@ -88,7 +88,7 @@ class Named:
         )
 
 
-def test_what_an_expression_names_is_found() -> None:
+def test_the_names_in_an_expression_are_found() -> None:
     formatted = (
         'sum by (job, le) (rate(a_total{b="x{y}",c!~"5.."}[5m] offset 1m)) or on (d) '
         "0 * job:e:rate5m / 1e+06 > bool 2.5"
@@ -100,7 +100,7 @@ def test_what_an_expression_names_is_found() -> None:
 
 
 def promtool(*arguments: str, stdin: str | None = None) -> str:
-    """Run promtool, which must be content; return what it says."""
+    """Run promtool, which must succeed, and return its output."""
     done = subprocess.run(
         ["promtool", *arguments],
         cwd=SHIPPED,
@@ -125,7 +125,7 @@ def promtool(*arguments: str, stdin: str | None = None) -> str:
     ],
 )
 @pytest.mark.usefixtures("processes")
-def test_promtool_is_content_with(command: str) -> None:
+def test_promtool_accepts_the_shipped_files(command: str) -> None:
     assert "SUCCESS" in promtool(*command.split())
 
 
@@ -141,7 +141,7 @@ def test_a_scrape_ends_before_the_next_begins() -> None:
     assert scrape["static_configs"] == [{"targets": ["notifier:8080"]}]
 
 
-def test_every_recorded_name_is_level_metric_operation() -> None:
+def test_every_recorded_name_has_the_form_level_metric_operation() -> None:
     for name in RECORDED:
         assert re.fullmatch(r"[a-z_]+:[a-z_]+:[a-z0-9_]+", name), name
 
@@ -152,7 +152,7 @@ def test_an_alert_has_a_severity_and_says_what_is_wrong_and_what_to_do(name: str
     assert alert["labels"].keys() == {"severity"}
     assert alert["labels"]["severity"] in {"critical", "warning"}
     assert alert["annotations"].keys() == {"summary", "description"}
-    # The state of affairs, a colon, and an imperative.
+    # The problem, a colon, and the remedy in the imperative.
     assert re.fullmatch(r"[^:]+[^:]*: [a-z][^:]+", re.sub(r"{{.*?}}", "X", summary_of(alert)))
     assert len(alert["annotations"]["description"]) > len(summary_of(alert))
 
@@ -181,8 +181,8 @@ def test_the_commands_that_alerts_name_exist() -> None:
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_what_an_alert_quotes_can_be_found(name: str) -> None:
-    """Lines of the log, sections of the README, panels of the dashboard."""
+def test_everything_that_an_alert_quotes_exists(name: str) -> None:
+    """An alert quotes log lines, sections of the README and panels of the dashboard."""
     logged = "".join(path.read_text() for path in (ROOT / "notifier").rglob("*.py"))
     readme = (ROOT / "README.md").read_text()
     titles = {panel["title"] for panel in panels()}
@@ -197,7 +197,7 @@ def test_what_an_alert_quotes_can_be_found(name: str) -> None:
 
 @dataclass(frozen=True)
 class Watched:
-    """A service that all sorts of things have happened to, and the Prometheus that saw them."""
+    """A service after varied traffic and failures, and the Prometheus that scraped it."""
 
     service: Service
     prometheus: Prometheus
@@ -208,7 +208,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory, server: Environment) -> Iterator[Watched]:
-    """Three workers: e-mail by fallback, its first provider down, its second refusing; no push."""
+    """Three workers whose emails fall back from two failing providers to a third; no push."""
     folder = tmp_path_factory.mktemp("watched")
     environment = server | {"DB_NAME": "watched", "WEB_CONCURRENCY": "3"}
     with ScriptedProvider(answer(503)) as down, ScriptedProvider() as up, refusing() as refused:
@@ -216,7 +216,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, server: Environment) -> It
         service = Service(folder, environment).wait_until_ready()
         try:
             with Prometheus(folder, f"127.0.0.1:{service.port}") as prometheus:
-                _make_things_happen(service, prometheus)
+                _send_traffic(service, prometheus)
                 prometheus.wait_for_rules()
                 yield Watched(service, prometheus)
         finally:
@@ -236,8 +236,8 @@ def _make_database(environment: Environment, urls: list[str]) -> None:
             )
 
 
-def _make_things_happen(service: Service, prometheus: Prometheus) -> None:
-    """Twice, and seen in between: of what is new, a rate sees only the second time."""
+def _send_traffic(service: Service, prometheus: Prometheus) -> None:
+    """Send traffic twice, with a scrape in between: a rate misses a new series' first value."""
     for round_ in (1, 2):
         assert [service.notify("buyer").status_code for _ in range(30)] == [200] * 30
         assert [service.notify("seller").status_code for _ in range(5)] == [500] * 5
@@ -248,7 +248,7 @@ def _make_things_happen(service: Service, prometheus: Prometheus) -> None:
 
 @pytest.fixture(scope="module")
 def exported(watched: Watched) -> dict[str, set[str]]:
-    """The labels of every metric of the service, recorded ones and `up` among them."""
+    """The labels of every metric of the service, including recorded ones and `up`."""
 
     labels: dict[str, set[str]] = {}
     for series in watched.prometheus.ask("series", **{"match[]": '{job="notifier"}'}):
@@ -267,7 +267,7 @@ def test_an_expression_names_only_what_the_service_exports(
         assert metric in exported
         assert set(MATCHER.findall(matchers)) <= exported[metric]
         assert named.groups_by <= exported[metric]
-        # A value that does not exist matches nothing; what comes and goes was there a while ago.
+        # A label value that does not exist matches nothing. A transient series existed recently.
         selector = f"{metric}{matchers}"
         assert watched.prometheus.query(f"last_over_time({selector}[10m])"), selector
 
@@ -302,7 +302,7 @@ def test_a_variable_of_the_dashboard_finds_its_values(watched: Watched) -> None:
 
 
 @needs_prometheus
-def test_every_rule_works_and_a_channel_without_provider_is_told_at_once(watched: Watched) -> None:
+def test_every_rule_works_and_a_channel_without_provider_fires_at_once(watched: Watched) -> None:
     prometheus = watched.prometheus
     firing = prometheus.query('ALERTS{alertname="NotifierNoProvider", alertstate="firing"}')
     assert [sample["metric"]["channel"] for sample in firing] == ["PushNotification"]
@@ -315,7 +315,7 @@ def test_every_rule_works_and_a_channel_without_provider_is_told_at_once(watched
 
 @needs_prometheus
 @needs_promtool
-def test_promtool_has_nothing_to_say_about_the_metrics(watched: Watched) -> None:
+def test_promtool_finds_no_fault_in_the_metrics(watched: Watched) -> None:
     assert promtool("check", "metrics", stdin=watched.page()) == ""
 
 
@@ -345,7 +345,7 @@ def test_the_readme_lists_every_alert() -> None:
 
 
 @needs_prometheus
-def test_prometheus_knows_exactly_what_three_workers_have_answered(
+def test_prometheus_counts_exactly_the_requests_that_three_workers_answered(
     tmp_path: Path,
     start_service: Callable[..., Service],
     make_provider: MakeProvider,

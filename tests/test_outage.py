@@ -1,7 +1,7 @@
-"""PostgreSQL goes away under load, in every way there is, and comes back.
+"""PostgreSQL fails under load, in each way of `tools/faults.py`, and comes back.
 
-Each outage is made once, and several tests look at what came of it. They have a PostgreSQL of their
-own, and a service that is not restarted from the first outage to the last.
+Each outage happens once, and several tests check its effects. They have their own PostgreSQL, and
+one service that runs from the first outage to the last.
 """
 
 import socket
@@ -27,20 +27,20 @@ from tools.dev.mock_provider import MockProvider
 from tools.measure import FAULTS, WORKERS, Fault
 from tools.rig import LISTENING, REFRESHED
 
-# Nobody waits for PostgreSQL, which hangs for longer.
+# Seconds. No request waits for PostgreSQL, which hangs for longer.
 REPLIED_WITHIN = 1.5
 HANGING = 4.0
 
-# After so short an outage the longest pause is 8 s.
+# Seconds. After so short an outage the longest backoff pause is 8 s.
 HEARD_WITHIN = 15.0
 
-# From the first failure on a worker tries to listen and to read, each after pauses that double from
-# 0.25 s on at least: at 0, 0.25, 0.75, 1.75, 3.75, 7.75, 15.75 s.
+# After a failure a worker retries both to listen and to read, with pauses that double from at least
+# 0.25 s: at 0, 0.25, 0.75, 1.75, 3.75, 7.75, 15.75 s.
 MOST_ATTEMPTS = 2 * 7
 
 CACHE = "preference_cache_total"
 
-HELD = 0.1  # seconds that an attempt lasts with who stands in for PostgreSQL
+HELD = 0.1  # seconds for which the stand-in for PostgreSQL holds a connection
 Attempts = dict[int, list[float]]
 
 BROKEN = {"the connection broke", "PostgreSQL ended the connection"}
@@ -61,7 +61,7 @@ of_each_lasting_outage = pytest.mark.parametrize(
 
 @dataclass(frozen=True)
 class Stage:
-    """A service of three workers with a PostgreSQL and providers of its own."""
+    """A service with three workers, its own PostgreSQL and its own providers."""
 
     server: postgres.Server
     email: list[MockProvider]
@@ -70,7 +70,7 @@ class Stage:
 
     @contextmanager
     def another(self, **variables: str) -> Iterator[Service]:
-        """Start another service, of one worker, on the same PostgreSQL."""
+        """Start another service, with one worker, on the same PostgreSQL."""
         ours = {"WEB_CONCURRENCY": "1", "LOG_LEVEL": "INFO"}
         service = Service(self.folder, postgres.serving(self.server.env) | ours | variables)
         try:
@@ -98,7 +98,7 @@ def stage(processes: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 class Observed:
-    """An outage, with a service that starts meanwhile, and two changes after it."""
+    """An outage during which another service starts, and two changes after it."""
 
     def __init__(self, stage: Stage, fault: Fault, stack: ExitStack) -> None:
         self.fault = fault
@@ -113,11 +113,14 @@ class Observed:
         self.lines = stage.service.lines()[logged:]
 
     def growth(self, name: str) -> float:
-        """Return by how much a series without labels has grown since before the outage."""
+        """Return how much a series without labels has grown since before the outage."""
         return self.after[name] - self.before[name]
 
     def _meanwhile(self) -> None:
-        """Return when nobody listens, what has expired is served, and the other has been probed."""
+        """Start another service and probe it during the outage.
+
+        Return once no worker listens and expired providers are served.
+        """
         began, service = time.monotonic(), self._stage.service
         stale = service.metric(CACHE, result="stale")
         eventually(lambda: rig.series(self._url)[LISTENING] == 0)
@@ -130,10 +133,10 @@ class Observed:
             time.sleep(max(0.0, HANGING - (time.monotonic() - began)))
 
     def _changes(self) -> Iterator[int]:
-        """Make two changes; for each, yield how many messages then went astray.
+        """Make two changes; for each, yield how many messages then went to a wrong provider.
 
-        Rows that were read because they expire may be from before the commit and be kept after it.
-        The next to be kept are not.
+        A reload before expiry may read rows before the commit and keep them after it. The next
+        reload has the change.
         """
         stage = self._stage
         service = rig.Service(self._url, stage.service.process.pid)
@@ -156,25 +159,25 @@ def test_no_notification_fails_and_each_is_delivered_once(observed: Observed) ->
 
 
 @of_each_lasting_outage
-def test_what_has_expired_is_served_at_once(observed: Observed) -> None:
+def test_expired_providers_are_served_at_once(observed: Observed) -> None:
     assert "serving expired preferences" in {line["message"] for line in observed.lines}
     assert max(reply.seconds for reply in observed.outage.replies) < REPLIED_WITHIN
 
 
-def test_changes_are_heard_again_in_time_and_by_all(observed: Observed) -> None:
+def test_all_workers_hear_of_changes_again_in_time(observed: Observed) -> None:
     assert observed.outage.until_heard < HEARD_WITHIN
     assert observed.changes == [0, 0]
     assert observed.growth("preference_notifications_total") >= WORKERS * 2
 
 
-def test_the_metrics_say_who_listens(observed: Observed) -> None:
-    """During each lasting outage the page said 0, else nothing would have been observed."""
+def test_the_metrics_show_whether_the_workers_listen(observed: Observed) -> None:
+    """During each lasting outage the metric was 0: `observed` waits for that."""
     assert (observed.before[LISTENING], observed.after[LISTENING]) == (1, 1)
     assert observed.after[REFRESHED] > observed.before[REFRESHED]
     assert observed.growth("preference_listener_reconnects_total") >= WORKERS
 
 
-def test_the_log_has_the_reason_of_each_attempt_and_not_of_each_request(observed: Observed) -> None:
+def test_the_log_has_a_reason_for_each_attempt_but_not_for_each_request(observed: Observed) -> None:
     errors = [line for line in observed.lines if line["level"] == "ERROR"]
     assert {line["message"] for line in errors} == {"database error"}
     assert {line["reason"] for line in errors} <= REASONS[observed.fault.begin]
@@ -182,26 +185,26 @@ def test_the_log_has_the_reason_of_each_attempt_and_not_of_each_request(observed
 
 
 @of_each_lasting_outage
-def test_a_service_that_starts_meanwhile_lives_is_not_ready_and_recovers_by_itself(
+def test_a_service_that_starts_in_an_outage_is_alive_but_not_ready_and_recovers_by_itself(
     observed: Observed,
 ) -> None:
     assert (observed.health.status_code, observed.readiness.status_code) == (200, 503)
     eventually(lambda: rig.all_hear(observed.cold.url))
-    assert observed.cold.metric(CACHE, result="miss") == 0  # no request has made it load
+    assert observed.cold.metric(CACHE, result="miss") == 0  # no request triggered the load
     assert observed.cold.notify().status_code == 200
 
 
-# --- workers that begin
+# --- workers that start
 
 
-def test_a_worker_that_replaces_another_meanwhile_is_not_ready_and_the_rest_serve(
+def test_a_worker_that_starts_in_an_outage_is_not_ready_and_the_others_serve(
     stage: Stage,
 ) -> None:
     service = stage.service
     answers: set[tuple[int, int]] = set()
 
     def answered() -> set[tuple[int, int]]:
-        with requests.Session() as session:  # one worker's
+        with requests.Session() as session:  # stays with one worker
             ready = session.get(f"{service.url}/readyz", timeout=10).status_code
             answers.add((ready, service.notify(session=session).status_code))
         return answers
@@ -218,7 +221,7 @@ def test_a_worker_that_replaces_another_meanwhile_is_not_ready_and_the_rest_serv
         assert answered() == {(200, 200)}
 
 
-def test_what_was_read_at_the_start_serves_although_no_request_came_before_the_outage(
+def test_providers_read_at_the_start_serve_even_if_no_request_came_before_the_outage(
     stage: Stage,
 ) -> None:
     with stage.another() as service:
@@ -231,7 +234,7 @@ def test_what_was_read_at_the_start_serves_although_no_request_came_before_the_o
     eventually(lambda: rig.all_hear(stage.service.url), HEARD_WITHIN)
 
 
-def test_without_listening_it_is_read_again_by_itself_too(stage: Stage) -> None:
+def test_without_listening_the_service_reads_again_by_itself_after_an_outage(stage: Stage) -> None:
     with stage.another(CACHE_INVALIDATION="off", CACHE_EXPIRED_TIME="1s") as service:
         with faults.not_accepting(stage.server):
             eventually(lambda: service.notify() and service.metric(CACHE, result="stale"))
@@ -240,14 +243,14 @@ def test_without_listening_it_is_read_again_by_itself_too(stage: Stage) -> None:
     eventually(lambda: rig.all_hear(stage.service.url), HEARD_WITHIN)
 
 
-# --- one attempt at a time, and fewer and fewer
+# --- attempts and their backoff
 
 
 @contextmanager
 def standing_in(port: int, workers: list[psutil.Process]) -> Iterator[Attempts]:
-    """Take connections for PostgreSQL, hold each for a while without a word, and close it.
+    """Accept connections in PostgreSQL's place, hold each for a while, and close it.
 
-    Yields for each worker when its attempts began.
+    Yields the times at which each worker's attempts began, by process id.
     """
     attempts: Attempts = {worker.pid: [] for worker in workers}
     with ExitStack() as stack:
@@ -270,12 +273,12 @@ def standing_in(port: int, workers: list[psutil.Process]) -> Iterator[Attempts]:
         thread = threading.Thread(target=accept)
         thread.start()
         stack.callback(thread.join)
-        stack.callback(listener.shutdown, socket.SHUT_RDWR)  # closing alone does not wake accept()
+        stack.callback(listener.shutdown, socket.SHUT_RDWR)  # close() alone does not wake accept()
         yield attempts
 
 
-def test_a_worker_makes_one_attempt_at_a_time_and_fewer_and_fewer(stage: Stage) -> None:
-    """Of ten, five are to listen or five to read, and those take 3.75 s at least."""
+def test_a_worker_makes_one_attempt_at_a_time_with_growing_pauses(stage: Stage) -> None:
+    """Of ten attempts five are of one kind, to listen or to read, and take at least 3.75 s."""
     port, workers = int(stage.server.env["DB_PORT"]), stage.service.booted()
     with (
         faults.stopped(stage.server),

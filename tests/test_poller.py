@@ -1,4 +1,4 @@
-"""Which connections can be read: each is reported once, to the thread that became idle last."""
+"""The poller reports each readable connection once, to the thread that became idle last."""
 
 import queue
 import socket
@@ -18,7 +18,7 @@ Pair = tuple[socket.socket, socket.socket]
 
 
 class Waiters:
-    """Threads that wait; `woken` gets the number of each that returned, and what it got."""
+    """Threads that wait; `woken` gets the number and the result of each one that returns."""
 
     def __init__(self, poller: Poller) -> None:
         self.woken: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
@@ -26,7 +26,7 @@ class Waiters:
         self._threads: list[threading.Thread] = []
 
     def add(self) -> None:
-        """Start one, and return when it waits."""
+        """Start a thread and return once it waits."""
         thread = threading.Thread(target=self._wait, args=[len(self._threads)])
         self._threads.append(thread)
         thread.start()
@@ -56,7 +56,7 @@ def waiters(poller: Poller) -> Iterator[Waiters]:
 
 @pytest.fixture
 def pairs() -> Iterator[list[Pair]]:
-    """Connected sockets: ours, which does not block, and the peer's."""
+    """Pairs of connected sockets: ours, which is non-blocking, and the peer's."""
     with ExitStack() as stack:
         made = [socket.socketpair() for _ in range(3)]
         for ours, peers in made:
@@ -77,7 +77,7 @@ def test_a_connection_is_reported_once_until_it_is_armed_again(
     peers.send(b"x")
     with pytest.raises(queue.Empty):
         waiters.woken.get(timeout=0.2)
-    poller.again(ours.fileno())  # what has not been read is reported
+    poller.again(ours.fileno())  # unread data is reported again
     assert waiters.woken.get(timeout=LONG)[1] == ours.fileno()
 
 
@@ -85,7 +85,7 @@ def test_a_connection_is_reported_once_until_it_is_armed_again(
 def test_the_thread_that_became_idle_last_is_woken(
     poller: Poller, waiters: Waiters, pairs: list[Pair]
 ) -> None:
-    """It has warm caches, and a service with few callers uses few threads."""
+    """Its caches are warm, and a service with few callers then uses few threads."""
     for ours, _ in pairs:
         poller.add(ours.fileno())
         waiters.add()
@@ -94,7 +94,7 @@ def test_the_thread_that_became_idle_last_is_woken(
         assert waiters.woken.get(timeout=LONG) == (number, ours.fileno())
 
 
-def test_a_connection_that_goes_on_at_once_comes_after_those_that_are_ready(
+def test_a_connection_with_another_request_comes_after_those_that_are_ready(
     poller: Poller, pairs: list[Pair]
 ) -> None:
     first, *others = [ours.fileno() for ours, _ in pairs]
@@ -106,7 +106,7 @@ def test_a_connection_that_goes_on_at_once_comes_after_those_that_are_ready(
     assert [poller.wait(LONG) for _ in pairs] == [*others, first]
 
 
-def test_a_stop_wakes_every_thread_and_those_that_come_later(
+def test_a_stop_wakes_every_thread_even_one_that_waits_later(
     poller: Poller, waiters: Waiters
 ) -> None:
     for _ in range(3):
@@ -117,5 +117,5 @@ def test_a_stop_wakes_every_thread_and_those_that_come_later(
     poller.stop()
 
 
-def test_a_wait_ends_after_its_time(poller: Poller) -> None:
+def test_a_wait_times_out(poller: Poller) -> None:
     assert poller.wait(0.01) == NOTHING

@@ -1,4 +1,4 @@
-"""The providers of a channel, from a real PostgreSQL: order, what is held, and what replaces it."""
+"""A channel's providers, from a real PostgreSQL: their order, the cache, and its replacement."""
 
 import errno
 import logging
@@ -35,7 +35,7 @@ LIFETIME = 600.0
 
 
 class Clock:
-    """A monotonic clock that moves when it is told to."""
+    """A monotonic clock that only a test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -45,7 +45,7 @@ class Clock:
 
 
 class Counting(Database):
-    """The database, counting the connections; it can be told to fail."""
+    """A database that counts its connections and fails while `down` is set."""
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(Settings.from_env(environment))
@@ -95,14 +95,14 @@ def no_load_is_under_way() -> bool:
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> int:
-    """How often it was warned that expired providers were served."""
+    """Return how many warnings say that expired providers were served."""
     return sum(
         record.levelno == logging.WARNING and record.msg == "serving expired preferences"
         for record in caplog.records
     )
 
 
-def test_the_rows_of_the_channel_come_by_priority_and_then_by_id(
+def test_the_rows_of_a_channel_are_ordered_by_priority_and_then_by_id(
     known: Preferences, add_provider: Callable[..., int], database: Environment
 ) -> None:
     """A row without a priority comes last, as NULL does in PostgreSQL."""
@@ -110,7 +110,7 @@ def test_the_rows_of_the_channel_come_by_priority_and_then_by_id(
     late, first, second = (add_provider("http://a/", priority=p) for p in (5, 0, 0))
     negative = add_provider("http://a/", priority=-1)
     push = add_provider("http://a/", "PushNotification", priority=-5)
-    with connect(database) as connection:  # PostgreSQL moves a row that changes behind the others
+    with connect(database) as connection:  # PostgreSQL stores a changed row behind the others
         for priority in (9, 0):
             connection.execute(
                 "UPDATE notification_preferences SET priority = %s WHERE id = %s", (priority, first)
@@ -130,7 +130,7 @@ def test_deleted_rows_are_absent(
     assert ids(ask(known)) == [kept]
 
 
-def test_a_row_becomes_a_provider_whose_secret_no_repr_shows(
+def test_a_row_becomes_a_provider_whose_repr_hides_its_secret(
     known: Preferences, add_provider: Callable[..., int]
 ) -> None:
     first = add_provider(" https://Mail.Example.COM/v1 ", name="mail", secret_key="s3cr3t")
@@ -149,7 +149,7 @@ def test_a_row_becomes_a_provider_whose_secret_no_repr_shows(
     assert "s3cr3t" not in repr(ask(known))
 
 
-def test_one_query_loads_every_channel_and_look_ups_ask_postgresql_nothing_more(
+def test_one_query_loads_every_channel_and_later_look_ups_use_the_cache(
     known: Preferences, counting: Counting, clock: Clock, add_provider: Callable[..., int]
 ) -> None:
     email, push = add_provider("http://a/"), add_provider("http://b/", "PushNotification")
@@ -160,7 +160,7 @@ def test_one_query_loads_every_channel_and_look_ups_ask_postgresql_nothing_more(
     assert counting.connections == 1
 
 
-def test_a_reload_replaces_everything_that_is_held(
+def test_a_reload_replaces_the_whole_cache(
     known: Preferences, counting: Counting, add_provider: Callable[..., int], database: Environment
 ) -> None:
     gone = add_provider("http://a/")
@@ -184,7 +184,7 @@ def test_a_channel_without_a_provider_is_lacking(
     assert not known.lacking()
 
 
-def test_twenty_first_look_ups_at_once_run_one_query(
+def test_twenty_concurrent_first_look_ups_run_one_query(
     known: Preferences,
     counting: Counting,
     add_provider: Callable[..., int],
@@ -200,12 +200,12 @@ def test_twenty_first_look_ups_at_once_run_one_query(
             assert waiting.acquire(timeout=10)
         return connect_now()
 
-    def count_who_waits(future: Future[Any], timeout: float | None = None) -> Any:
+    def count_waiting(future: Future[Any], timeout: float | None = None) -> Any:
         waiting.release()
         return result(future, timeout)
 
     monkeypatch.setattr(counting, "connect", connect_when_all_wait)
-    monkeypatch.setattr(Future, "result", count_who_waits)
+    monkeypatch.setattr(Future, "result", count_waiting)
     threads = [
         threading.Thread(target=lambda: results.append(ids(ask(known, seconds=30))))
         for _ in range(20)
@@ -219,7 +219,7 @@ def test_twenty_first_look_ups_at_once_run_one_query(
 
 
 def connections_of(name: str, environment: Environment) -> int:
-    """How many processes of the server work for the application `name`."""
+    """Return how many server processes work for the application `name`."""
     query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
     with connect(environment) as connection:
         return int(connection.execute(query, (name,)).fetchall()[0][0])
@@ -229,13 +229,15 @@ def test_no_connection_is_left_open_after_a_load(database: Environment) -> None:
     known = Preferences(Counting(database | {"APP_NAME": "the-test"}), LIFETIME)
     for channel in Channel:
         ask(known, channel)
-    eventually(lambda: connections_of("the-test", database) == 0)  # processes end a little after
+    eventually(
+        lambda: connections_of("the-test", database) == 0
+    )  # a server process ends a little later
 
 
-def test_a_query_that_waits_for_a_lock_is_left_and_leaves_nothing_behind_in_the_server(
+def test_a_query_that_waits_for_a_lock_is_given_up_and_ends_in_the_server_too(
     database: Environment,
 ) -> None:
-    """Else every load adds a process that waits there, until no connection is left for others."""
+    """Otherwise every load would add a waiting server process, until no connection is left."""
     known = Preferences(Counting(database | {"APP_NAME": "waits"}), LIFETIME)
     with connect(database) as connection, connection.transaction():
         connection.execute("LOCK TABLE notification_preferences IN ACCESS EXCLUSIVE MODE")
@@ -253,7 +255,7 @@ def test_the_query_can_use_the_partial_index(database: Environment) -> None:
     assert "idx_notification_prefs_provider_deleted_active" in plan
 
 
-def test_a_failed_reload_leaves_what_is_held(
+def test_a_failed_reload_keeps_the_cache(
     known: Preferences, counting: Counting, add_provider: Callable[..., int]
 ) -> None:
     added = add_provider("http://a/")
@@ -265,7 +267,7 @@ def test_a_failed_reload_leaves_what_is_held(
     assert ids(ask(known)) == [added]
 
 
-def test_what_has_expired_is_served_at_once_with_a_warning_until_it_is_replaced(
+def test_expired_providers_are_served_with_a_warning_until_they_are_replaced(
     known: Preferences,
     counting: Counting,
     clock: Clock,
@@ -294,7 +296,7 @@ def test_what_has_expired_is_served_at_once_with_a_warning_until_it_is_replaced(
     assert warnings(caplog) == 2
 
 
-def test_a_lifetime_that_is_too_short_to_be_kept_is_a_second(
+def test_a_lifetime_below_one_second_counts_as_one_second(
     counting: Counting, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     known = Preferences(counting, 0.001, clock)
@@ -307,7 +309,7 @@ def test_a_lifetime_that_is_too_short_to_be_kept_is_a_second(
     assert warnings(caplog) == 1
 
 
-def test_a_cold_cache_without_a_server_knows_nothing_and_asks_once_a_second(
+def test_an_empty_cache_without_a_server_fails_and_retries_once_a_second(
     database: Environment, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     with refusing() as port:
@@ -325,7 +327,7 @@ def test_a_cold_cache_without_a_server_knows_nothing_and_asks_once_a_second(
     assert database["DB_PASSWORD"] not in caplog.text
 
 
-def test_who_waits_for_a_first_load_that_fails_gets_what_was_read_meanwhile(
+def test_a_look_up_whose_first_load_fails_uses_the_providers_that_were_read_meanwhile(
     known: Preferences,
     counting: Counting,
     database: Environment,
@@ -343,7 +345,7 @@ def test_who_waits_for_a_first_load_that_fails_gets_what_was_read_meanwhile(
     assert growth("preference_cache_total") == {("miss",): 1}
 
 
-def test_a_process_that_can_open_nothing_more_is_without_postgresql(
+def test_without_free_descriptors_the_preferences_are_unavailable(
     known: Preferences, counting: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> Connection:
@@ -354,7 +356,7 @@ def test_a_process_that_can_open_nothing_more_is_without_postgresql(
         ask(known)
 
 
-def test_each_look_up_is_counted_by_how_it_ended(
+def test_each_look_up_is_counted_by_its_result(
     known: Preferences, counting: Counting, clock: Clock, growth: Growth
 ) -> None:
     def counts() -> dict[str, float]:
@@ -378,7 +380,9 @@ def test_each_look_up_is_counted_by_how_it_ended(
     assert counts() == {"error": 1, "miss": 1, "hit": 1, "stale": 2}
 
 
-def test_each_reload_notes_the_time_for_prometheus(known: Preferences, counting: Counting) -> None:
+def test_each_reload_sets_the_metric_of_the_last_refresh(
+    known: Preferences, counting: Counting
+) -> None:
     for _ in range(2):
         before = time.time()
         reload(known, counting)
@@ -390,7 +394,7 @@ def last_refresh() -> float:
     return float(family.samples[0].value)
 
 
-def test_a_load_asks_only_if_nothing_is_held(
+def test_a_load_queries_postgresql_only_if_the_cache_is_empty(
     known: Preferences, counting: Counting, growth: Growth
 ) -> None:
     for _ in range(2):
@@ -400,35 +404,37 @@ def test_a_load_asks_only_if_nothing_is_held(
     assert growth("preference_cache_total") == {("miss",): 1}
 
 
-def test_a_load_that_cannot_ask_says_so_and_is_counted(
+def test_a_load_that_fails_raises_an_error_and_is_counted(
     known: Preferences, counting: Counting, growth: Growth
 ) -> None:
     counting.down = True
     with pytest.raises(PreferencesUnavailable):
         known.load(time.monotonic() + 5)
     assert not known.held()
-    assert growth("preference_cache_total") == {("error",): 1}  # nobody may ever ask otherwise
+    assert growth("preference_cache_total") == {
+        ("error",): 1
+    }  # no look-up may follow that would count it
 
 
-def test_after_each_load_the_hosts_of_all_known_providers_are_told(
+def test_each_load_reports_the_endpoints_of_all_providers(
     counting: Counting, add_provider: Callable[..., int], database: Environment
 ) -> None:
-    told: list[Set[str]] = []
-    known = Preferences(counting, LIFETIME, on_load=told.append)
+    reported: list[Set[str]] = []
+    known = Preferences(counting, LIFETIME, on_load=reported.append)
     for url in ("http://a/", "https://A/", "ftp://no"):
         add_provider(url)
     add_provider("http://push/", "PushNotification")
     ask(known, Channel.PUSH)
     ask(known, Channel.EMAIL)
-    assert told == [{"push:80", "a:80", "a:443"}]
+    assert reported == [{"push:80", "a:80", "a:443"}]
     with connect(database) as connection:
         connection.execute("UPDATE notification_preferences SET deleted_at = now()")
     reload(known, counting)
-    assert told == [{"push:80", "a:80", "a:443"}, set()]
+    assert reported == [{"push:80", "a:80", "a:443"}, set()]
 
 
 class Paused:
-    """Lets the first read wait, once it has its rows, until it is told to go on."""
+    """Makes the first read wait, once it has its rows, until `go_on` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.has_read, self.go_on = threading.Event(), threading.Event()
@@ -450,7 +456,7 @@ def paused(monkeypatch: pytest.MonkeyPatch) -> Paused:
     return Paused(monkeypatch)
 
 
-def test_a_load_that_began_before_a_change_does_not_overwrite_what_came_after_it(
+def test_a_load_that_began_before_a_change_does_not_overwrite_a_later_load(
     known: Preferences, counting: Counting, paused: Paused, add_provider: Callable[..., int]
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
@@ -463,10 +469,10 @@ def test_a_load_that_began_before_a_change_does_not_overwrite_what_came_after_it
     assert ids(ask(known)) == [added]
 
 
-def test_nor_does_the_first_look_up_of_all(
+def test_the_first_look_up_does_not_overwrite_a_later_load(
     known: Preferences, counting: Counting, paused: Paused, add_provider: Callable[..., int]
 ) -> None:
-    """It gets what came after it, too."""
+    """It returns the later load's providers, too."""
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(ask, known)
         assert paused.has_read.wait(10)
@@ -478,7 +484,7 @@ def test_nor_does_the_first_look_up_of_all(
 
 
 class Servers:
-    """Makes `_read` say that it read from a primary or a standby, at a position."""
+    """Replaces `_read` with loads from a primary or a standby at a given position."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.position = 0
@@ -491,30 +497,30 @@ class Servers:
         return preferences_module._Load(providers, self.position, self.standby)
 
 
-def test_a_standby_is_believed_only_once_it_has_what_the_primary_had_shown(
+def test_a_standbys_load_is_kept_only_once_it_has_reached_the_primarys_position(
     known: Preferences, counting: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     servers = Servers(monkeypatch)
     for position, standby, kept, held in (
-        (5, True, True, 5),  # there is nothing to compare it with
+        (5, True, True, 5),  # there is no primary's load to compare it with
         (10, False, True, 10),
         (9, True, False, 10),
         (10, True, True, 10),
         (12, True, True, 12),
-        (11, True, True, 11),  # what matters is what the primary has shown
+        (11, True, True, 11),  # only the primary's position matters
         (20, False, True, 20),
         (19, True, False, 20),
-        (15, False, True, 15),  # a new primary, which has lost what the old one had
+        (15, False, True, 15),  # a new primary that has lost the old one's last changes
         (16, True, True, 16),
     ):
         servers.position, servers.standby = position, standby
         assert (reload(known, counting), ids(ask(known))) == (kept, [held]), position
 
 
-def test_a_standby_that_was_asked_later_and_is_behind_does_not_keep_the_primarys_load_out(
+def test_a_later_load_from_a_lagging_standby_does_not_shut_out_the_primarys_load(
     known: Preferences,
 ) -> None:
-    """Whose change was told before, so that nobody will tell of it again."""
+    """The primary's change has been notified already, and no notification will follow."""
 
     def load(number: int, position: int, *, standby: bool) -> Any:
         provider = Provider(number, Channel.EMAIL, "", "", None, "")
@@ -525,7 +531,7 @@ def test_a_standby_that_was_asked_later_and_is_behind_does_not_keep_the_primarys
         (2, 5, True, True, 2),
         (1, 9, False, True, 1),
         (4, 10, True, True, 4),
-        (3, 12, True, False, 4),  # of two standbys the one that was asked later
+        (3, 12, True, False, 4),  # of two standbys the one that was read later
         (6, 20, False, True, 6),
         (5, 21, False, False, 6),
     ):
@@ -533,10 +539,10 @@ def test_a_standby_that_was_asked_later_and_is_behind_does_not_keep_the_primarys
         assert (result, ids(ask(known))) == (kept, [held]), generation
 
 
-def test_rows_show_at_least_what_a_standby_had_at_its_position_and_at_most_what_a_primary_had(
+def test_rows_are_never_older_than_a_standbys_position_or_newer_than_a_primarys(
     counting: Counting, add_provider: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row that is added right after the position was read is seen on a standby only."""
+    """A row that is added right after the position was read appears only on a standby."""
     value = preferences_module._value
     added: list[int] = []
 
@@ -556,7 +562,7 @@ def test_rows_show_at_least_what_a_standby_had_at_its_position_and_at_most_what_
         assert ids(load.providers[Channel.EMAIL]) == (added if standby else before)
 
 
-def test_a_primary_gives_the_place_in_its_log_after_what_was_read(
+def test_a_primarys_position_comes_after_the_rows_that_were_read(
     counting: Counting, add_provider: Callable[..., int]
 ) -> None:
     with counting.connect() as connection:
@@ -582,7 +588,7 @@ def test_a_missing_table_is_a_database_error_like_any_other(
 
 
 @pytest.mark.parametrize(("seconds", "longest"), [(30, DATABASE_WAIT), (0.3, 0.3), (-1, 0)])
-def test_nobody_waits_for_a_server_that_says_nothing_beyond_the_wait_and_the_deadline(
+def test_a_look_up_waits_for_a_silent_server_no_longer_than_the_wait_and_the_deadline(
     database: Environment, seconds: float, longest: float
 ) -> None:
     with silent() as port:
@@ -590,12 +596,12 @@ def test_nobody_waits_for_a_server_that_says_nothing_beyond_the_wait_and_the_dea
         known = Preferences(counting, LIFETIME)
         with within(longest + 1), pytest.raises(PreferencesUnavailable):
             ask(known, seconds=seconds)
-        eventually(no_load_is_under_way, DATABASE_WAIT + 5)  # it gives up as well
+        eventually(no_load_is_under_way, DATABASE_WAIT + 5)  # the load gives up as well
     assert counting.connections == 1
 
 
 class Stopped(Counting):
-    """Stops the server's process of each connection."""
+    """Stops the server process of each connection with SIGSTOP."""
 
     processes: list[int]
 
@@ -608,7 +614,7 @@ class Stopped(Counting):
 
 @pytest.fixture
 def stopped(database: Environment) -> Iterator[Stopped]:
-    """A database whose stopped processes run on when the test ends."""
+    """A database whose stopped server processes continue when the test ends."""
     stopped = Stopped(database)
     stopped.processes = []
     yield stopped
@@ -616,7 +622,7 @@ def stopped(database: Environment) -> Iterator[Stopped]:
         os.kill(process, signal.SIGCONT)
 
 
-def test_a_server_process_that_stops_costs_everybody_at_most_the_wait_and_their_own_deadline(
+def test_a_stopped_server_process_costs_a_look_up_no_more_than_the_wait_and_its_deadline(
     stopped: Stopped,
 ) -> None:
     known = Preferences(stopped, LIFETIME)
@@ -629,8 +635,8 @@ def test_a_server_process_that_stops_costs_everybody_at_most_the_wait_and_their_
     assert len(stopped.processes) <= 2
 
 
-def test_nobody_waits_any_more_once_somebody_has_waited_in_vain(database: Environment) -> None:
-    """In an outage threads that wait would leave none for others."""
+def test_once_one_look_up_has_waited_in_vain_no_other_waits(database: Environment) -> None:
+    """In an outage waiting threads would leave none for other requests."""
     with silent() as port:
         known = Preferences(Counting(database | {"DB_PORT": str(port)}), LIFETIME)
         with within(DATABASE_WAIT + 1), pytest.raises(PreferencesUnavailable):

@@ -1,4 +1,4 @@
-"""When the preferences are read again: with a real PostgreSQL, its notifications and its faults."""
+"""When the refresher reloads the preferences, with a real PostgreSQL that notifies and fails."""
 
 import errno
 import logging
@@ -31,13 +31,13 @@ AddProvider = Callable[..., int]
 
 LONG = 600.0
 SOON = 1.0
-STEADY = 3.0  # what is held is replaced at least 0.6 s before it expires
+STEADY = 3.0  # seconds; the cache is replaced at least 0.6 s before it expires
 Make = Callable[..., Refreshed]
 
 
 @pytest.fixture
 def make(database: Environment) -> Iterator[Make]:
-    """Start a refresher on `database`; places and variables may be others."""
+    """Start a refresher on `database`; a test may replace its places and variables."""
     with ExitStack() as stack:
 
         def start(lifetime: float = LONG, *, variables: Any = (), **places: Any) -> Refreshed:
@@ -61,13 +61,13 @@ Execute = Callable[..., None]
 
 
 @pytest.fixture
-def untold(execute: Execute) -> None:
-    """Nobody is told of changes."""
+def without_triggers(execute: Execute) -> None:
+    """Disable the triggers, so that no change is notified."""
     execute("ALTER TABLE notification_preferences DISABLE TRIGGER USER")
 
 
 def listeners(database: Environment) -> list[int]:
-    """The server's processes that work for a refresher."""
+    """Return the ids of the server processes that work for a refresher."""
     query = "SELECT pid FROM pg_stat_activity WHERE application_name = %s AND datname = %s"
     with connect(database) as connection:
         rows = connection.execute(query, (NAME, database["DB_NAME"])).fetchall()
@@ -76,7 +76,7 @@ def listeners(database: Environment) -> list[int]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notice and repair within moments what takes seconds in production."""
+    """Shorten the heartbeat and the backoff, which take seconds in production."""
     monkeypatch.setattr(refresher, "HEARTBEAT", 0.2)
     monkeypatch.setattr(refresher, "LONGEST_PAUSE", 0.2)
 
@@ -84,7 +84,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- changes
 
 
-def test_the_preferences_are_read_at_the_start_without_anyone_asking(
+def test_the_preferences_are_read_at_the_start_without_any_look_up(
     make: Make, add_provider: AddProvider
 ) -> None:
     email, push = add_provider("http://a/"), add_provider("http://b/", "PushNotification")
@@ -114,8 +114,8 @@ def test_every_kind_of_change_is_seen(
 
 
 @contextmanager
-def told(database: Environment) -> Iterator[list[str]]:
-    """Yield a list that has, after the block, what was told by then."""
+def notified(database: Environment) -> Iterator[list[str]]:
+    """Yield a list that holds, after the block, the payloads of all its notifications."""
     payloads: list[str] = []
     with connect(database) as connection:
         connection.execute(f"LISTEN {CHANGES}; LISTEN the_end")
@@ -126,7 +126,7 @@ def told(database: Environment) -> Iterator[list[str]]:
                 payloads.sort()
                 return
             payloads.append(notification.payload)
-    pytest.fail("the end was not told")
+    pytest.fail("the last notification did not arrive")
 
 
 @pytest.mark.parametrize(
@@ -141,21 +141,23 @@ def told(database: Environment) -> Iterator[list[str]]:
         ("TRUNCATE {}", "EP"),
     ],
 )
-def test_the_trigger_tells_each_channel_that_changed_once(
+def test_the_trigger_notifies_once_of_each_channel_that_changed(
     database: Environment, add_provider: AddProvider, statement: str, channels: str
 ) -> None:
-    """Also if several rows of it changed, and wherever the session looks for names."""
+    """Also if several of its rows changed, and with any search_path."""
     for channel in (*Channel, *Channel):
         add_provider("http://a/", channel)
     names = {"E": "Email", "P": "PushNotification"}
-    with told(database) as payloads, connect(database) as other:
+    with notified(database) as payloads, connect(database) as other:
         other.execute("SET search_path = pg_catalog")
         other.execute(statement.format("public.notification_preferences"))
     assert payloads == [names[letter] for letter in channels]
 
 
-def test_what_is_rolled_back_is_not_told(database: Environment, execute: Execute) -> None:
-    with told(database) as payloads:
+def test_a_change_that_is_rolled_back_is_not_notified(
+    database: Environment, execute: Execute
+) -> None:
+    with notified(database) as payloads:
         execute("BEGIN; TRUNCATE notification_preferences; ROLLBACK")
     assert payloads == []
 
@@ -167,13 +169,15 @@ def test_notifications_are_counted(
     wait_until_listening()
     add_provider("http://a/")
     eventually(lambda: growth("preference_notifications_total") == {(): 1})
-    execute("UPDATE notification_preferences SET provider_type = 'PushNotification'")  # tells both
+    execute(
+        "UPDATE notification_preferences SET provider_type = 'PushNotification'"
+    )  # notifies twice
     eventually(lambda: growth("preference_notifications_total") == {(): 3})
 
 
 @pytest.fixture
 def began(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """When each reading began."""
+    """The times at which reloads began."""
     times: list[float] = []
     reload = Preferences.reload
 
@@ -185,14 +189,14 @@ def began(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return times
 
 
-def test_many_changes_one_after_the_other_are_read_with_a_pause_between(
+def test_a_burst_of_changes_is_read_with_pauses_between_the_reloads(
     make: Make, database: Environment, began: list[float]
 ) -> None:
     made = make()
     wait_until_listening()
     began.clear()
     with connect(database) as connection:
-        for _ in range(300):  # each a transaction of its own
+        for _ in range(300):  # each in its own transaction
             connection.execute(
                 "INSERT INTO notification_preferences (provider_type, provider_name, host)"
                 " VALUES ('Email', 'n', 'http://a/')"
@@ -202,10 +206,10 @@ def test_many_changes_one_after_the_other_are_read_with_a_pause_between(
     assert all(later - earlier >= SPACING for earlier, later in pairwise(began))
 
 
-def test_a_migration_lets_what_came_with_the_table_be_seen(
+def test_a_migration_notifies_of_rows_that_came_with_the_table(
     make: Make, add_provider: AddProvider, execute: Execute, database: Environment
 ) -> None:
-    """A backup brings the rows before the triggers."""
+    """A backup restores the rows before the triggers."""
     made = make()
     wait_until_listening()
     execute("ALTER TABLE notification_preferences DISABLE TRIGGER USER")
@@ -216,13 +220,13 @@ def test_a_migration_lets_what_came_with_the_table_be_seen(
     eventually(lambda: made.ids() == [added])
 
 
-# --- what must not be missed
+# --- changes that must not be missed
 
 
 def test_a_change_right_after_the_first_read_is_heard(
     make: Make, add_provider: AddProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading first and listening then would miss it for good."""
+    """Reading first and listening afterwards would miss it for good."""
     reload = Preferences.reload
     added: list[int] = []
 
@@ -237,14 +241,14 @@ def test_a_change_right_after_the_first_read_is_heard(
     eventually(lambda: added and made.ids() == added)
 
 
-def test_a_change_that_is_told_while_it_reads_is_heard_afterwards(
+def test_a_change_that_is_notified_during_a_reload_is_read_afterwards(
     make: Make, add_provider: AddProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It arrives with the answers to the query, and nothing more comes on the connection then."""
+    """It arrives with the query's answer, and the connection is silent afterwards."""
     made = make()
     wait_until_listening()
     reload = Preferences.reload
-    added: list[int] = []  # while it reads the first
+    added: list[int] = []  # during the reload that reads the first
 
     def then_change(preferences: Preferences, connection: Connection) -> bool:
         kept = reload(preferences, connection)
@@ -259,7 +263,7 @@ def test_a_change_that_is_told_while_it_reads_is_heard_afterwards(
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_changed_while_nobody_listened_is_seen_at_the_reconnect(
+def test_a_change_during_a_lost_connection_is_read_at_the_reconnect(
     make: Make,
     database: Environment,
     allow_connections: Callable[[str], None],
@@ -268,7 +272,7 @@ def test_what_changed_while_nobody_listened_is_seen_at_the_reconnect(
     made = make()
     wait_until_listening()
     (before,) = listeners(database)
-    serving = Database(Settings.from_env(database))  # who may end what it has begun
+    serving = Database(Settings.from_env(database))  # a role may end its own connections
     with connect(database) as connection, serving.connect() as ending:
         allow_connections("false")
         ending.execute("SELECT pg_terminate_backend(%s)", (before,))
@@ -286,10 +290,10 @@ def test_what_changed_while_nobody_listened_is_seen_at_the_reconnect(
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("idle", [True, False], ids=["idle", "at a change"])
-def test_a_server_process_that_stops_is_given_up_and_replaced(
+def test_a_connection_whose_server_process_stops_is_replaced(
     make: Make, add_provider: AddProvider, database: Environment, *, idle: bool
 ) -> None:
-    """Its connection stays open, and its kernel acknowledges all that is sent."""
+    """The connection stays open, and the server's kernel acknowledges all that is sent."""
     made = make()
     wait_until_listening()
     (stopped,) = listeners(database)
@@ -306,7 +310,7 @@ def test_a_server_process_that_stops_is_given_up_and_replaced(
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_change_whose_reading_fails_leaves_what_is_held_and_is_read_at_the_reconnect(
+def test_a_failed_reload_keeps_the_cache_and_is_repeated_at_the_reconnect(
     make: Make, add_provider: AddProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = add_provider("http://a/")
@@ -330,10 +334,10 @@ def test_a_change_whose_reading_fails_leaves_what_is_held_and_is_read_at_the_rec
     eventually(lambda: made.ids() == [first, second])
 
 
-# --- by the time
+# --- reloads before the cache expires
 
 
-def test_without_a_listener_changes_are_seen_in_time_and_no_connection_is_held(
+def test_without_a_listener_changes_are_read_in_time_and_no_connection_stays_open(
     make: Make, add_provider: AddProvider, database: Environment, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, push = add_provider("http://a/"), add_provider("http://b/", "PushNotification")
@@ -348,7 +352,7 @@ def test_without_a_listener_changes_are_seen_in_time_and_no_connection_is_held(
     assert "expired" not in caplog.text
 
 
-def test_without_a_listener_a_channel_without_a_provider_is_asked_about_again_soon(
+def test_without_a_listener_a_channel_without_a_provider_is_reloaded_soon(
     make: Make, add_provider: AddProvider
 ) -> None:
     made = make(LONG, listening=None)
@@ -357,14 +361,14 @@ def test_without_a_listener_a_channel_without_a_provider_is_asked_about_again_so
     eventually(lambda: made.ids() == [added])
 
 
-def test_a_listener_that_is_told_of_a_first_provider_does_not_ask_for_it(make: Make) -> None:
+def test_a_listener_does_not_poll_for_the_first_provider_of_a_channel(make: Make) -> None:
     made = make(LONG)
     wait_until_listening()
     assert made.preferences.lacking()
     assert made.refresher._reloads.at > time.monotonic() + LONG / 2
 
 
-def test_what_is_held_never_expires_while_postgresql_can_be_asked(
+def test_the_cache_never_expires_while_postgresql_is_reachable(
     make: Make, add_provider: AddProvider, caplog: pytest.LogCaptureFixture
 ) -> None:
     for channel in Channel:
@@ -378,10 +382,10 @@ def test_what_is_held_never_expires_while_postgresql_can_be_asked(
     assert "expired" not in caplog.text
 
 
-def test_while_the_listener_cannot_connect_the_time_still_counts(
+def test_the_cache_is_reloaded_before_it_expires_even_if_the_listener_cannot_connect(
     make: Make, add_provider: AddProvider, database: Environment
 ) -> None:
-    """Its place may be another: past a pooler."""
+    """The listener may connect elsewhere, past a pooler."""
     with refusing() as port:
         elsewhere = Settings.from_env(database | {"DB_LISTEN_PORT": str(port)})
         made = make(SOON, listening=Database.listening(elsewhere))
@@ -395,7 +399,7 @@ def test_while_the_listener_cannot_connect_the_time_still_counts(
 
 
 class Replica(Database):
-    """A database that counts its connections and can be made to look like a standby, or be away."""
+    """A database that counts its connections and refuses them while `away` is set."""
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(Settings.from_env(environment | {"APP_NAME": NAME}))
@@ -414,8 +418,8 @@ def replica(database: Environment) -> Replica:
     return Replica(database)
 
 
-@pytest.mark.usefixtures("untold")
-def test_a_listener_reads_in_time_too_and_with_the_connection_that_it_has(
+@pytest.mark.usefixtures("without_triggers")
+def test_a_listener_also_reloads_before_expiry_and_over_its_own_connection(
     make: Make, add_provider: AddProvider, replica: Replica
 ) -> None:
     made = make(SOON, database=replica)
@@ -431,7 +435,7 @@ def test_without_a_pooler_one_connection_is_enough_to_listen(make: Make, replica
     assert replica.asked == 1
 
 
-def test_a_replica_is_read_when_time_has_passed_and_not_at_a_change(
+def test_a_replica_is_read_before_expiry_but_not_at_a_change(
     make: Make, add_provider: AddProvider, replica: Replica
 ) -> None:
     made = make(LONG, replica=replica)
@@ -443,9 +447,9 @@ def test_a_replica_is_read_when_time_has_passed_and_not_at_a_change(
     eventually(lambda: replica.asked > 2)
 
 
-@pytest.mark.usefixtures("untold")
+@pytest.mark.usefixtures("without_triggers")
 @pytest.mark.parametrize("with_listener", [True, False])
-def test_where_the_replica_is_away_or_behind_the_primary_is_read(
+def test_the_primary_is_read_if_the_replica_is_unreachable_or_behind(
     make: Make,
     add_provider: AddProvider,
     replica: Replica,
@@ -468,7 +472,7 @@ def test_where_the_replica_is_away_or_behind_the_primary_is_read(
     eventually(lambda: replica.asked > asked)
 
 
-def test_a_replica_that_fails_in_any_way_costs_the_listener_nothing(
+def test_a_failing_replica_does_not_disturb_the_listener(
     make: Make, replica: Replica, monkeypatch: pytest.MonkeyPatch, growth: Growth
 ) -> None:
     failed: list[float] = []
@@ -485,7 +489,7 @@ def test_a_replica_that_fails_in_any_way_costs_the_listener_nothing(
 
 
 @pytest.mark.parametrize(("port", "is_asked"), [(None, False), ("1", False), ("2", True)])
-def test_where_no_other_place_is_named_there_is_no_replica(
+def test_there_is_a_replica_only_if_another_place_is_configured(
     make_settings: MakeSettings, port: str | None, *, is_asked: bool
 ) -> None:
     notifier = build(make_settings(db_port="1", db_read_port=port))
@@ -494,7 +498,7 @@ def test_where_no_other_place_is_named_there_is_no_replica(
 
 
 def behind_on(replica: Replica, reload: Any) -> Any:
-    """A `reload` that does not believe what comes from the replica."""
+    """Return a `reload` that drops the rows of the replica, as if it lagged behind."""
     connections: list[Connection] = []
     connect_really = replica.connect
 
@@ -510,10 +514,10 @@ def behind_on(replica: Replica, reload: Any) -> Any:
     return keep_unless_from_replica
 
 
-def test_a_replica_that_fails_is_asked_less_and_less(
+def test_a_failing_replica_is_retried_with_backoff(
     make: Make, replica: Replica, began: list[float]
 ) -> None:
-    """One that hangs would keep us from hearing of changes each time."""
+    """While the refresher waits for a hung replica, it hears of no change."""
     replica.away = True
     make(SOON, replica=replica)
     eventually(lambda: len(began) >= 9)
@@ -523,7 +527,7 @@ def test_a_replica_that_fails_is_asked_less_and_less(
 # --- faults
 
 
-def test_failed_attempts_pause_twice_as_long_each_time_up_to_half_a_minute(
+def test_the_backoff_doubles_with_each_failure_up_to_half_a_minute(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 1000.0
@@ -547,7 +551,7 @@ def test_failed_attempts_pause_twice_as_long_each_time_up_to_half_a_minute(
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Each pause after a failure of the listener's, unshortened."""
+    """The backoff after each failure, without jitter."""
     noted: list[float] = []
     monkeypatch.setattr(refresher, "_jitter", lambda _, high: high)
     fail = refresher._Backoff.fail
@@ -560,17 +564,17 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return noted
 
 
-def test_a_connection_on_which_nothing_can_be_read_is_one_failure(
+def test_a_connection_that_may_not_read_the_table_is_one_failure(
     make: Make, execute: Execute, pauses: list[float]
 ) -> None:
-    """Reading by the time, which fails as well, has pauses of its own."""
+    """Reloads before expiry fail as well, with their own backoff."""
     execute("REVOKE SELECT ON notification_preferences FROM notifier_service")
     make()
     eventually(lambda: len(pauses) >= 6)
     assert sorted(pauses[:6]) == [0.5, 0.5, 1.0, 1.0, 2.0, 2.0]
 
 
-def test_a_pause_begins_when_the_attempt_has_ended(make: Make, pauses: list[float]) -> None:
+def test_a_pause_begins_at_the_end_of_the_attempt(make: Make, pauses: list[float]) -> None:
     with silent() as port:
         make(variables={"DB_HOST": LOOPBACK, "DB_PORT": str(port)}.items())
         eventually(lambda: len(pauses) >= 3)
@@ -578,7 +582,7 @@ def test_a_pause_begins_when_the_attempt_has_ended(make: Make, pauses: list[floa
 
 
 @pytest.mark.parametrize("hanging", [refusing, silent])
-def test_a_server_that_is_away_costs_few_attempts_and_lines(
+def test_an_unreachable_server_costs_few_attempts_and_log_lines(
     make: Make, hanging: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with hanging() as port:
@@ -589,7 +593,7 @@ def test_a_server_that_is_away_costs_few_attempts_and_lines(
             "refused",
             "no answer in time",
         }
-        time.sleep(1)  # more of it would show a loop without a pause
+        time.sleep(1)  # a loop without a pause would log more
         assert len(errors(caplog)) <= 8
 
 
@@ -597,7 +601,7 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     return [record for record in caplog.records if record.levelno == logging.ERROR]
 
 
-def test_a_connection_that_worked_is_made_again_soon_however_often_it_is_lost(
+def test_a_lost_connection_is_replaced_soon_however_often_that_happens(
     make: Make, database: Environment, growth: Growth
 ) -> None:
     make()
@@ -611,7 +615,7 @@ def test_a_connection_that_worked_is_made_again_soon_however_often_it_is_lost(
         wait_until_listening()
 
 
-def test_once_the_listener_is_lost_a_channel_without_a_provider_is_asked_about_again_soon(
+def test_after_losing_the_listener_a_channel_without_a_provider_is_reloaded_soon(
     make: Make, add_provider: AddProvider, replica: Replica, database: Environment
 ) -> None:
     made = make(LONG, listening=replica)
@@ -625,7 +629,7 @@ def test_once_the_listener_is_lost_a_channel_without_a_provider_is_asked_about_a
     eventually(lambda: made.ids() == [added])
 
 
-def test_a_server_process_that_stops_before_it_listens_is_given_up_and_replaced(
+def test_a_connection_whose_server_process_stops_before_listen_is_replaced(
     make: Make, replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped: list[int] = []
@@ -649,7 +653,7 @@ def test_a_server_process_that_stops_before_it_listens_is_given_up_and_replaced(
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_unforeseen_is_logged_and_tried_again(
+def test_an_unexpected_error_is_logged_and_retried(
     make: Make,
     add_provider: AddProvider,
     monkeypatch: pytest.MonkeyPatch,
@@ -673,7 +677,7 @@ def test_the_unforeseen_is_logged_and_tried_again(
 def test_a_closed_refresher_leaves_no_thread_connection_or_file(
     make: Make, database: Environment
 ) -> None:
-    eventually(lambda: not refreshers())  # those that other tests have left behind
+    eventually(lambda: not refreshers())  # of earlier tests
     before = open_files()
     made = make()
     wait_until_listening()
@@ -687,24 +691,22 @@ def test_a_closed_refresher_leaves_no_thread_connection_or_file(
 
 
 def open_files() -> set[tuple[int, int, int]]:
-    """Return what this process has open. Files that earlier tests left may close at any time."""
+    """Return the open files of this process. Those of earlier tests may close at any time."""
     opened = set()
     for entry in Path("/dev/fd").iterdir():
-        with suppress(OSError):  # the listing's own is closed by now
+        with suppress(OSError):  # the listing's own descriptor is closed by now
             status = os.fstat(int(entry.name))
             opened.add((int(entry.name), status.st_dev, status.st_ino))
     return opened
 
 
-def test_one_that_never_began_can_be_closed(database: Environment) -> None:
+def test_a_refresher_that_never_started_can_be_closed(database: Environment) -> None:
     before = open_files()
     Refreshed(database, LONG).refresher.close()
     assert open_files() <= before
 
 
-def test_closing_leaves_a_thread_behind_that_does_not_end_in_time(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closing_leaves_a_hung_thread_behind(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     hangs, goes_on = threading.Event(), threading.Event()
 
     def hang(_: Preferences, connection: Connection) -> bool:
@@ -713,7 +715,7 @@ def test_closing_leaves_a_thread_behind_that_does_not_end_in_time(
 
     monkeypatch.setattr(Preferences, "reload", hang)
     monkeypatch.setattr(refresher, "DATABASE_WAIT", 0.5)
-    eventually(lambda: not refreshers())  # those that other tests have left behind
+    eventually(lambda: not refreshers())  # of earlier tests
     made = make()
     assert hangs.wait(10)
     with within(5):

@@ -1,4 +1,4 @@
-"""The refresher before servers that only some machines have: a standby, and a pooler."""
+"""The refresher with servers that not every machine has: a standby, TLS and a pooler."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ Reasons = Callable[[], set[str]]
 
 @pytest.fixture
 def reasons(caplog: pytest.LogCaptureFixture) -> Reasons:
-    """Say why PostgreSQL could not be asked, of all lines so far."""
+    """Return the reasons of all database errors logged so far."""
 
     def of() -> set[str]:
         errors = [record for record in caplog.records if record.levelno == logging.ERROR]
@@ -68,7 +68,7 @@ def standby(primary: SystemPostgres) -> Iterator[SystemPostgres]:
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
-    """Of each load whether it came from a standby, and whether it was kept."""
+    """For each load: True if it came from a standby, and True if it was kept."""
     loads: list[tuple[bool, bool]] = []
     keep = Preferences._keep
 
@@ -81,7 +81,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
 
 
 @pytest.mark.needs("postgresql")
-def test_a_replica_that_lags_never_brings_an_old_row_back_and_is_used_again_once_it_has_caught_up(
+def test_a_lagging_replica_never_restores_old_rows_and_is_used_again_once_it_has_caught_up(
     primary: SystemPostgres,
     standby: SystemPostgres,
     kept: list[tuple[bool, bool]],
@@ -104,7 +104,7 @@ def test_a_replica_that_lags_never_brings_an_old_row_back_and_is_used_again_once
         kept.clear()
         while kept.count((True, False)) < 3:
             assert made.ids() == rows
-        assert kept.count((False, True)) >= 2  # the primary was read in its place
+        assert kept.count((False, True)) >= 2  # the primary was read instead
         assert "standby is behind, what it has is not used" in caplog.text
 
         standby.execute("SELECT pg_wal_replay_resume()")
@@ -113,7 +113,7 @@ def test_a_replica_that_lags_never_brings_an_old_row_back_and_is_used_again_once
 
 
 @pytest.mark.needs("postgresql")
-def test_a_standby_is_nothing_to_listen_to(
+def test_the_service_does_not_listen_to_a_standby(
     primary: SystemPostgres, standby: SystemPostgres, reasons: Reasons
 ) -> None:
     variables = primary.environment | {"DB_LISTEN_PORT": standby.environment["DB_PORT"]}
@@ -126,7 +126,7 @@ def test_a_standby_is_nothing_to_listen_to(
 
 
 @pytest.mark.needs("postgresql")
-def test_of_several_hosts_the_primary_is_listened_to(
+def test_the_service_listens_to_the_primary_of_several_hosts(
     primary: SystemPostgres, standby: SystemPostgres
 ) -> None:
     ports = f"{standby.environment['DB_PORT']},{primary.environment['DB_PORT']}"
@@ -142,7 +142,7 @@ def test_of_several_hosts_the_primary_is_listened_to(
 
 @pytest.mark.needs("postgresql")
 @pytest.mark.usefixtures("processes")
-def test_changes_are_heard_over_tls_and_an_impostor_is_not_listened_to(
+def test_changes_are_heard_over_tls_and_an_unverified_server_is_refused(
     certificate: tuple[Path, ssl.SSLContext], reasons: Reasons
 ) -> None:
     with SystemPostgres(Tls(certificate[0])) as server:
@@ -168,17 +168,17 @@ def test_changes_are_heard_over_tls_and_an_impostor_is_not_listened_to(
 
 @pytest.fixture
 def pooler(database: Environment, request: pytest.FixtureRequest) -> Iterator[Environment]:
-    """The `DB_*` that lead through a pgbouncer."""
+    """The `DB_*` variables that connect through a pgbouncer."""
     with PgBouncer(database, request.param) as pooler:
         yield pooler.environment
 
 
 @pytest.mark.needs("pgbouncer")
 @pytest.mark.parametrize("pooler", ["transaction"], indirect=True)
-def test_a_pooler_of_transactions_is_no_way_to_listen_and_the_log_says_what_is(
+def test_listening_through_a_transaction_pooler_fails_and_the_log_gives_the_remedy(
     pooler: Environment, reasons: Reasons
 ) -> None:
-    """It takes LISTEN without a word."""
+    """The pooler accepts LISTEN but delivers no notification."""
     with Refreshed(pooler, SOON) as made:
         eventually(lambda: made.ids() == [])
         added = add(pooler)
@@ -189,12 +189,12 @@ def test_a_pooler_of_transactions_is_no_way_to_listen_and_the_log_says_what_is(
 
 @pytest.mark.needs("pgbouncer")
 @pytest.mark.parametrize("pooler", ["session"], indirect=True)
-def test_a_pooler_of_sessions_is_a_way_to_listen(
+def test_listening_through_a_session_pooler_works(
     pooler: Environment, database: Environment, growth: Growth
 ) -> None:
     with Refreshed(pooler, LONG) as made, connect(database) as connection:
         wait_until_listening()
-        connection.execute(f"NOTIFY {PROBES}")  # another worker's
+        connection.execute(f"NOTIFY {PROBES}")  # another worker's probe
         added = add(pooler)
         eventually(lambda: made.ids() == [added])
         assert growth("preference_notifications_total") == {(): 1}
@@ -202,7 +202,7 @@ def test_a_pooler_of_sessions_is_a_way_to_listen(
 
 @pytest.mark.needs("pgbouncer")
 @pytest.mark.parametrize("pooler", ["transaction"], indirect=True)
-def test_without_a_listener_a_pooler_of_transactions_does(
+def test_without_a_listener_a_transaction_pooler_is_enough(
     pooler: Environment, reasons: Reasons
 ) -> None:
     with Refreshed(pooler, SOON, listening=None) as made:
@@ -234,10 +234,10 @@ def test_the_service_reads_through_a_pooler_and_listens_past_it(
         assert service.stop() == 0
 
 
-def test_a_pooler_whose_second_connection_hangs_is_given_up(
+def test_a_second_connection_through_a_pooler_that_hangs_is_given_up(
     database: Environment, monkeypatch: pytest.MonkeyPatch, reasons: Reasons
 ) -> None:
-    """The first is asked for its process; one of another number is a pooler's."""
+    """A faked process id lets the service detect a pooler and open a second connection."""
     connections: list[Connection] = []
     connect_really = Database.connect
     monkeypatch.setattr(ConnectionInfo, "backend_pid", 1)

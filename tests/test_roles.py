@@ -1,4 +1,4 @@
-"""The role that serves: made by the migration, reading the providers, refused everything else."""
+"""The serving role: the migration creates it; it may read the providers and nothing else."""
 
 import time
 from collections.abc import Callable
@@ -23,22 +23,22 @@ from tests.timing import eventually
 
 TABLE = "notification_preferences"
 ROW = f"INSERT INTO {TABLE} (provider_type, provider_name, host) VALUES ('Email', 'a', 'http://a/')"
-SUPERUSERS_PASSWORD = "the superuser's password"  # in environments: nothing else reads it
+SUPERUSERS_PASSWORD = "the superuser's password"  # a key that only these tests read
 ADVICE = "let an administrator run: "
 
 MakeMigrator = Callable[..., Environment]
 
 
 def with_role(environment: Environment, name: str = "", password: str = "") -> Environment:
-    """Return the environment with a role that serves this database only: roles are the server's."""
+    """Return the environment with its own serving role: databases of a server share its roles."""
     name = name or f"serving_{environment['DB_NAME']}"
     ours = {"DB_USERNAME": name, "DB_PASSWORD": password or f"password of {name}"}
-    owners = environment["DB_MIGRATION_PASSWORD"]  # the superuser has the same
+    owners = environment["DB_MIGRATION_PASSWORD"]  # the superuser's is the same
     return {SUPERUSERS_PASSWORD: owners} | environment | ours
 
 
 def superuser(environment: Environment) -> Environment:
-    """Return the environment with the server's superuser migrating."""
+    """Return the environment with the server's superuser as the migrating role."""
     return environment | {
         "DB_MIGRATION_USERNAME": "postgres",
         "DB_MIGRATION_PASSWORD": environment[SUPERUSERS_PASSWORD],
@@ -54,14 +54,14 @@ def serving(environment: Environment) -> psycopg.Connection[Any]:
 
 
 def can_read(environment: Environment) -> bool:
-    """Log in as the role that serves, and do its work."""
+    """Return True if the serving role can log in and reads an empty table."""
     database = Database(Settings.from_env(environment))
     found = Preferences(database, 60).for_channel(Channel.EMAIL, time.monotonic() + 10)
     return found == ()
 
 
 def may(environment: Environment, statement: str) -> bool:
-    """Try a statement as the role that serves, and undo it."""
+    """Return True if the serving role may run a statement, which is undone."""
     with serving(environment) as connection, connection.transaction(force_rollback=True):
         try:
             connection.execute(statement.encode())
@@ -71,9 +71,9 @@ def may(environment: Environment, statement: str) -> bool:
 
 
 def migrate(environment: Environment) -> list[str]:
-    """Migrate; return what was told besides the line that says what is granted.
+    """Migrate; return the notices except the line about the grant and the hint to `check-role`.
 
-    It says to run `check-role` exactly when that finds something, which is then left out here.
+    The hint must appear exactly if that command finds something.
     """
     granted, *notices = migrations.migrate(Settings.from_env(environment)).notices
     name = environment["DB_USERNAME"]
@@ -84,7 +84,7 @@ def migrate(environment: Environment) -> list[str]:
 
 
 def check_role(environment: Environment) -> list[str]:
-    """Return what the command finds, one line each."""
+    """Run `check-role` and return its findings, one per line."""
     result = run(environment, "check-role")
     findings = result.stdout.splitlines()
     assert (result.exit_code, result.stderr) == (1 if findings else 0, "") or findings == [
@@ -94,13 +94,13 @@ def check_role(environment: Environment) -> list[str]:
 
 
 def excess(environment: Environment) -> list[str]:
-    """Migrate, which takes away what it can; return what the role can still do beyond reading."""
+    """Migrate, which revokes what it can; return the findings of `check-role` that remain."""
     assert migrate(environment) == []
     return check_role(environment)
 
 
 def refusal(environment: Environment) -> str:
-    """Migrate as operators do; it has to fail, and with one line, which is returned."""
+    """Run the command `migrate`, which must fail with one line, and return that line."""
     result = run(environment, "migrate")
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1
@@ -110,7 +110,7 @@ def refusal(environment: Environment) -> str:
 
 
 def obey(environment: Environment, line: str) -> None:
-    """Do what a line tells an administrator to do, word for word."""
+    """Run the statements that a line advises an administrator to run."""
     _, found, statements = line.partition(ADVICE)
     assert found, line
     execute_as_superuser(environment, statements)
@@ -118,7 +118,7 @@ def obey(environment: Environment, line: str) -> None:
 
 @pytest.fixture(scope="module")
 def migrated(server: Environment) -> Environment:
-    """A migrated database with a row, whose tests change nothing."""
+    """A migrated database with one row, for tests that change nothing."""
     environment = with_role(create_database(server))
     assert migrate(environment) == []
     execute(environment, ROW)
@@ -127,13 +127,13 @@ def migrated(server: Environment) -> Environment:
 
 @pytest.fixture
 def fresh(empty_database: Environment) -> Environment:
-    """A database that is not migrated, with a role for it that is not there yet."""
+    """A database that is not migrated, with a serving role that does not exist yet."""
     return with_role(empty_database)
 
 
 @pytest.fixture
 def make_migrator(fresh: Environment) -> MakeMigrator:
-    """Make a role that migrates, with the attributes given, and a database for it."""
+    """Make a migrating role with the given attributes, and a database for it."""
 
     def make(attributes: str = "", *, owner: bool = True) -> Environment:
         name = f"migrator_{fresh['DB_NAME']}"
@@ -151,16 +151,16 @@ def make_migrator(fresh: Environment) -> MakeMigrator:
     return make
 
 
-# --- what it may do
+# --- privileges of the serving role
 
 
-def test_it_reads_the_providers(migrated: Environment) -> None:
+def test_the_serving_role_reads_the_providers(migrated: Environment) -> None:
     with serving(migrated) as connection:
         query = f"SELECT provider_name FROM {TABLE}"
         assert connection.execute(query.encode()).fetchall() == [("a",)]
 
 
-def test_it_listens(migrated: Environment) -> None:
+def test_the_serving_role_listens(migrated: Environment) -> None:
     with serving(migrated) as connection, connect(migrated) as owner:
         connection.execute("LISTEN anything")
         owner.execute("NOTIFY anything")
@@ -204,12 +204,12 @@ def test_it_listens(migrated: Environment) -> None:
         "SELECT rolpassword FROM pg_authid",
     ],
 )
-def test_it_is_refused_everything_else(migrated: Environment, statement: str) -> None:
+def test_the_serving_role_is_refused_everything_else(migrated: Environment, statement: str) -> None:
     with serving(migrated) as connection, pytest.raises(InsufficientPrivilege):
         connection.execute(statement.encode())
 
 
-def test_everybody_else_may_no_longer_create_anything_here(migrated: Environment) -> None:
+def test_other_roles_may_no_longer_create_anything_in_the_database(migrated: Environment) -> None:
     other = f"other_{migrated['DB_NAME']}"
     execute(migrated, f"CREATE ROLE {other} LOGIN PASSWORD 'other'")
     stranger = with_role(migrated, other, "other")
@@ -218,7 +218,7 @@ def test_everybody_else_may_no_longer_create_anything_here(migrated: Environment
     assert not may(stranger, "CREATE TABLE mine ()")
 
 
-def test_what_it_was_given_besides_is_taken_away_by_the_next_migration(fresh: Environment) -> None:
+def test_the_next_migration_revokes_all_other_privileges(fresh: Environment) -> None:
     migrate(fresh)
     name = f'"{fresh["DB_USERNAME"]}"'
     execute(
@@ -242,7 +242,7 @@ def test_what_it_was_given_besides_is_taken_away_by_the_next_migration(fresh: En
     assert can_read(fresh)
 
 
-def test_a_schema_made_anew_can_be_read_as_well(fresh: Environment) -> None:
+def test_a_recreated_schema_can_be_read(fresh: Environment) -> None:
     migrate(fresh)
     for _ in NAMES:
         assert run(fresh, "rollback").exit_code == 0
@@ -261,10 +261,10 @@ def test_a_table_in_another_schema_can_be_read(fresh: Environment) -> None:
     assert not may(fresh, "CREATE TABLE mine ()")
 
 
-def test_whoever_serves_while_it_is_granted_anew_never_lacks_it(
+def test_the_serving_role_keeps_its_privilege_while_it_is_granted_again(
     fresh: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All is in one transaction: one that is cut off before its end has done nothing."""
+    """Everything is in one transaction, so an interrupted migration changes nothing."""
     migrate(fresh)
     run_if_allowed, statements = roles._run_if_allowed, []
 
@@ -282,13 +282,13 @@ def test_whoever_serves_while_it_is_granted_anew_never_lacks_it(
     assert can_read(fresh)
 
 
-# --- its name and its password
+# --- the role's name and password
 
 
 @pytest.mark.parametrize(
     "name", ["Notifier", "o'brien", "two words", "dash-ed", 'gr"üße', "%s {} $1 \\", "n" * 70]
 )
-def test_its_name_may_have_any_characters(empty_database: Environment, name: str) -> None:
+def test_the_roles_name_may_have_any_characters(empty_database: Environment, name: str) -> None:
     environment = with_role(empty_database, name)
     migrations.migrate(Settings.from_env(environment))
     migrations.migrate(Settings.from_env(environment))
@@ -301,7 +301,7 @@ def test_its_name_may_have_any_characters(empty_database: Environment, name: str
     ["it's", 'a "quoted" one', "back\\slash", "%s {} $1", " blank ", "Grüße € 😀", "x" * 200],
     ids=lambda password: password[:16],
 )
-def test_its_password_may_have_any_characters(fresh: Environment, password: str) -> None:
+def test_the_roles_password_may_have_any_characters(fresh: Environment, password: str) -> None:
     environment = fresh | {"DB_PASSWORD": password}
     migrate(environment)
     assert can_read(environment)
@@ -309,7 +309,7 @@ def test_its_password_may_have_any_characters(fresh: Environment, password: str)
         serving(environment | {"DB_PASSWORD": f"{password}!"})
 
 
-def test_a_new_password_is_set_by_the_next_migration(fresh: Environment) -> None:
+def test_the_next_migration_sets_a_new_password(fresh: Environment) -> None:
     migrate(fresh)
     changed = fresh | {"DB_PASSWORD": "another password"}
     assert migrate(changed) == []
@@ -319,10 +319,10 @@ def test_a_new_password_is_set_by_the_next_migration(fresh: Environment) -> None
 
 
 def test_the_server_never_sees_the_password(fresh: Environment) -> None:
-    """Its log has every statement and every parameter of the migration."""
+    """The server's log has every statement and every parameter of the migration."""
     password = "never-to-be-seen"
     execute_as_superuser(fresh, f"ALTER DATABASE {fresh['DB_NAME']} SET log_statement = 'all'")
-    for _ in range(2):  # it is made, and changed
+    for _ in range(2):  # the role is created, then altered
         migrate(fresh | {"DB_PASSWORD": password})
     ((data,),) = rows(superuser(fresh), "SHOW data_directory")
     log = Path(data).with_name("server.log").read_text()
@@ -335,7 +335,7 @@ def test_the_server_never_sees_the_password(fresh: Environment) -> None:
     assert verifier.startswith("SCRAM-SHA-256$")
 
 
-def test_a_password_file_that_is_gone_is_named_in_one_line(
+def test_a_missing_password_file_is_reported_in_one_line(
     fresh: Environment, tmp_path: Path
 ) -> None:
     file = tmp_path / "password"
@@ -351,11 +351,11 @@ def test_a_password_file_that_is_gone_is_named_in_one_line(
     assert result.output == expected
 
 
-# --- one role for both
+# --- one role that migrates and serves
 
 
 def acls(environment: Environment) -> list[tuple[Any, ...]]:
-    """Return what has been granted on the table, its schema and the database, and to whom."""
+    """Return the access privileges of the table, its schema and the database."""
     return rows(
         environment,
         f"SELECT relacl::text FROM pg_class WHERE oid = '{TABLE}'::regclass"
@@ -364,7 +364,7 @@ def acls(environment: Environment) -> list[tuple[Any, ...]]:
     )
 
 
-def test_where_one_role_does_both_nothing_is_granted_and_its_password_stays(
+def test_if_one_role_migrates_and_serves_nothing_is_granted_and_its_password_stays(
     empty_database: Environment,
 ) -> None:
     owner = empty_database["DB_MIGRATION_USERNAME"]
@@ -376,11 +376,13 @@ def test_where_one_role_does_both_nothing_is_granted_and_its_password_stays(
     before = acls(both)
     assert run(both, "migrate").output == "nothing to apply, the schema is up to date\n"
     assert acls(both) == before
-    connect(both).close()  # with the password it had
+    connect(both).close()  # with its old password
 
 
-def test_where_one_role_of_a_long_name_does_both_nothing_is_granted(fresh: Environment) -> None:
-    """PostgreSQL knows a role by the first 63 bytes of the name that it logs in with."""
+def test_if_one_role_with_a_long_name_migrates_and_serves_nothing_is_granted(
+    fresh: Environment,
+) -> None:
+    """PostgreSQL truncates the name of a role to 63 bytes."""
     name = fresh["DB_NAME"] + "x" * 70
     execute_as_superuser(fresh, f"CREATE ROLE {name} LOGIN PASSWORD 'both'")
     execute_as_superuser(fresh, f"ALTER DATABASE {fresh['DB_NAME']} OWNER TO {name}")
@@ -389,7 +391,7 @@ def test_where_one_role_of_a_long_name_does_both_nothing_is_granted(fresh: Envir
     assert migrations.migrate(Settings.from_env(both | owner)).notices == []
 
 
-def test_a_database_whose_one_user_owned_everything_is_adopted(
+def test_a_database_with_one_role_that_owned_everything_is_adopted(
     make_migrator: MakeMigrator,
 ) -> None:
     new = make_migrator("CREATEROLE")
@@ -403,10 +405,10 @@ def test_a_database_whose_one_user_owned_everything_is_adopted(
     assert not may(new, ROW)
 
 
-# --- what the role that migrates may not do
+# --- a migrating role with limited privileges
 
 
-def test_without_createrole_the_line_says_what_to_run_to_make_the_role(
+def test_without_createrole_the_error_gives_the_statement_that_creates_the_role(
     make_migrator: MakeMigrator,
 ) -> None:
     environment = make_migrator()
@@ -422,10 +424,10 @@ def test_without_createrole_the_line_says_what_to_run_to_make_the_role(
 
 
 @pytest.mark.parametrize("attributes", ["", "CREATEROLE"])
-def test_a_role_that_may_not_be_altered_gets_the_grants_and_keeps_its_password(
+def test_a_serving_role_that_cannot_be_altered_gets_the_grants_and_keeps_its_password(
     make_migrator: MakeMigrator, attributes: str
 ) -> None:
-    """Since PostgreSQL 16 CREATEROLE is about roles that one has made oneself."""
+    """Since PostgreSQL 16 CREATEROLE covers only roles that its holder has created."""
     environment = make_migrator(attributes)
     name, migrator = environment["DB_USERNAME"], environment["DB_MIGRATION_USERNAME"]
     execute_as_superuser(environment, f"CREATE ROLE \"{name}\" LOGIN PASSWORD 'as it was'")
@@ -448,7 +450,7 @@ def test_a_role_that_may_not_log_in_cannot_serve(make_migrator: MakeMigrator) ->
     assert can_read(environment | {"DB_PASSWORD": "as it was"})
 
 
-def test_another_owners_database_stays_open_and_that_is_said(make_migrator: MakeMigrator) -> None:
+def test_another_owners_database_stays_open_and_is_reported(make_migrator: MakeMigrator) -> None:
     environment = make_migrator("CREATEROLE", owner=False)
     name = environment["DB_NAME"]
     (notice,) = excess(environment)
@@ -463,8 +465,8 @@ def test_another_owners_database_stays_open_and_that_is_said(make_migrator: Make
     assert not may(environment, "CREATE TEMPORARY TABLE mine ()")
 
 
-def test_another_owners_schema_that_is_open_is_said(make_migrator: MakeMigrator) -> None:
-    """As it is with every database made by a PostgreSQL before 15."""
+def test_another_owners_open_schema_is_reported(make_migrator: MakeMigrator) -> None:
+    """Databases created by PostgreSQL 14 and earlier have an open schema."""
     environment = make_migrator("CREATEROLE", owner=False)
     execute_as_superuser(
         environment,
@@ -480,7 +482,9 @@ def test_another_owners_schema_that_is_open_is_said(make_migrator: MakeMigrator)
     assert migrate(environment) == []
 
 
-def test_what_cannot_be_granted_is_said_and_what_can_be_is(make_migrator: MakeMigrator) -> None:
+def test_possible_grants_are_made_and_impossible_ones_are_reported(
+    make_migrator: MakeMigrator,
+) -> None:
     environment = make_migrator("CREATEROLE", owner=False)
     name, migrator = environment["DB_USERNAME"], environment["DB_MIGRATION_USERNAME"]
     database = environment["DB_NAME"]
@@ -500,7 +504,7 @@ def test_what_cannot_be_granted_is_said_and_what_can_be_is(make_migrator: MakeMi
     assert can_read(environment)
 
 
-def test_another_owners_table_that_cannot_be_read_is_said(make_migrator: MakeMigrator) -> None:
+def test_another_owners_table_that_cannot_be_read_is_reported(make_migrator: MakeMigrator) -> None:
     environment = make_migrator("CREATEROLE")
     name = environment["DB_USERNAME"]
     migrate(environment)
@@ -517,7 +521,7 @@ def test_another_owners_table_that_cannot_be_read_is_said(make_migrator: MakeMig
     assert can_read(environment)
 
 
-# --- a role that may do more than the grants say
+# --- a serving role with further privileges
 
 
 def test_a_superuser_is_never_altered(fresh: Environment) -> None:
@@ -532,10 +536,10 @@ def test_a_superuser_is_never_altered(fresh: Environment) -> None:
     assert can_read(fresh | {"DB_PASSWORD": "as it was"})
 
 
-def test_a_role_that_owns_everything_is_told_of_and_loses_nothing(
+def test_a_role_that_owns_everything_is_reported_and_loses_nothing(
     make_migrator: MakeMigrator,
 ) -> None:
-    """Who took the new variables for the new role and left DB_USERNAME as it was."""
+    """An operator may give the new role to DB_MIGRATION_USERNAME instead of DB_USERNAME."""
     old = make_migrator()
     migrator, database = old["DB_MIGRATION_USERNAME"], old["DB_NAME"]
     owner = with_role(old, migrator, "migrates")
@@ -554,9 +558,9 @@ def test_a_role_that_owns_everything_is_told_of_and_loses_nothing(
     assert not may(swapped, ROW)
 
 
-def test_a_member_of_the_role_that_owns_is_told_of(fresh: Environment) -> None:
+def test_a_member_of_the_owning_role_is_reported(fresh: Environment) -> None:
     name, owner = fresh["DB_USERNAME"], fresh["DB_MIGRATION_USERNAME"]
-    # By the superuser: one that the owner made could not be its member.
+    # The superuser creates it: a role that the owner created could not be its member.
     made = f'CREATE ROLE "{name}" LOGIN PASSWORD \'{fresh["DB_PASSWORD"]}\' IN ROLE "{owner}"'
     execute_as_superuser(fresh, made)
     keeps_password = migrate(fresh)
@@ -571,25 +575,25 @@ def test_a_member_of_the_role_that_owns_is_told_of(fresh: Environment) -> None:
     assert not may(fresh, ROW)
 
 
-@pytest.mark.parametrize("mighty", ["notifier", "another_superuser", "pg_execute_server_program"])
-def test_a_member_of_a_mighty_role_is_told_of(fresh: Environment, mighty: str) -> None:
-    """Of the owner when another one migrates, of a superuser, of whoever may run programs."""
+@pytest.mark.parametrize("powerful", ["notifier", "another_superuser", "pg_execute_server_program"])
+def test_a_member_of_a_powerful_role_is_reported(fresh: Environment, powerful: str) -> None:
+    """The owner if another role migrates, a superuser, or a role that may run programs."""
     execute_as_superuser(fresh, f'CREATE ROLE "{fresh["DB_USERNAME"]}"')
-    if mighty == "another_superuser":
-        execute_as_superuser(fresh, f"CREATE ROLE {mighty} SUPERUSER")
+    if powerful == "another_superuser":
+        execute_as_superuser(fresh, f"CREATE ROLE {powerful} SUPERUSER")
     assert migrate(superuser(fresh)) == []
-    execute_as_superuser(fresh, f'GRANT {mighty} TO "{fresh["DB_USERNAME"]}"')
+    execute_as_superuser(fresh, f'GRANT {powerful} TO "{fresh["DB_USERNAME"]}"')
     (notice,) = excess(superuser(fresh))
-    assert f"is a member of {mighty}, so it may do more than read" in notice
+    assert f"is a member of {powerful}, so it may do more than read" in notice
     obey(fresh, notice)
     assert migrate(superuser(fresh)) == []
 
 
-def test_a_role_with_attributes_is_told_of(fresh: Environment) -> None:
+def test_a_role_with_attributes_is_reported(fresh: Environment) -> None:
     migrate(fresh)
     name = fresh["DB_USERNAME"]
     execute_as_superuser(fresh, f'ALTER ROLE "{name}" CREATEROLE CREATEDB REPLICATION BYPASSRLS')
-    # Only a superuser may change a role that replicates.
+    # Only a superuser may alter a role with REPLICATION.
     (notice,) = excess(superuser(fresh))
     assert notice == (
         f"role {name} has CREATEROLE, CREATEDB, REPLICATION, BYPASSRLS: {ADVICE}"
@@ -599,7 +603,7 @@ def test_a_role_with_attributes_is_told_of(fresh: Environment) -> None:
     assert migrate(fresh) == []
 
 
-def test_what_every_role_has_is_told_of(fresh: Environment) -> None:
+def test_privileges_that_every_role_has_are_reported(fresh: Environment) -> None:
     migrate(fresh)
     execute(fresh, f"GRANT UPDATE, INSERT ON {TABLE} TO PUBLIC")
     (notice,) = excess(fresh)
@@ -612,7 +616,7 @@ def test_what_every_role_has_is_told_of(fresh: Environment) -> None:
     assert not may(fresh, ROW)
 
 
-def test_what_it_has_by_a_role_it_is_a_member_of_is_told_of(fresh: Environment) -> None:
+def test_privileges_through_membership_are_reported(fresh: Environment) -> None:
     migrate(fresh)
     name = fresh["DB_USERNAME"]
     execute_as_superuser(
@@ -625,7 +629,9 @@ def test_what_it_has_by_a_role_it_is_a_member_of_is_told_of(fresh: Environment) 
     )
 
 
-def test_what_it_has_granted_to_others_does_not_stop_a_migration(fresh: Environment) -> None:
+def test_privileges_that_the_role_granted_to_others_do_not_stop_a_migration(
+    fresh: Environment,
+) -> None:
     migrate(fresh)
     execute(fresh, f'GRANT INSERT ON {TABLE} TO "{fresh["DB_USERNAME"]}" WITH GRANT OPTION')
     with serving(fresh) as connection:
@@ -634,17 +640,19 @@ def test_what_it_has_granted_to_others_does_not_stop_a_migration(fresh: Environm
     assert "has INSERT on TABLE" in notice
 
 
-# --- the check by itself
+# --- the command check-role
 
 
-def test_a_role_that_does_not_exist_is_found(database: Environment) -> None:
+def test_a_role_that_does_not_exist_is_reported(database: Environment) -> None:
     stranger = with_role(database)
     assert check_role(stranger) == [
         f"role {stranger['DB_USERNAME']} does not exist: run flask --app notifier.app migrate"
     ]
 
 
-def test_a_role_that_cannot_serve_is_found_beside_what_it_can_do(fresh: Environment) -> None:
+def test_a_role_that_cannot_serve_is_reported_beside_its_further_privileges(
+    fresh: Environment,
+) -> None:
     migrate(fresh)
     name, table = fresh["DB_USERNAME"], f'"public"."{TABLE}"'
     statements = f'ALTER ROLE "{name}" NOLOGIN; REVOKE ALL ON {TABLE} FROM "{name}"'
@@ -660,13 +668,13 @@ def test_a_role_that_cannot_serve_is_found_beside_what_it_can_do(fresh: Environm
     assert can_read(fresh)
 
 
-def test_the_role_can_be_checked_by_itself(migrated: Environment) -> None:
-    """Where the service runs nobody has DB_MIGRATION_*."""
+def test_the_role_can_be_checked_without_the_migrating_role(migrated: Environment) -> None:
+    """The service's own environment has no DB_MIGRATION_* variables."""
     serving_only = {key: value for key, value in migrated.items() if "MIGRATION" not in key}
     assert check_role(serving_only) == []
 
 
-def test_one_role_that_does_both_can_do_more_than_read(database: Environment) -> None:
+def test_one_role_that_migrates_and_serves_is_reported(database: Environment) -> None:
     owner = database["DB_MIGRATION_USERNAME"]
     both = with_role(database, owner, database["DB_MIGRATION_PASSWORD"])
     assert check_role(both)[0] == (
@@ -675,7 +683,7 @@ def test_one_role_that_does_both_can_do_more_than_read(database: Environment) ->
     )
 
 
-def test_a_check_before_the_first_migration_says_so_in_one_line(fresh: Environment) -> None:
+def test_a_check_before_the_first_migration_fails_with_one_line(fresh: Environment) -> None:
     result = run(fresh, "check-role")
     expected = f"Error: there is no table {TABLE}: run flask --app notifier.app migrate\n"
     assert (result.exit_code, result.output) == (1, expected)
@@ -692,7 +700,7 @@ def test_a_check_changes_nothing(fresh: Environment) -> None:
 # --- several migrations at once
 
 
-def test_processes_that_migrate_several_databases_make_one_role_together(
+def test_processes_that_migrate_several_databases_create_one_role_together(
     server: Environment, fresh: Environment
 ) -> None:
     name = fresh["DB_USERNAME"]
@@ -707,10 +715,10 @@ def test_processes_that_migrate_several_databases_make_one_role_together(
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_migration_overtaken_by_another_databases_waits_for_it_and_succeeds(
+def test_a_migration_waits_for_one_of_another_database_and_succeeds(
     fresh: Environment, server: Environment, exists: bool
 ) -> None:
-    """The role is made, or its password changed, by a transaction that has not ended yet."""
+    """The other migration's open transaction has created the role or changed its password."""
     name = fresh["DB_USERNAME"]
     if exists:
         migrate(fresh)
@@ -728,7 +736,7 @@ def test_a_migration_overtaken_by_another_databases_waits_for_it_and_succeeds(
     assert can_read(fresh)
 
 
-def test_who_waits_too_long_for_another_databases_migration_says_so_in_one_line(
+def test_waiting_too_long_for_another_databases_migration_is_reported_in_one_line(
     fresh: Environment, server: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roles, "LOCK_WAIT", "200ms")
@@ -742,10 +750,10 @@ def test_who_waits_too_long_for_another_databases_migration_says_so_in_one_line(
     assert result.output.count("\n") == 1
 
 
-def test_a_role_that_others_change_all_the_time_is_given_up(
+def test_a_role_that_others_change_constantly_is_given_up(
     fresh: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roles, "find_role", lambda *_: None)  # so that it is made again and again
+    monkeypatch.setattr(roles, "find_role", lambda *_: None)  # so that each try creates it again
     execute(fresh, f'CREATE ROLE "{fresh["DB_USERNAME"]}"')
     with pytest.raises(NotGranted, match="changed by others all the time: try again"):
         migrate(fresh)

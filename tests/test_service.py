@@ -18,7 +18,6 @@ from tests.service import MESSAGE, ROOT, Service, clean_environment
 from tests.timing import eventually
 
 StartService = Callable[..., Service]
-ENVELOPE_404 = {"error": {"code": "E103", "message": "no such path"}}
 
 
 def envelope(reply: bytes) -> tuple[int, dict[str, str]]:
@@ -46,7 +45,7 @@ def test_a_buyer_gets_an_email_and_a_seller_an_email_and_a_push(
     assert push.received[0].json() == MESSAGE | {"secret_key": "s3cr3t-key"}
 
 
-def test_every_one_of_many_notifications_at_once_arrives_exactly_once(
+def test_each_of_many_concurrent_notifications_arrives_exactly_once(
     start_service: StartService, make_provider, add_provider
 ):
     email, push = make_provider(answer(202)), make_provider(answer(204, b""))
@@ -65,7 +64,7 @@ def test_every_one_of_many_notifications_at_once_arrives_exactly_once(
         assert sorted(r.json()["title"] for r in provider.received) == sorted(titles)
 
 
-def test_a_failing_provider_is_stepped_over_and_then_no_longer_asked(
+def test_a_failing_provider_is_passed_over_and_then_skipped_by_its_breaker(
     start_service: StartService, make_provider, add_provider
 ):
     down, up = make_provider(answer(503)), make_provider()
@@ -77,11 +76,11 @@ def test_a_failing_provider_is_stepped_over_and_then_no_longer_asked(
     assert (len(down.received), len(up.received)) == (3, 5)
     changes = [line for line in service.lines() if line["logger"] == "notifier.breakers"]
     assert [(c["host"], c["from_state"], c["to_state"]) for c in changes] == [
-        (down.host, "closed", "open")
+        (down.endpoint, "closed", "open")
     ]
 
 
-def test_without_a_provider_for_each_channel_nothing_is_called_delivered(
+def test_a_notification_fails_if_one_of_its_channels_has_no_provider(
     start_service: StartService, make_provider, add_provider
 ):
     email = make_provider()
@@ -92,7 +91,7 @@ def test_without_a_provider_for_each_channel_nothing_is_called_delivered(
     assert len(email.received) == 1  # the other channel was not cancelled
 
 
-def test_the_request_id_reaches_providers_and_every_log_line_from_pool_threads_too(
+def test_the_request_id_reaches_providers_and_log_lines_even_from_pool_threads(
     start_service: StartService, make_provider, add_provider
 ):
     email, push = make_provider(), make_provider(answer(500))
@@ -116,7 +115,7 @@ def test_the_request_id_reaches_providers_and_every_log_line_from_pool_threads_t
 
 @pytest.fixture(scope="module")
 def idle_service(tmp_path_factory: pytest.TempPathFactory, server, _migrated) -> Iterator[Service]:
-    """A service whose callers never get as far as its providers."""
+    """A service for requests that never reach a provider."""
     database = create_database(server, _migrated["DB_NAME"])
     service = Service(tmp_path_factory.mktemp("idle"), database)
     yield service.wait_until_ready()
@@ -157,7 +156,7 @@ CHUNKED = f"{RAW}Transfer-Encoding: chunked\r\n\r\n"
         "script-name",
     ],
 )
-def test_what_is_malformed_on_the_wire_gets_the_envelope_and_never_a_500(
+def test_a_malformed_request_gets_an_error_in_the_common_format_and_never_a_500(
     idle_service: Service, request_text: str, status: int, code: str
 ):
     reply = idle_service.send_raw(request_text.encode(), half_close=True)
@@ -166,20 +165,20 @@ def test_what_is_malformed_on_the_wire_gets_the_envelope_and_never_a_500(
     assert not {line["level"] for line in idle_service.lines()} & {"ERROR", "CRITICAL"}
 
 
-def test_a_body_that_stalls_does_not_keep_its_thread(idle_service: Service):
+def test_a_body_that_stalls_releases_its_thread(idle_service: Service):
     reply = idle_service.send_raw(f"{RAW}Content-Length: 100\r\n\r\n{{".encode())
     assert envelope(reply)[0] == 422
 
 
-def test_gunicorn_logs_json_and_says_what_of_a_go_environment_has_no_effect(
+def test_gunicorn_logs_json_and_names_go_variables_without_effect(
     start_service: StartService,
 ):
     service = start_service(GIN_MODE="release", CACHE_MAX_COST="1000", APP_NAME="shop")
     assert service.stop() == 0
     lines = service.lines()
     assert {line["app"] for line in lines} == {"shop"}
-    told = [line["variables"] for line in lines if "variables" in line]
-    assert told == [["GIN_MODE", "CACHE_MAX_COST"]]
+    named = [line["variables"] for line in lines if "variables" in line]
+    assert named == [["GIN_MODE", "CACHE_MAX_COST"]]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +209,7 @@ def test_a_wrong_environment_stops_the_start_with_one_line(
     assert expected in stopped.stderr
 
 
-def test_a_killed_worker_is_replaced_and_costs_only_what_it_had_in_hand(
+def test_a_killed_worker_is_replaced_and_costs_only_its_requests_under_way(
     start_service: StartService, make_provider, add_provider
 ):
     add_provider(make_provider().url)
@@ -240,7 +239,7 @@ SECRET, RECIPIENT, TEXT = "Sesame-0-pen", "very.private@example.com", "Nobody ma
 
 
 def echo(status: int, *more: str) -> Script:
-    """Answer with all that the provider knows and should keep to itself."""
+    """Return a script whose answer leaks everything that the provider received."""
     return lambda peer, got: answer(status, got.body, f"X-Echo: {SECRET}", *more)(peer, got)
 
 
@@ -270,7 +269,7 @@ def test_no_secret_recipient_or_text_is_ever_logged(
 ):
     planted = {"to": RECIPIENT, "title": TEXT, "message": TEXT}
     urls = [make_provider(script).url for script in TELL_TALES]
-    urls += ["ftp://x", "http://127.0.0.1:1/", f"https://{make_provider().host}/"]
+    urls += ["ftp://x", "http://127.0.0.1:1/", f"https://{make_provider().endpoint}/"]
     for priority, url in enumerate(urls):
         add_provider(f"{url}?key={SECRET}", priority=priority, secret_key=SECRET)
     service = start_service(WEB_CONCURRENCY="1", HTTP_CLIENT_TIMEOUT="1s")
@@ -285,7 +284,7 @@ def test_no_secret_recipient_or_text_is_ever_logged(
         request = f"{RAW.replace('close', 'keep-alive')}{overrun}"
         service.send_raw(request.encode(), half_close=True)
     service.send_raw(f"{RAW}X-Bad Header: {TEXT}\r\n\r\n".encode())
-    # A caller who forgets the length, and one who counts characters where bytes count.
+    # A caller that omits the length, and one that counts characters instead of bytes.
     unmeasured = RAW.replace("close", "keep-alive")
     service.send_raw(f"{unmeasured}\r\n{json.dumps(planted)}".encode(), half_close=True)
     long = json.dumps(planted | {"title": "é" * 60}, ensure_ascii=False)
@@ -305,7 +304,7 @@ def test_no_secret_recipient_or_text_is_ever_logged(
 def test_a_rotated_password_is_used_without_a_restart(
     start_service: StartService, database, make_provider, add_provider, tmp_path
 ):
-    """Who is connected stays so: the next connection reads the file again."""
+    """An open connection stays usable; the next connection reads the file again."""
     role = f"rotating_{database['DB_NAME']}"
     file = tmp_path / "password"
     file.write_text("first\n")

@@ -1,4 +1,4 @@
-"""What the environment sets: defaults, good values, and what is said about wrong ones."""
+"""Settings from the environment: defaults, valid values, and the errors for invalid ones."""
 
 import json
 import os
@@ -74,8 +74,8 @@ DEFAULTS = {
 OPTIONAL = [name.upper() for name in DEFAULTS]
 
 SECRETS = ["DB_PASSWORD", "DB_MIGRATION_PASSWORD"]
-# Of each variable: a good value, what is read of it, a wrong one unless any text will do, and its
-# kind, or what a kind of its own expects.
+# For each variable: a valid text, its value, an invalid text (ANY if every text is valid), and its
+# kind, or the beginning of `expected` if the kind is made for this variable.
 ANY = None
 COUNTS = ("7", 7, "0", kinds.COUNT)
 DURATIONS = ("1m30s", 90.0, "5", kinds.DURATION)
@@ -119,7 +119,7 @@ VARIABLES: dict[str, tuple[str, object, str | None, Kind | str]] = {
     "CURL_CA_BUNDLE": CA_BUNDLES,
 }
 
-# What some variables need beside them to be good.
+# Other variables that some variables need in order to be valid.
 BESIDE = {
     "DB_SSLROOTCERT": {"DB_SSLMODE": "verify-full"},
     "DB_SSLCERT": {"DB_SSLKEY": __file__, "DB_SSLMODE": "require"},
@@ -158,15 +158,15 @@ def test_every_variable_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("name", VARIABLES)
-def test_a_variable_is_read_as_its_kind_is(name: str) -> None:
+def test_a_variable_is_parsed_by_its_kind(name: str) -> None:
     good, value, _, _ = VARIABLES[name]
-    # A deadline that no time-out of the table exceeds.
+    # The deadline must not be below any time-out in the table.
     settings = read(**{"NOTIFY_DEADLINE": "1h", name: good} | BESIDE.get(name, {}))
     assert getattr(settings, name.lower()) == value
 
 
 @pytest.mark.parametrize("name", [name for name in VARIABLES if VARIABLES[name][2] is not ANY])
-def test_a_wrong_value_is_named_with_its_variable_and_what_is_expected(name: str) -> None:
+def test_the_error_names_the_variable_the_invalid_value_and_what_is_expected(name: str) -> None:
     _, _, wrong, kind = VARIABLES[name]
     message = problem(REQUIRED | {name: wrong or ""})
     expected = kind if isinstance(kind, str) else kind.expected
@@ -175,7 +175,7 @@ def test_a_wrong_value_is_named_with_its_variable_and_what_is_expected(name: str
 
 
 @pytest.mark.parametrize("field", fields(Settings), ids=lambda field: field.name)
-def test_a_variable_has_a_kind_that_is_tested_or_one_that_is_made_like_it(field: Field) -> None:
+def test_a_variable_has_a_tested_kind_or_one_made_by_a_tested_function(field: Field) -> None:
     kind, (*_, expected) = field.metadata["kind"], VARIABLES[field.name.upper()]
     if isinstance(expected, str):
         assert kind.expected.startswith(expected)
@@ -198,11 +198,11 @@ def test_a_variable_has_a_kind_that_is_tested_or_one_that_is_made_like_it(field:
         ("critical", "CRITICAL"),
     ],
 )
-def test_levels_have_pythons_names_and_those_of_the_go_service(text: str, level: str) -> None:
+def test_a_log_level_may_have_pythons_name_or_the_go_services(text: str, level: str) -> None:
     assert read(LOG_LEVEL=text).log_level == level
 
 
-def test_every_mode_of_libpqs_is_taken() -> None:
+def test_every_sslmode_of_libpq_is_accepted() -> None:
     modes = ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
     assert [read(DB_SSLMODE=mode).db_sslmode for mode in modes] == modes
 
@@ -242,7 +242,7 @@ def test_the_message_is_one_line_whatever_the_value_holds(name: str, text: str) 
     assert "\x1b" not in message
 
 
-def test_of_a_long_value_only_the_beginning_is_shown() -> None:
+def test_only_the_beginning_of_a_long_value_is_shown() -> None:
     message = problem(REQUIRED | {"LOG_LEVEL": "x" * 10_000})
     assert "x" * 100 in message
     assert "x" * 101 not in message
@@ -388,10 +388,10 @@ def test_a_secrets_file_is_read_again_each_time(name: str, tmp_path: Path) -> No
         (b" \r\n", "empty, or no text in UTF-8"),
         (PASSWORD.encode() + b"\xff", "empty, or no text in UTF-8"),
         (PASSWORD.encode("utf-16"), "empty, or no text in UTF-8"),
-        (PASSWORD.encode("utf-16-le"), "empty, or no text in UTF-8"),  # each other byte is a NUL
+        (PASSWORD.encode("utf-16-le"), "empty, or no text in UTF-8"),  # every other byte is a NUL
     ],
 )
-def test_a_secrets_file_that_cannot_be_used_is_a_problem_that_shows_no_secret(
+def test_an_unusable_secret_file_is_reported_without_the_secret(
     name: str, content: bytes | None, why: str, tmp_path: Path
 ) -> None:
     file = tmp_path / PASSWORD  # a secret put into the variable of the file is not shown either
@@ -404,7 +404,7 @@ def test_a_secrets_file_that_cannot_be_used_is_a_problem_that_shows_no_secret(
 
 
 @pytest.mark.parametrize("file", ["/", "/" + "x" * 10_000, f"{__file__}/below-a-file"])
-def test_a_secrets_file_that_is_no_file_is_a_problem(file: str) -> None:
+def test_a_secret_file_that_is_not_a_file_is_reported(file: str) -> None:
     with pytest.raises(
         SettingsError, match=r"\ADB_PASSWORD_FILE cannot be used \([A-Z][a-z ]+\): "
     ):
@@ -427,7 +427,7 @@ def test_an_empty_variable_of_a_secrets_file_counts_as_unset(name: str) -> None:
     assert getattr(settings, name.lower()) == Secret(PASSWORD)
 
 
-# --- what goes together
+# --- variables that belong together
 
 
 @pytest.mark.parametrize(
@@ -458,21 +458,19 @@ def test_half_a_pair_is_refused(given: str, missing: str) -> None:
         ),
     ],
 )
-def test_as_many_ports_as_hosts_are_expected_or_one_for_all(
-    given: dict[str, str], wrong: str
-) -> None:
+def test_several_ports_must_match_the_number_of_hosts(given: dict[str, str], wrong: str) -> None:
     message = problem(REQUIRED | given)
     assert message.startswith(f"{wrong}: expected one port, or one for each host of ")
 
 
-def test_where_nothing_else_is_said_everything_is_done_at_one_place_as_one_role() -> None:
+def test_by_default_one_place_and_one_role_are_used_for_everything() -> None:
     settings = read()
     place = ("db.example.com", "5432")
     assert [settings.serve_place, settings.listen_place, settings.read_place] == [place] * 3
     assert settings.migrating_role == ("notifier", Secret(PASSWORD))
 
 
-def test_each_place_and_the_migrating_role_can_be_set_by_themselves() -> None:
+def test_each_place_and_the_migrating_role_can_be_set_separately() -> None:
     settings = read(
         DB_HOST="a,b",
         DB_PORT="6432",
@@ -489,7 +487,7 @@ def test_each_place_and_the_migrating_role_can_be_set_by_themselves() -> None:
 
 @pytest.mark.parametrize("name", ["DB_SSLROOTCERT", "DB_SSLCERT"])
 def test_files_for_tls_without_tls_are_refused(name: str) -> None:
-    """Who names them expects a connection that nobody can read."""
+    """An operator who sets them expects an encrypted connection."""
     files = {"DB_SSLROOTCERT": certifi.where(), "DB_SSLCERT": __file__, "DB_SSLKEY": __file__}
     given = {name: files[name]} | ({"DB_SSLKEY": __file__} if name == "DB_SSLCERT" else {})
     assert problem(REQUIRED | given) == (
@@ -499,7 +497,7 @@ def test_files_for_tls_without_tls_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_a_secret_in_the_environment_that_is_no_text_is_refused_and_not_shown(name: str) -> None:
+def test_a_secret_in_the_environment_that_is_not_text_is_refused_and_not_shown(name: str) -> None:
     message = problem(REQUIRED | {"DB_MIGRATION_USERNAME": "m", name: os.fsdecode(b"p4ss\xff")})
     assert message.startswith(f"{name} is no text in UTF-8: ")
     assert "p4ss" not in message

@@ -1,4 +1,4 @@
-"""Work that several threads want at once is done once."""
+"""SingleFlight: work that several threads request at once is done once."""
 
 import threading
 from collections.abc import Callable
@@ -11,15 +11,15 @@ import pytest
 from notifier.single_flight import SingleFlight
 
 CALLERS = 10
-LONG = 20.0  # seconds; reached only by a test that fails
+LONG = 20.0  # seconds; only a failing test waits this long
 
 caller: ContextVar[str] = ContextVar("caller", default="nobody")
 
 
 class CountedKey:
-    """A key that sets `all_asked` once `callers` threads have looked for a run of it.
+    """A key that sets `all_asked` once `callers` threads have looked up its run.
 
-    The look-up happens under the lock, so whoever has made it has joined the run under way.
+    The look-up happens under the lock, so a thread that has made it has joined the run.
     """
 
     def __init__(self, callers: int) -> None:
@@ -35,7 +35,7 @@ class CountedKey:
 
 
 class Work:
-    """Counts its runs; each waits until it is released, then ends with `end`."""
+    """Work that counts its runs; each run waits for `release` and then returns `end()`."""
 
     def __init__(self, end: Callable[[], Any] = lambda: "a result") -> None:
         self.end = end
@@ -56,7 +56,7 @@ def flights() -> SingleFlight[Any, Any]:
 
 
 def at_once(act: Callable[[], Any], key: CountedKey, work: Work) -> list["Future[Any]"]:
-    """Run `act` in all callers; release `work` when the last of them has joined."""
+    """Run `act` in all callers; release `work` once the last caller has joined."""
     with ThreadPoolExecutor(CALLERS) as pool:
         futures = [pool.submit(act) for _ in range(CALLERS)]
         asked = key.all_asked.wait(LONG)
@@ -97,13 +97,13 @@ def test_different_keys_run_at_the_same_time(flights: SingleFlight[Any, Any]) ->
     assert sorted(future.result() for future in futures) == list(range(CALLERS))
 
 
-def test_a_later_call_runs_anew(flights: SingleFlight[Any, Any]) -> None:
+def test_a_later_call_starts_a_new_run(flights: SingleFlight[Any, Any]) -> None:
     results = iter(["first", "second"])
     assert flights.run("key", lambda: next(results), LONG) == "first"
     assert flights.run("key", lambda: next(results), LONG) == "second"
 
 
-def test_after_an_error_a_later_call_runs_anew(flights: SingleFlight[Any, Any]) -> None:
+def test_a_call_after_an_error_starts_a_new_run(flights: SingleFlight[Any, Any]) -> None:
     def fail() -> None:
         raise LookupError
 
@@ -112,7 +112,7 @@ def test_after_an_error_a_later_call_runs_anew(flights: SingleFlight[Any, Any]) 
     assert flights.run("key", lambda: "better", LONG) == "better"
 
 
-def test_a_caller_whose_time_is_up_leaves_and_the_next_joins_the_same_run(
+def test_a_caller_that_times_out_leaves_and_the_next_joins_the_same_run(
     flights: SingleFlight[Any, Any],
 ) -> None:
     work, key = Work(), CountedKey(callers=2)  # this thread and the pool's
@@ -131,7 +131,7 @@ def test_a_caller_whose_time_is_up_leaves_and_the_next_joins_the_same_run(
 
 
 @pytest.mark.parametrize("error", [TimeoutError, KeyboardInterrupt, SystemExit])
-def test_what_the_work_raises_is_raised_whatever_its_class(
+def test_an_error_of_any_class_reaches_the_caller(
     error: type[BaseException], flights: SingleFlight[Any, Any]
 ) -> None:
     def fail() -> None:
@@ -149,7 +149,9 @@ def test_the_work_may_use_the_same_flights_for_another_key(
     assert flights.run("outer", inner, LONG) == "a result"
 
 
-def test_the_work_runs_in_the_context_of_who_began_it(flights: SingleFlight[Any, Any]) -> None:
+def test_the_work_runs_in_the_context_of_the_caller_that_started_it(
+    flights: SingleFlight[Any, Any],
+) -> None:
     token = caller.set("the first")
     try:
         assert flights.run("key", caller.get, LONG) == "the first"
@@ -160,7 +162,7 @@ def test_the_work_runs_in_the_context_of_who_began_it(flights: SingleFlight[Any,
     assert flights.run("key", caller.get, LONG) == "nobody"
 
 
-def test_the_thread_of_a_run_has_a_name_and_does_not_hold_up_the_end_of_the_process(
+def test_the_thread_of_a_run_has_a_name_and_is_a_daemon(
     flights: SingleFlight[Any, Any],
 ) -> None:
     thread = flights.run("key", threading.current_thread, LONG)

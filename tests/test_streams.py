@@ -1,4 +1,4 @@
-"""What a client of another protocol needs: streams that turn to TLS halfway, by one deadline."""
+"""Streams for a client of another protocol: they switch to TLS midway and keep one deadline."""
 
 import signal
 import socket
@@ -56,7 +56,7 @@ def line(budget: Budget, stream: Stream) -> bytes:
     return text
 
 
-def test_a_mail_server_is_spoken_to_in_plain_text_and_then_over_tls(
+def test_a_client_can_switch_from_plain_text_to_tls_as_for_a_mail_server(
     certificate: Certificate,
 ) -> None:
     bundle, server_context = certificate
@@ -86,7 +86,7 @@ def test_a_mail_server_is_spoken_to_in_plain_text_and_then_over_tls(
     assert heard == [b"STARTTLS\r\n", b"EHLO notifier\r\n"]
 
 
-def test_whoever_says_nothing_is_left_at_the_deadline() -> None:
+def test_reading_from_a_silent_peer_ends_at_the_deadline() -> None:
     with silent() as port, within(3):
         budget = Budget(time.monotonic() + 0.2)
         stream = connect(budget, look_up(LOOPBACK, port))
@@ -95,7 +95,7 @@ def test_whoever_says_nothing_is_left_at_the_deadline() -> None:
         stream.close()
 
 
-def test_whoever_says_too_much_in_one_phase_is_left() -> None:
+def test_reading_too_many_bytes_in_one_phase_is_an_error() -> None:
     def serve(sock: socket.socket) -> None:
         with suppress(OSError):  # the client left
             while True:
@@ -110,7 +110,7 @@ def test_whoever_says_too_much_in_one_phase_is_left() -> None:
         stream.close()
 
 
-def test_a_record_longer_than_one_of_tls_arrives_whole(certificate: Certificate) -> None:
+def test_data_longer_than_a_tls_record_arrives_whole(certificate: Certificate) -> None:
     bundle, server_context = certificate
     body, got = bytes(range(256)) * 1000, bytearray()
 
@@ -129,7 +129,7 @@ def test_a_record_longer_than_one_of_tls_arrives_whole(certificate: Certificate)
     assert bytes(got) == body
 
 
-def test_single_bytes_are_not_read_for_ever() -> None:
+def test_reads_of_single_bytes_use_up_the_budget() -> None:
     budget = Budget(0.0)
     for _ in range(PHASE_BYTES // MIN_READ_BYTES):
         budget.spend(1)
@@ -153,8 +153,8 @@ with socket.create_server(("127.0.0.1", 0)) as listener:
 
 
 @pytest.mark.usefixtures("processes")
-def test_a_process_that_is_stopped_while_it_waits_does_not_begin_to_wait_anew() -> None:
-    """A kernel's time-out of a receive would: each stop adds all of it."""
+def test_a_wait_does_not_start_anew_when_the_process_is_stopped_and_continued() -> None:
+    """The kernel's own receive time-out would start anew at each stop."""
     command = [sys.executable, "-c", STOPPED_WHILE_IT_WAITS]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout

@@ -1,4 +1,4 @@
-"""What review forgets: who imports whom, what is shipped, and what is documented."""
+"""Rules that reviews overlook: imports, shipped files and values, and documented settings."""
 
 import ast
 import json
@@ -31,8 +31,8 @@ PACKAGE = ROOT / "notifier"
 TOOLS = ROOT / "tools"
 CONFIGURATION = ROOT / "gunicorn.conf.py"
 
-# What imports from what: a module imports from strictly lower levels, or from its own folder, where
-# imports go one way too. A folder has the level of all that is in it.
+# Import levels: a module imports from strictly lower levels, or from its own folder, where imports
+# go one way too. A folder's level is that of all its modules.
 LEVELS = {
     "app": 8,
     "web": 7,
@@ -54,7 +54,7 @@ LEVELS = {
     "single_flight": 1,
 }
 
-# Flask, werkzeug included, lives here.
+# Only these may import Flask or werkzeug.
 FLASK = {"app", "web", "cli"}
 
 REQUIRED = {
@@ -65,12 +65,12 @@ REQUIRED = {
     "DB_PASSWORD": "change-me",
 }
 
-# What depends on the machine or on another variable is described, not quoted, as is None.
+# Defaults that depend on the machine or on another variable are described, not quoted. So is None.
 DESCRIBED = {"WEB_CONCURRENCY", "NOTIFY_DEADLINE"}
 
 
 def imported_names(path: Path) -> Iterator[str]:
-    """Yield every dotted name that a file imports, wherever in the file it does."""
+    """Yield every dotted name that a file imports, anywhere in the file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -94,7 +94,7 @@ MODULES = [name for name in FILES if name != "__init__"]
 
 
 def place_of(module: str) -> str:
-    """Return what has the level of a module: its folder, or itself at the top."""
+    """Return the key of a module in LEVELS: its folder, or its own name at the top."""
     return module.partition(".")[0]
 
 
@@ -109,31 +109,31 @@ def test_every_module_has_a_level() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_from_lower_levels_or_its_own_folder_only(module: str) -> None:
+def test_a_module_imports_only_from_lower_levels_or_its_own_folder(module: str) -> None:
     place = place_of(module)
     for imported in imported_modules(FILES[module]):
         target = place_of(imported)
         assert target == place or LEVELS[target] < LEVELS[place], imported
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_there_are_no_import_cycles() -> None:
     graph = {module: imported_modules(FILES[module]) for module in MODULES}
-    TopologicalSorter(graph).prepare()  # raises CycleError, which names them
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_flask_is_known_where_http_and_commands_are_only(module: str) -> None:
+def test_only_the_http_and_command_modules_import_flask(module: str) -> None:
     if place_of(module) not in FLASK:
         assert imported_packages(FILES[module]).isdisjoint({"flask", "werkzeug"})
 
 
-def test_nothing_in_the_service_imports_what_developers_run() -> None:
+def test_nothing_in_the_service_imports_the_tools() -> None:
     assert (TOOLS / "dev").is_dir()
     for path in [*FILES.values(), CONFIGURATION]:
         assert "tools" not in imported_packages(path), path
 
 
-# requests' points of extension; anything else of these libraries is used as it is.
+# requests' extension points. Nothing else of these libraries is subclassed.
 EXTENDED = {"BaseAdapter", "requests.PreparedRequest"}
 LIBRARIES = ("requests", "urllib3", "http", "ssl", "socket", "httptools")
 
@@ -143,7 +143,7 @@ SERVING = [name for name in MODULES if place_of(name) == "serving"]
 
 
 def their_names(path: Path) -> set[str]:
-    """Return what a file calls the libraries' modules and what it has from them."""
+    """Return the names under which a file imports the libraries' modules and their parts."""
     names = {name for name in imported_names(path) if name.partition(".")[0] in LIBRARIES}
     return {name.rpartition(".")[2] for name in names}
 
@@ -159,7 +159,7 @@ def test_the_wire_overrides_nothing_of_a_library(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", WIRE + SERVING)
-def test_nothing_of_a_library_is_reached_by_a_private_name(module: str) -> None:
+def test_no_private_name_of_a_library_is_used(module: str) -> None:
     tree = ast.parse(FILES[module].read_text())
     reached = {
         node.attr
@@ -171,7 +171,7 @@ def test_nothing_of_a_library_is_reached_by_a_private_name(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_gunicorn_is_known_where_it_is_served_only(module: str) -> None:
+def test_only_the_serving_modules_import_gunicorn(module: str) -> None:
     if place_of(module) != "serving":
         assert "gunicorn" not in imported_packages(FILES[module])
 
@@ -179,16 +179,16 @@ def test_gunicorn_is_known_where_it_is_served_only(module: str) -> None:
 @pytest.mark.parametrize(
     "package", [path for path in FILES.values() if path.name == "__init__.py"], ids=module_of
 )
-def test_a_package_itself_imports_nothing(package: Path) -> None:
+def test_the_init_file_of_a_package_imports_nothing(package: Path) -> None:
     assert list(imported_names(package)) == []
 
 
-def test_gunicorns_configuration_imports_only_the_settings_and_what_serves() -> None:
+def test_gunicorns_configuration_imports_only_settings_and_serving() -> None:
     ours = {"settings", "serving", "serving.master", "serving.worker"}
     assert imported_modules(CONFIGURATION) == ours
 
 
-def test_gunicorns_configuration_is_values_and_thin_hooks() -> None:
+def test_gunicorns_configuration_is_short() -> None:
     assert len(CONFIGURATION.read_text().splitlines()) <= 80
 
 
@@ -206,14 +206,14 @@ def loaded_after(code: str) -> set[str]:
 
 
 @pytest.mark.usefixtures("processes")
-def test_gunicorns_configuration_loads_nothing_that_belongs_to_the_workers() -> None:
+def test_gunicorns_configuration_loads_no_library_that_only_workers_need() -> None:
     modules = loaded_after("import runpy; runpy.run_path('gunicorn.conf.py')")
     assert "notifier.settings" in modules
     assert modules.isdisjoint({"flask", "werkzeug", "psycopg", "requests", "prometheus_client"})
 
 
 @pytest.mark.usefixtures("processes")
-def test_a_worker_loads_neither_the_commands_nor_what_only_they_use() -> None:
+def test_a_worker_loads_neither_the_commands_nor_modules_that_only_they_use() -> None:
     modules = loaded_after("from notifier.app import create_app; create_app()")
     store = {"catalogue", "migrations", "role_check", "roles"}
     assert modules.isdisjoint({"yoyo", *(f"notifier.store.{name}" for name in store)})
@@ -224,7 +224,7 @@ def test_a_worker_loads_neither_the_commands_nor_what_only_they_use() -> None:
 
 
 def pinned(name: str) -> dict[str, str]:
-    """Return package and version of each line of a requirements file, all of them pinned."""
+    """Return the packages and versions of a requirements file, each of which must be pinned."""
     versions: dict[str, str] = {}
     for line in (ROOT / name).read_text().splitlines():
         if not line or line.startswith(("#", "-c ")):
@@ -247,7 +247,7 @@ def test_no_requirement_is_pinned_twice() -> None:
     assert max(Counter(chain.from_iterable(files)).values()) == 1
 
 
-def test_what_the_service_imports_is_among_its_own_requirements() -> None:
+def test_every_package_that_the_service_imports_is_in_its_requirements() -> None:
     files = [*FILES.values(), CONFIGURATION]
     packages = set().union(*(imported_packages(path) for path in files))
     distributions = packages_distributions()
@@ -290,14 +290,14 @@ def test_gunicorn_is_shipped_with_threads_without_preload_and_without_a_control_
 
 
 @pytest.mark.parametrize("threads", [1, 32, 512])
-def test_however_many_threads_there_are_connections_can_be_kept_beside_them(
+def test_there_is_room_for_idle_connections_with_any_number_of_threads(
     monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     conf = gunicorn_conf(monkeypatch, WEB_THREADS=str(threads))
     assert conf["worker_connections"] >= 2 * conf["threads"]
 
 
-def test_every_shipped_value_is_one_that_gunicorn_knows_and_takes(
+def test_gunicorn_knows_and_accepts_every_shipped_value(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = Config()
@@ -310,7 +310,7 @@ def test_every_shipped_value_is_one_that_gunicorn_knows_and_takes(
             config.set(name, value)
 
 
-def test_metrics_are_kept_in_memory_only_where_there_is_room(
+def test_metrics_are_kept_in_memory_only_if_there_is_room(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A write to a full memory file system kills the process."""
@@ -319,7 +319,7 @@ def test_metrics_are_kept_in_memory_only_where_there_is_room(
     assert master.make_metrics_folder().parent == tmp_path
 
 
-def test_each_timeout_leaves_room_for_those_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_time_out_is_longer_than_those_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings.from_env(REQUIRED)
     graceful_timeout = gunicorn_conf(monkeypatch)["graceful_timeout"]
     ladder = [
@@ -337,7 +337,7 @@ def test_a_longer_deadline_makes_the_graceful_timeout_longer(
     assert gunicorn_conf(monkeypatch, NOTIFY_DEADLINE="90s")["graceful_timeout"] == 105
 
 
-def test_without_a_place_for_metrics_the_start_stops_with_one_line(
+def test_without_a_folder_for_metrics_the_start_fails_with_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def full(**_: Any) -> None:
@@ -350,7 +350,7 @@ def test_without_a_place_for_metrics_the_start_stops_with_one_line(
 
 
 def variables() -> dict[str, Any]:
-    """Return every variable that is read, with its default; each secret can be in a file too."""
+    """Return every variable with its default, including the variables for files of secrets."""
     named = {field.name.upper(): field.default for field in fields(Settings)}
     secrets = [field.name.upper() for field in fields(Settings) if field.metadata["secret"]]
     return named | {f"{name}_FILE": None for name in secrets}
@@ -361,12 +361,12 @@ def is_described(name: str) -> bool:
 
 
 def value_of(name: str, text: str) -> Any:
-    """Return what `text` becomes as the value of variable `name`."""
+    """Return the setting that results from `text` in variable `name`."""
     return getattr(Settings.from_env(REQUIRED | {name: text}), name.lower(), None)
 
 
 def shipped_value(name: str) -> Any:
-    if name == "WEB_CONCURRENCY":  # by the machine: its CPUs, up to 4
+    if name == "WEB_CONCURRENCY":  # depends on the machine: its CPUs, up to 4
         return 4
     return getattr(Settings.from_env(REQUIRED), name.lower(), None)
 
@@ -400,7 +400,7 @@ def test_the_readme_gives_the_defaults() -> None:
 
 
 def example_settings() -> list[tuple[bool, str, str]]:
-    """Return whether it is set, name and value of every assignment in .env.example."""
+    """Return every assignment in .env.example: True if it is active, its name and its value."""
     text = (ROOT / ".env.example").read_text()
     assignments = re.findall(r"^(# )?([A-Z][A-Z0-9_]*)=(.*)$", text, re.MULTILINE)
     return [(not comment, name, value) for comment, name, value in assignments]
@@ -411,7 +411,7 @@ def test_the_example_names_every_variable_once_and_no_other() -> None:
     assert sorted(named) == sorted([*variables(), *WITHOUT_EFFECT])
 
 
-def test_the_example_sets_what_is_required_and_shows_the_defaults_of_the_rest() -> None:
+def test_the_example_sets_required_variables_and_shows_the_other_defaults() -> None:
     for is_set, name, value in example_settings():
         if name in WITHOUT_EFFECT:
             assert not is_set, name
@@ -424,6 +424,6 @@ def test_the_example_sets_what_is_required_and_shows_the_defaults_of_the_rest() 
             assert value or is_described(name), name
 
 
-def test_the_example_can_be_used_as_it_is() -> None:
+def test_the_example_is_valid_with_and_without_its_commented_assignments() -> None:
     Settings.from_env({name: value for is_set, name, value in example_settings() if is_set})
     Settings.from_env({name: value for _, name, value in example_settings()})

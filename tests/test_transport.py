@@ -1,4 +1,4 @@
-"""One exchange: how each failure reads, and that the status line decides and nothing outlasts it.
+"""One exchange: the fault of each failure, and nothing after the status line changes the outcome.
 
 Every test runs over plain HTTP and over TLS.
 """
@@ -56,7 +56,7 @@ def test_the_provider_gets_the_body_and_the_headers_as_given(
 
 
 @pytest.mark.parametrize("value", ["a\r\nX-Other: b", "a\n", "a\r", "\u20ac"])
-def test_a_header_field_that_would_not_arrive_as_it_is_is_not_sent(
+def test_a_header_field_that_cannot_be_sent_unchanged_is_refused(
     transport: Transport, provider: ScriptedProvider, value: str
 ) -> None:
     with pytest.raises(TransportError) as caught:
@@ -79,7 +79,7 @@ NO_STATUS_LINE: dict[str, tuple[Script, str]] = {
     "sends a line without end": (floods(b"H" * 65536), "protocol"),
     "drips the status line": (drips(b"HTTP/1.1 200 O"), "timeout"),
     "drips interim answers": (drips(b"HTTP/1.1 100 Continue\r\n\r\n"), "timeout"),
-    "says Continue for ever": (floods(b"HTTP/1.1 100 Continue\r\n\r\n"), "protocol"),
+    "sends Continue for ever": (floods(b"HTTP/1.1 100 Continue\r\n\r\n"), "protocol"),
     "drips the headers of Continue": (
         sends(b"HTTP/1.1 100 Continue\r\n", drips(b"X-A: b\r\n")),
         "timeout",
@@ -88,7 +88,7 @@ NO_STATUS_LINE: dict[str, tuple[Script, str]] = {
 
 
 @pytest.mark.parametrize("name", NO_STATUS_LINE)
-def test_a_provider_without_a_status_line_fails_by_its_kind_and_by_the_deadline(
+def test_a_provider_without_a_status_line_fails_with_its_fault_and_by_the_deadline(
     transport: Transport, provider: ScriptedProvider, name: str
 ) -> None:
     provider.script, kind = NO_STATUS_LINE[name]
@@ -96,12 +96,12 @@ def test_a_provider_without_a_status_line_fails_by_its_kind_and_by_the_deadline(
     assert failure(transport, provider.url, seconds=seconds) == kind
     assert len(provider.received) == 1
     provider.script = answer(202)
-    assert post(transport, provider.url) == 202  # and the connection is not used again
+    assert post(transport, provider.url) == 202  # over a new connection
     assert provider.connections == 2
 
 
 @pytest.mark.parametrize("status", [200, 201, 204, 301, 400, 404, 408, 429, 500, 503, 599])
-def test_the_status_is_returned_whatever_it_is_and_nothing_is_sent_twice(
+def test_any_status_is_returned_and_nothing_is_sent_twice(
     transport: Transport, provider: ScriptedProvider, status: int
 ) -> None:
     provider.script = answer(status, b"", "Retry-After: 0")
@@ -124,7 +124,7 @@ def test_the_status_is_returned_whatever_it_is_and_nothing_is_sent_twice(
         b"HTTP/1.1 100 Continue\r\nno field\r\n\r\nHTTP/1.1 200 OK\r\n",
     ],
 )
-def test_an_odd_status_line_is_understood_since_the_next_provider_would_deliver_too(
+def test_an_odd_status_line_is_understood_so_that_no_other_provider_delivers_again(
     transport: Transport, provider: ScriptedProvider, line: bytes
 ) -> None:
     provider.script = sends(line + b"Content-Length: 0\r\n\r\n")
@@ -139,7 +139,7 @@ def test_a_status_line_that_ends_with_the_connection_is_understood(
 
 
 @pytest.mark.parametrize("interim", [100, 102, 103])
-def test_an_interim_answer_is_not_the_answer(
+def test_an_interim_answer_is_passed_over(
     transport: Transport, provider: ScriptedProvider, interim: int
 ) -> None:
     first = f"HTTP/1.1 {interim} Wait\r\nLink: </a>; rel=preload\r\n\r\n".encode()
@@ -147,7 +147,7 @@ def test_an_interim_answer_is_not_the_answer(
     assert post(transport, provider.url) == 202
 
 
-def test_an_answer_that_comes_after_an_interim_one_never_answers_the_next_post(
+def test_a_late_answer_after_an_interim_one_never_answers_the_next_post(
     transport: Transport, provider: ScriptedProvider
 ) -> None:
     posted_again = threading.Event()
@@ -190,14 +190,14 @@ ODD_ENDS: dict[str, Script] = {
     "redirects with a body without end": sends(
         b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\n\r\n", floods(b"x" * 65536)
     ),
-    "sends no chunks": sends(CHUNKED + b"zz\r\n"),
+    "sends invalid chunks": sends(CHUNKED + b"zz\r\n"),
     "drips trailers": sends(CHUNKED + b"0\r\n", drips(b"X-A: b\r\n")),
     "switches protocols after the answer": sends(
         STATUS_LINE
         + b"Content-Length: 0\r\n\r\n"
         + b"HTTP/1.1 101 S\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n"
     ),
-    "says that it closes, and does not": sends(
+    "announces a close, and does not close": sends(
         STATUS_LINE + b"Connection: close\r\nContent-Length: 2\r\n\r\n{}", hang
     ),
 }
@@ -205,20 +205,20 @@ ODD_ENDS: dict[str, Script] = {
 
 @pytest.mark.usefixtures("short_drain")
 @pytest.mark.parametrize("name", ODD_ENDS)
-def test_after_the_status_line_nothing_changes_the_outcome_or_delays_it_for_long(
+def test_nothing_after_the_status_line_changes_the_outcome_or_delays_it_for_long(
     transport: Transport, provider: ScriptedProvider, name: str
 ) -> None:
     provider.script = ODD_ENDS[name]
     with within(2):
         assert post(transport, provider.url, seconds=10) == (302 if "redirects" in name else 200)
     provider.script = answer(202)
-    assert post(transport, provider.url) == 202  # and the connection is not used again
+    assert post(transport, provider.url) == 202  # over a new connection
     assert (provider.connections, len(provider.received)) == (2, 2)
 
 
 @pytest.mark.usefixtures("short_drain")
 @pytest.mark.parametrize("status", [302, 404, 500])
-def test_the_status_line_decides_for_other_answers_too(
+def test_the_status_line_decides_for_other_statuses_too(
     transport: Transport, provider: ScriptedProvider, status: int
 ) -> None:
     head = f"HTTP/1.1 {status} X\r\nLocation: http://[\r\n".encode()
@@ -267,14 +267,14 @@ REUSABLE: dict[str, Script] = {
     "an error": answer(503, b"busy"),
     "no body": answer(200, b""),
     "204": lambda peer, _: peer.send(b"HTTP/1.1 204 No Content\r\n\r\n"),
-    "as much as is drained": answer(200, b"x" * DRAIN_BYTES),
+    "the longest body that is drained": answer(200, b"x" * DRAIN_BYTES),
     "chunks": lambda peer, _: peer.send(CHUNKED + b"2\r\n{}\r\n0\r\n\r\n"),
-    "no gzip in spite of its header": answer(200, b"{}", "Content-Encoding: gzip"),
+    "a body that is not gzip despite its header": answer(200, b"{}", "Content-Encoding: gzip"),
 }
 
 
 @pytest.mark.parametrize("name", REUSABLE)
-def test_the_connection_is_used_again_after(
+def test_a_connection_is_reused_after_a_complete_answer(
     transport: Transport, provider: ScriptedProvider, name: str
 ) -> None:
     provider.script = REUSABLE[name]
@@ -338,7 +338,7 @@ def test_netrc_is_not_read(
     assert not any("authorization" in received.headers for received in provider.received)
 
 
-def test_a_provider_that_does_not_read_is_left_at_the_deadline(
+def test_a_post_to_a_provider_that_does_not_read_ends_at_the_deadline(
     make_transport: MakeTransport,
 ) -> None:
     with silent() as port:
@@ -367,7 +367,7 @@ def test_many_threads_share_one_transport_and_each_gets_its_own_answer(
     assert len(provider.received) == 200
 
 
-def test_sockets_and_threads_are_given_back(
+def test_sockets_and_threads_are_released(
     wire: Wire,
 ) -> None:
     def in_use() -> tuple[int, int]:

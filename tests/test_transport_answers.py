@@ -1,4 +1,4 @@
-"""What of an answer can be had besides its status: header fields, and a body that is whole.
+"""The parts of an answer besides its status: the wanted header fields and a complete body.
 
 Every test runs over plain HTTP and over TLS.
 """
@@ -36,7 +36,7 @@ def ask(transport: Transport, url: str, wanted: Wanted = WANTED) -> Answer:
     return transport.post(url, b"{}", {}, time.monotonic() + 5, wanted)
 
 
-def test_header_fields_are_returned_by_name_and_only_those_that_are_wanted(
+def test_only_the_wanted_header_fields_are_returned(
     transport: Transport, provider: ScriptedProvider
 ) -> None:
     provider.script = answer(503, b"{}", "Retry-After: 30", "X-MESSAGE-ID: abc", "X-Other: 1")
@@ -48,7 +48,7 @@ def test_header_fields_are_returned_by_name_and_only_those_that_are_wanted(
     assert provider.connections == 1
 
 
-def test_location_is_no_redirect_even_when_it_is_wanted(
+def test_location_is_not_followed_even_if_it_is_wanted(
     transport: Transport, provider: ScriptedProvider
 ) -> None:
     provider.script = answer(302, b"{}", "Location: http://[")
@@ -69,7 +69,7 @@ ODD_FIELDS: dict[str, tuple[bytes, dict[str, str], bytes]] = {
         b"{}",
     ),
     "trailers": (CHUNKED + b"2\r\n{}\r\n0\r\nX-Message-Id: a\r\n\r\n", {}, b"{}"),
-    "another answer behind": (
+    "another answer after it": (
         STATUS_LINE
         + b"Content-Length: 2\r\n\r\n{}"
         + STATUS_LINE
@@ -105,14 +105,14 @@ BODIES: dict[str, tuple[Script, bytes | None]] = {
         ),
         b"{}",
     ),
-    "behind a head that is cut": (
+    "after a truncated head": (
         sends(STATUS_LINE + b"X-A: b", lambda peer, _: peer.say_goodbye()),
         None,
     ),
     "of 64 KiB": (answer(200, b"x" * DRAIN_BYTES), b"x" * DRAIN_BYTES),
     "that is longer": (answer(200, b"x" * (DRAIN_BYTES + 1)), None),
-    "that is cut": (announces(1000, sends(b"{}")), None),
-    "whose chunks are cut": (sends(CHUNKED + b"9\r\n{}"), None),
+    "that is truncated": (announces(1000, sends(b"{}")), None),
+    "whose chunks are truncated": (sends(CHUNKED + b"9\r\n{}"), None),
     "that drips": (announces(1000, drips(b"{}")), None),
     "without end": (sends(STATUS_LINE + b"\r\n", floods(b"x" * 65536)), None),
     "that hangs": (announces(10, hang), None),
@@ -122,7 +122,7 @@ BODIES: dict[str, tuple[Script, bytes | None]] = {
 
 @pytest.mark.usefixtures("short_drain")
 @pytest.mark.parametrize("name", BODIES)
-def test_a_body_is_returned_if_it_comes_whole_and_in_time(
+def test_a_body_is_returned_if_it_is_complete_in_time(
     transport: Transport, provider: ScriptedProvider, name: str
 ) -> None:
     provider.script, body = BODIES[name]
@@ -130,12 +130,12 @@ def test_a_body_is_returned_if_it_comes_whole_and_in_time(
         assert ask(transport, provider.url) == Answer(200, {}, body)
 
 
-def test_a_body_that_ends_with_the_connection_and_no_goodbye_is_not_whole_over_tls(
+def test_a_body_that_ends_without_close_notify_is_incomplete_over_tls(
     transport: Transport,
     provider: ScriptedProvider,
     wire: Wire,
 ) -> None:
-    """Anybody on the way could have cut it; a plain connection cannot tell."""
+    """An attacker could have truncated it; on a plain connection that cannot be detected."""
     provider.script = sends(STATUS_LINE + b"\r\n{}", lambda peer, _: peer.stop_sending())
     assert ask(transport, provider.url).body == (None if wire[1] else b"{}")
 

@@ -1,4 +1,4 @@
-"""From a URL to a connection: look-ups, addresses and TLS, each failure by its kind and bounded."""
+"""Connecting: look-ups, addresses and TLS. Each failure gives its fault by the deadline."""
 
 import socket
 import ssl
@@ -54,7 +54,7 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize("url", UNUSABLE)
-def test_what_is_no_http_url_fails_as_url(transport: Transport, url: str) -> None:
+def test_an_invalid_url_fails_as_url(transport: Transport, url: str) -> None:
     assert failure(transport, url) == "url"
 
 
@@ -77,14 +77,14 @@ def test_a_failed_look_up_fails_as_dns_and_the_next_one_may_succeed(
     assert post(transport, url) == 200
 
 
-def test_a_name_without_an_address_is_no_connection(
+def test_a_name_without_an_address_fails_as_connect(
     transport: Transport, resolve: Callable[..., None]
 ) -> None:
     resolve(list)
     assert failure(transport, "http://mail.example.com/") == "connect"
 
 
-def test_a_look_up_that_hangs_is_left_at_the_deadline_and_shared_by_ten_callers(
+def test_a_hanging_look_up_is_given_up_at_the_deadline_and_shared_by_ten_callers(
     transport: Transport, resolve: Callable[..., None]
 ) -> None:
     released = threading.Event()
@@ -116,7 +116,7 @@ def test_a_look_up_that_hangs_is_left_at_the_deadline_and_shared_by_ten_callers(
     eventually(lambda: look_up_threads() == 0)
 
 
-def test_a_look_up_that_hangs_holds_up_no_other_host(
+def test_a_hanging_look_up_does_not_delay_other_hosts(
     transport: Transport, resolve: Callable[..., None], make_provider: MakeProvider
 ) -> None:
     released = threading.Event()
@@ -139,7 +139,7 @@ def test_a_refused_connection_fails_as_connect(transport: Transport) -> None:
         assert failure(transport, f"http://{LOOPBACK}:{port}/") == "connect"
 
 
-def test_an_address_that_does_not_answer_is_left_at_the_deadline(
+def test_an_address_that_does_not_answer_is_given_up_at_the_deadline(
     transport: Transport, dead_port: int
 ) -> None:
     assert failure(transport, f"http://{LOOPBACK}:{dead_port}/") == "connect"
@@ -153,7 +153,7 @@ def test_several_addresses_that_do_not_answer_share_the_deadline(
     assert failure(transport, f"http://mail.example.com:{dead_port}/") == "connect"
 
 
-def test_the_second_address_serves_when_the_first_does_not_answer(
+def test_the_second_address_is_used_if_the_first_does_not_answer(
     transport: Transport,
     resolve: Callable[..., None],
     dead_port: int,
@@ -165,7 +165,7 @@ def test_the_second_address_serves_when_the_first_does_not_answer(
         assert post(transport, "http://mail.example.com/", seconds=1) == 200
 
 
-def test_the_second_address_serves_when_the_first_refuses(
+def test_the_second_address_is_used_if_the_first_refuses(
     transport: Transport, resolve: Callable[..., None], make_provider: MakeProvider
 ) -> None:
     provider = make_provider()
@@ -174,16 +174,16 @@ def test_the_second_address_serves_when_the_first_refuses(
         assert post(transport, "http://mail.example.com/") == 200
 
 
-def test_an_address_of_a_family_that_this_machine_lacks_is_passed_over(
+def test_an_address_of_a_family_that_this_machine_lacks_is_skipped(
     transport: Transport, resolve: Callable[..., None], make_provider: MakeProvider
 ) -> None:
-    """As IPv6 where the kernel has none: AF_UNIX knows no TCP, so the socket cannot be made."""
+    """AF_UNIX stands in for a missing IPv6: it has no TCP, so the socket cannot be made."""
     provider = make_provider()
     resolve(lambda: [address(provider.port, socket.AF_UNIX), address(provider.port)])
     assert post(transport, "http://mail.example.com/") == 200
 
 
-def test_no_connection_is_begun_after_the_deadline(
+def test_no_connection_is_started_after_the_deadline(
     transport: Transport, resolve: Callable[..., None], make_provider: MakeProvider
 ) -> None:
     provider = make_provider()
@@ -193,7 +193,7 @@ def test_no_connection_is_begun_after_the_deadline(
     assert provider.received == []
 
 
-def test_a_certificate_of_the_bundle_is_trusted_and_its_connection_used_again(
+def test_a_certificate_of_the_bundle_is_trusted_and_its_connection_reused(
     make_transport: MakeTransport, make_provider: MakeProvider, certificate: Certificate
 ) -> None:
     bundle, context = certificate
@@ -239,7 +239,7 @@ def test_a_folder_of_certificates_is_a_bundle_too(
     assert post(make_transport(tmp_path), make_provider(tls=context).url) == 200
 
 
-def test_a_certificate_that_nobody_vouches_for_fails_as_tls(
+def test_a_certificate_of_an_unknown_authority_fails_as_tls(
     transport: Transport, make_provider: MakeProvider, certificate: Certificate
 ) -> None:
     provider = make_provider(tls=certificate[1])
@@ -259,7 +259,7 @@ def test_the_bundle_of_the_environment_is_not_read_for_each_request(
     assert failure(transport, make_provider(tls=context).url, seconds=5) == "tls"
 
 
-def test_a_provider_hears_why_its_certificate_is_not_trusted(
+def test_a_provider_with_an_untrusted_certificate_gets_the_alert_that_says_so(
     transport: Transport, certificate: Certificate
 ) -> None:
     heard: list[str] = []
@@ -296,16 +296,16 @@ def test_a_certificate_for_another_name_fails_as_tls(
 def test_a_plain_server_behind_https_fails_as_tls(
     transport: Transport, make_provider: MakeProvider
 ) -> None:
-    assert failure(transport, f"https://{make_provider().host}/") == "tls"
+    assert failure(transport, f"https://{make_provider().endpoint}/") == "tls"
 
 
-def test_a_server_that_says_nothing_behind_https_fails_as_tls(transport: Transport) -> None:
+def test_a_silent_server_behind_https_fails_as_tls(transport: Transport) -> None:
     with silent() as port:
         assert failure(transport, f"https://{LOOPBACK}:{port}/") == "tls"
 
 
 @pytest.mark.parametrize("said", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x16\x03\x03"])
-def test_a_server_that_leaves_within_the_handshake_fails_as_tls(
+def test_a_server_that_closes_within_the_handshake_fails_as_tls(
     transport: Transport, said: bytes
 ) -> None:
     with ExitStack() as stack:
@@ -328,5 +328,5 @@ def test_a_tls_server_behind_http_is_a_failure_and_gets_no_request(
     transport: Transport, make_provider: MakeProvider, certificate: Certificate
 ) -> None:
     provider = make_provider(tls=certificate[1])
-    assert failure(transport, f"http://{provider.host}/") in ("protocol", "reset")
+    assert failure(transport, f"http://{provider.endpoint}/") in ("protocol", "reset")
     assert provider.received == []

@@ -1,4 +1,4 @@
-"""Kept connections: when one is reused, and when a request is sent again over another.
+"""Idle connections: when one is reused, and when a request is resent over another.
 
 Every test runs over plain HTTP and over TLS.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from notifier.wire import streams
+from notifier.wire.streams import READ_BYTES
 from notifier.wire.transport import Transport
 from tests.fixtures import MakeProvider, MakeTransport, Wire
 from tests.posting import failure, post
@@ -33,28 +34,30 @@ from tests.timing import eventually
 
 @pytest.fixture
 def unseen_closing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a closing go unseen before a connection is used again, as if it had just begun."""
+    """Hide a close from the check before reuse, as if the peer closed just after the check."""
     look = streams.Plain.look
     monkeypatch.setattr(streams.Plain, "look", lambda plain: look(plain)._replace(is_quiet=True))
 
 
 def one_answer_each(peer: Peer, _: Received) -> None:
-    """Answer, keep the connection by what is said, and close it."""
+    """Answer as if the connection stayed open, then close it."""
     peer.send(STATUS_LINE + b"Content-Length: 2\r\n\r\n{}")
     peer.say_goodbye()
 
 
 def closed_by_now(provider: ScriptedProvider) -> None:
-    """Wait until the provider has nothing more to do with its connections."""
+    """Wait until the provider has closed all its connections."""
     eventually(lambda: not any(thread.is_alive() for thread in provider.serving()))
 
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what arrived")
+linux_only = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux reports acknowledged bytes"
+)
 
 
 @linux_only
 @pytest.mark.usefixtures("unseen_closing")
-def test_a_connection_that_was_closed_while_it_lay_idle_fails_nothing(
+def test_a_connection_that_was_closed_while_idle_fails_no_request(
     transport: Transport, provider: ScriptedProvider
 ) -> None:
     provider.script = one_answer_each
@@ -64,7 +67,7 @@ def test_a_connection_that_was_closed_while_it_lay_idle_fails_nothing(
         assert (len(provider.received), provider.connections) == (number, number)
 
 
-def test_where_the_kernel_does_not_tell_what_arrived_nothing_is_sent_again(
+def test_nothing_is_resent_if_the_kernel_does_not_report_acknowledged_bytes(
     transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streams.Plain, "look", lambda _: streams.Look(True, None))
@@ -78,7 +81,7 @@ def test_where_the_kernel_does_not_tell_what_arrived_nothing_is_sent_again(
 
 @linux_only
 @pytest.mark.usefixtures("unseen_closing")
-def test_several_connections_that_were_closed_while_they_lay_idle_fail_nothing(
+def test_several_connections_that_were_closed_while_idle_fail_no_request(
     transport: Transport, provider: ScriptedProvider
 ) -> None:
     provider.script = together = Together(3)
@@ -93,7 +96,7 @@ def test_several_connections_that_were_closed_while_they_lay_idle_fail_nothing(
 
 
 class Together:
-    """Answers so many requests at the same moment; closes when it is told to."""
+    """Answers `parties` requests at the same time; closes once `closed` is set."""
 
     def __init__(self, parties: int) -> None:
         self._here = threading.Barrier(parties, timeout=10)
@@ -107,7 +110,7 @@ class Together:
 
 
 @pytest.mark.parametrize("how", [close, reset])
-def test_a_request_that_was_read_is_never_sent_again(
+def test_a_request_that_was_read_is_never_resent(
     transport: Transport, provider: ScriptedProvider, how: Script
 ) -> None:
     assert post(transport, provider.url) == 200
@@ -116,10 +119,10 @@ def test_a_request_that_was_read_is_never_sent_again(
     assert (len(provider.received), provider.connections) == (2, 1)
 
 
-def test_a_request_whose_connection_is_closed_unread_by_a_reset_is_not_sent_again(
+def test_a_request_whose_connection_is_reset_is_not_resent(
     transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reset may come from somebody who has read all of it."""
+    """The reset may come from a peer that has read all of the request."""
     gone, send = threading.Event(), streams.Plain.send
 
     def send_and_let_go(*args: Any) -> None:
@@ -138,10 +141,10 @@ def test_a_request_whose_connection_is_closed_unread_by_a_reset_is_not_sent_agai
     assert (len(provider.received), provider.connections) == (1, 1)
 
 
-def test_a_request_that_was_read_is_not_sent_again_though_the_connection_ends_by_a_reset(
+def test_an_acknowledged_request_is_not_resent_after_a_close_and_a_reset(
     transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An end and then a reset look as if nobody had read it; what was acknowledged tells."""
+    """A FIN and then an RST suggest that it was not read; the acknowledged bytes disprove it."""
     asked, is_reset = threading.Event(), streams.Plain.is_reset
 
     def ask(plain: streams.Plain, seconds: float) -> bool:
@@ -188,7 +191,7 @@ KEPT: dict[str, tuple[bytes, bool]] = {
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_a_connection_is_used_again_if_it_is_clear_where_the_answer_ends(
+def test_a_connection_is_reused_only_if_the_end_of_the_answer_is_clear(
     transport: Transport, provider: ScriptedProvider, name: str
 ) -> None:
     text, kept = KEPT[name]
@@ -198,14 +201,14 @@ def test_a_connection_is_used_again_if_it_is_clear_where_the_answer_ends(
     assert (len(provider.received), provider.connections) == (3, 1 if kept else 3)
 
 
-def test_what_follows_an_answer_is_not_taken_for_the_next_one(
+def test_data_after_an_answer_is_not_taken_for_the_next_answer(
     transport: Transport, provider: ScriptedProvider
 ) -> None:
-    """Both in one TLS record: what is left of it lies where nobody sees it from outside."""
+    """Over TLS the rest has left the socket: only the TLS layer knows that it is there."""
     stray = STATUS_LINE + b"Content-Length: 0\r\n\r\n"
     head = STATUS_LINE + b"Content-Length: 8000\r\nX-Fill: "
-    first = head + b"x" * (8192 - len(head) - 4 - 8000) + b"\r\n\r\n" + bytes(8000)
-    assert len(first) == 8192  # as much as is read at once
+    first = head + b"x" * (READ_BYTES - len(head) - 4 - 8000) + b"\r\n\r\n" + bytes(8000)
+    assert len(first) == READ_BYTES  # as much as is read at once
     provider.script = sends(first + stray, lambda *_: None)
     assert post(transport, provider.url) == 200
     provider.script = answer(503)
@@ -230,7 +233,7 @@ def test_a_connection_is_reused_if_it_was_idle_for_no_more_than_half_a_minute(
 def test_idle_connections_that_are_no_longer_used_are_closed(
     make_transport: MakeTransport, make_provider: MakeProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also those of an endpoint that is never asked again."""
+    """Also those of an endpoint that is never called again."""
     retired, other, transport = make_provider(), make_provider(), make_transport()
     assert post(transport, retired.url) == 200
     later = SimpleNamespace(monotonic=lambda: time.monotonic() + 31)
@@ -240,7 +243,7 @@ def test_idle_connections_that_are_no_longer_used_are_closed(
 
 
 @pytest.mark.usefixtures("unseen_closing")
-def test_who_ends_its_side_and_reads_on_does_not_get_the_request_again(
+def test_a_peer_that_stops_sending_but_still_reads_does_not_get_the_request_again(
     transport: Transport, provider: ScriptedProvider
 ) -> None:
     half_closed = threading.Event()
@@ -258,7 +261,7 @@ def test_who_ends_its_side_and_reads_on_does_not_get_the_request_again(
     assert provider.connections == 1
 
 
-def test_what_a_new_connection_ends_without_an_answer_is_not_sent_again(
+def test_a_request_over_a_new_connection_that_closes_is_not_resent(
     transport: Transport, provider: ScriptedProvider
 ) -> None:
     provider.script = sends(STATUS_LINE + b"Connection: close\r\n\r\n")
@@ -270,7 +273,7 @@ def test_what_a_new_connection_ends_without_an_answer_is_not_sent_again(
 
 @linux_only
 @pytest.mark.usefixtures("unseen_closing")
-def test_what_is_to_be_sent_again_fails_if_no_other_connection_can_be_made(
+def test_a_resend_fails_if_no_other_connection_can_be_made(
     transport: Transport, wire: Wire
 ) -> None:
     with ScriptedProvider(one_answer_each, tls=wire[1]) as provider:
@@ -279,7 +282,7 @@ def test_what_is_to_be_sent_again_fails_if_no_other_connection_can_be_made(
     assert failure(transport, provider.url) == "connect"
 
 
-def test_a_kept_connection_gives_the_next_request_no_more_time_than_it_has(
+def test_a_reused_connection_keeps_to_the_deadline_of_the_next_request(
     transport: Transport, provider: ScriptedProvider
 ) -> None:
     def reads_one(peer: Peer, received: Received) -> None:

@@ -1,4 +1,4 @@
-"""Proxies: used when given, passed by where `no` says so, and never mistaken for the provider."""
+"""Proxies: used if configured, bypassed for the hosts in `no`, never mistaken for the provider."""
 
 import socket
 import ssl
@@ -23,7 +23,7 @@ Certificate = tuple[Path, ssl.SSLContext]
 
 
 def connects(peer: Peer, received: Received) -> None:
-    """Be a proxy that tunnels."""
+    """Act as a proxy that opens a tunnel."""
     assert received.method == "CONNECT"
     host, _, port = received.path.rpartition(":")
     peer.tunnel(host, int(port))
@@ -40,7 +40,7 @@ def tunnelled(
 ) -> Transport:
     """A transport that trusts `certificate` and reaches https through `proxy`."""
     proxy.script = connects
-    return make_transport(certificate[0], {"https": f"http://{proxy.host}"})
+    return make_transport(certificate[0], {"https": f"http://{proxy.endpoint}"})
 
 
 @pytest.fixture
@@ -48,11 +48,11 @@ def target(make_provider: MakeProvider, certificate: Certificate) -> ScriptedPro
     return make_provider(tls=certificate[1])
 
 
-def test_http_goes_through_the_proxy_with_an_absolute_url_and_no_look_up_here(
+def test_http_goes_through_the_proxy_with_an_absolute_url_and_no_local_look_up(
     make_transport: MakeTransport, proxy: ScriptedProvider
 ) -> None:
     proxy.script = answer(202)
-    transport = make_transport(proxies={"http": f"http://{proxy.host}"})
+    transport = make_transport(proxies={"http": f"http://{proxy.endpoint}"})
     for _ in range(2):
         assert post(transport, NOWHERE) == 202
     assert [received.path for received in proxy.received] == [NOWHERE] * 2
@@ -62,17 +62,17 @@ def test_http_goes_through_the_proxy_with_an_absolute_url_and_no_look_up_here(
 
 @pytest.mark.parametrize("key", ["http", "all"])
 @pytest.mark.parametrize("written", ["http://{}", "{}", "http://{}/"])
-def test_a_proxy_may_be_written_as_the_environment_has_it(
+def test_a_proxy_may_be_written_in_each_form_that_the_environment_allows(
     make_transport: MakeTransport, proxy: ScriptedProvider, key: str, written: str
 ) -> None:
-    assert post(make_transport(proxies={key: written.format(proxy.host)}), NOWHERE) == 200
+    assert post(make_transport(proxies={key: written.format(proxy.endpoint)}), NOWHERE) == 200
     assert len(proxy.received) == 1
 
 
 def test_the_proxy_gets_the_credentials_of_its_url(
     make_transport: MakeTransport, proxy: ScriptedProvider
 ) -> None:
-    transport = make_transport(proxies={"http": f"http://user:pass@{proxy.host}"})
+    transport = make_transport(proxies={"http": f"http://user:pass@{proxy.endpoint}"})
     post(transport, NOWHERE)
     assert proxy.received[0].headers["proxy-authorization"] == "Basic dXNlcjpwYXNz"
 
@@ -86,12 +86,12 @@ def test_the_environment_is_not_read_for_each_request(
     name: str,
 ) -> None:
     provider, transport = make_provider(), make_transport()
-    monkeypatch.setenv(name, f"http://{proxy.host}")
+    monkeypatch.setenv(name, f"http://{proxy.endpoint}")
     post(transport, provider.url)
     assert (len(provider.received), proxy.received) == (1, [])
 
 
-def test_https_goes_through_a_tunnel_that_is_used_again(
+def test_https_goes_through_a_tunnel_that_is_reused(
     tunnelled: Transport, proxy: ScriptedProvider, target: ScriptedProvider
 ) -> None:
     target.script = answer(201)
@@ -103,12 +103,12 @@ def test_https_goes_through_a_tunnel_that_is_used_again(
     assert proxy.connections == 1
 
 
-def test_tls_goes_through_a_proxys_tls_over_a_connection_that_is_used_again(
+def test_tls_goes_through_a_proxys_tls_over_a_connection_that_is_reused(
     make_transport: MakeTransport, make_provider: MakeProvider, certificate: Certificate
 ) -> None:
     bundle, context = certificate
     proxy, target = make_provider(connects, tls=context), make_provider(answer(201), tls=context)
-    transport = make_transport(bundle, {"https": f"https://{proxy.host}"})
+    transport = make_transport(bundle, {"https": f"https://{proxy.endpoint}"})
     for _ in range(3):
         assert post(transport, target.url) == 201
     assert (proxy.connections, len(target.received)) == (1, 3)
@@ -124,10 +124,10 @@ def test_tls_goes_through_a_proxys_tls_over_a_connection_that_is_used_again(
         ("[::1]:80", "[::1]"),
     ],
 )
-def test_a_request_names_its_host_without_a_default_port_and_a_user(
+def test_the_host_field_has_neither_a_default_port_nor_a_user(
     make_transport: MakeTransport, proxy: ScriptedProvider, netloc: str, host: str
 ) -> None:
-    transport = make_transport(proxies={"http": f"http://{proxy.host}"})
+    transport = make_transport(proxies={"http": f"http://{proxy.endpoint}"})
     assert post(transport, f"http://{netloc}/send") == 200
     assert proxy.received[0].headers["host"] == host
 
@@ -140,7 +140,7 @@ BEHIND_A_TUNNEL: dict[str, tuple[Script, str]] = {
 
 
 @pytest.mark.parametrize("name", BEHIND_A_TUNNEL)
-def test_an_open_tunnel_is_no_answer_of_the_provider(
+def test_an_open_tunnel_is_not_taken_for_the_providers_answer(
     tunnelled: Transport, target: ScriptedProvider, name: str
 ) -> None:
     target.script, kind = BEHIND_A_TUNNEL[name]
@@ -157,23 +157,23 @@ def test_the_provider_behind_a_tunnel_has_its_full_time(
     monkeypatch.setattr(exchange_module, "DRAIN_SECONDS", 0.1)
 
     def answer_slowly(peer: Peer, received: Received) -> None:
-        time.sleep(0.4)  # four times what a known status leaves
+        time.sleep(0.4)  # four times DRAIN_SECONDS
         answer(status)(peer, received)
 
     target.script = answer_slowly
     assert post(tunnelled, target.url) == status
 
 
-def test_a_provider_that_nobody_vouches_for_fails_as_tls_through_a_tunnel_too(
+def test_a_provider_of_an_unknown_authority_fails_as_tls_through_a_tunnel_too(
     make_transport: MakeTransport, proxy: ScriptedProvider, target: ScriptedProvider
 ) -> None:
     proxy.script = connects
-    transport = make_transport(proxies={"https": f"http://{proxy.host}"})
+    transport = make_transport(proxies={"https": f"http://{proxy.endpoint}"})
     assert failure(transport, target.url, seconds=5) == "tls"
     assert target.received == []
 
 
-def test_a_tunnel_that_ends_at_once_is_a_failure(
+def test_a_tunnel_that_closes_at_once_fails_as_tls(
     tunnelled: Transport, proxy: ScriptedProvider
 ) -> None:
     def open_and_leave(peer: Peer, _: Received) -> None:
@@ -192,19 +192,19 @@ def test_a_tunnel_that_ends_at_once_is_a_failure(
         (b"x 200 OK\r\n\r\n", False),
     ],
 )
-def test_a_tunnel_opens_by_what_is_a_200(
+def test_a_tunnel_opens_only_with_a_valid_200(
     tunnelled: Transport, proxy: ScriptedProvider, head: bytes, opens: bool
 ) -> None:
-    """It then fails within TLS, as nobody is behind it."""
+    """An open tunnel then fails as TLS, because no provider is behind it."""
     proxy.script = lambda peer, _: (peer.send(head), peer.close())[0]
     assert failure(tunnelled, "https://mail.example.com/") == ("tls" if opens else "connect")
 
 
 @pytest.mark.parametrize("status", [301, 403, 407, 429, 502, 503])
-def test_a_refused_tunnel_is_no_answer_of_the_provider_either(
+def test_a_refused_tunnel_is_not_taken_for_the_providers_answer(
     tunnelled: Transport, proxy: ScriptedProvider, status: int
 ) -> None:
-    """The message has not been sent, and what the proxy thinks says nothing about the provider."""
+    """The message has not been sent, and the proxy's status says nothing about the provider."""
     proxy.script = answer(status, b"<html>no</html>")
     assert failure(tunnelled, "https://mail.example.com/") == "connect"
 
@@ -221,7 +221,7 @@ def test_a_proxy_that_refuses_the_connection_fails_as_connect(
 
 @pytest.mark.parametrize("url", [NOWHERE, "https://mail.example.com/"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_proxy_that_says_nothing_is_left_at_the_deadline(
+def test_a_silent_proxy_is_given_up_at_the_deadline(
     make_transport: MakeTransport, scheme: str, url: str
 ) -> None:
     with silent() as port:
@@ -230,7 +230,7 @@ def test_a_proxy_that_says_nothing_is_left_at_the_deadline(
 
 
 @pytest.mark.parametrize("url", [NOWHERE, "https://mail.example.com/"])
-def test_a_proxy_that_drips_over_tls_is_left_at_the_deadline(
+def test_a_proxy_that_drips_over_tls_is_given_up_at_the_deadline(
     make_transport: MakeTransport,
     make_provider: MakeProvider,
     certificate: Certificate,
@@ -238,9 +238,9 @@ def test_a_proxy_that_drips_over_tls_is_left_at_the_deadline(
     url: str,
 ) -> None:
     bundle, context = certificate
-    monkeypatch.setenv("SSL_CERT_FILE", str(bundle))  # whom OpenSSL trusts by default
+    monkeypatch.setenv("SSL_CERT_FILE", str(bundle))  # OpenSSL's default authorities
     proxy = make_provider(lambda peer, _: peer.drip(b"HTTP/1.1 200 O"), tls=context)
-    address = f"https://{proxy.host}"
+    address = f"https://{proxy.endpoint}"
     assert failure(make_transport(bundle, {"http": address, "https": address}), url)
     assert len(proxy.received) == 1
 
@@ -249,7 +249,7 @@ def test_a_proxy_that_drips_over_tls_is_left_at_the_deadline(
 def everywhere(
     make_provider: MakeProvider, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[ScriptedProvider]:
-    """A provider at which every connection to port 80 ends, whatever the name or address."""
+    """A provider that receives every connection to port 80, whatever the name or address."""
     provider = make_provider()
     real = streams.look_up
 
@@ -270,7 +270,7 @@ def reached(
     """Post to a host, and return how many posts arrived there and how many at the proxy."""
 
     def reach(no_proxy: str, host: str) -> tuple[int, int]:
-        transport = make_transport(proxies={"http": f"http://{proxy.host}", "no": no_proxy})
+        transport = make_transport(proxies={"http": f"http://{proxy.endpoint}", "no": no_proxy})
         assert post(transport, f"http://{host}/") == 200
         return len(everywhere.received), len(proxy.received)
 
@@ -301,7 +301,7 @@ def reached(
         ("2001:db8::/32", "192.0.2.7", False),
     ],
 )
-def test_what_no_proxy_names_and_only_that_is_reached_directly(
+def test_only_the_hosts_in_no_proxy_are_reached_directly(
     reached: Callable[[str, str], tuple[int, int]], no_proxy: str, host: str, directly: bool
 ) -> None:
     assert reached(no_proxy, host) == ((1, 0) if directly else (0, 1))

@@ -1,4 +1,4 @@
-"""Callers who take their time cost a connection: neither a thread nor anybody else's time."""
+"""Slow callers cost a connection, but neither a thread nor the time of other callers."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ from tests.timing import eventually, within
 StartService = Callable[..., Service]
 AddProvider = Callable[..., int]
 
-MANY = 60  # many more than the threads of a worker that runs two notifications
+MANY = 60  # many more than the threads of a worker with WEB_THREADS=2
 BODY = json.dumps(MESSAGE).encode()
 HEAD = (
     b"POST /api/v1.0/recipient/buyer/notify HTTP/1.1\r\n"
@@ -69,16 +69,14 @@ def answers_at_once(service: Service) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"G", HEAD[:-1], HEAD[: len(HEAD) // 2]])
-def test_callers_that_have_not_sent_a_whole_head_are_not_waited_for(
-    service: Service, data: bytes
-) -> None:
+def test_callers_with_incomplete_heads_do_not_block_a_worker(service: Service, data: bytes) -> None:
     with callers(service, data):
         answers_at_once(service)
         assert service.stop() == 0
     assert "Traceback" not in service.log.read_text()
 
 
-def test_a_head_may_come_in_pieces_and_the_next_request_with_it(service: Service) -> None:
+def test_a_head_may_arrive_in_pieces_and_the_next_request_with_it(service: Service) -> None:
     with connect(service) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for byte in HEAD:
@@ -95,7 +93,7 @@ def test_a_head_may_come_in_pieces_and_the_next_request_with_it(service: Service
 
 
 def until(text: bytes, sock: socket.socket, times: int = 1) -> bytes:
-    """Return what comes until `text` has come so often, and the line that it is in."""
+    """Read until `text` has come `times` times, up to the end of that line."""
     data = b""
     while data.count(text) < times or not data.endswith(b"\n"):
         chunk = sock.recv(65536)
@@ -111,9 +109,9 @@ def stays_open(sock: socket.socket, seconds: float) -> None:
     sock.settimeout(30)
 
 
-def test_the_rest_of_a_head_that_comes_while_the_worker_stops_is_answered(service: Service) -> None:
+def test_a_head_that_is_completed_while_the_worker_stops_is_answered(service: Service) -> None:
     with callers(service, HEAD[:20], count=3) as socks:
-        answers_at_once(service)  # after them: their heads have been looked at
+        answers_at_once(service)  # after them, so their heads have been read
         service.process.send_signal(signal.SIGTERM)
         eventually(lambda: "Handling signal: term" in service.log.read_text())
         for sock in socks:
@@ -123,12 +121,12 @@ def test_the_rest_of_a_head_that_comes_while_the_worker_stops_is_answered(servic
     assert service.process.wait(30) == 0
 
 
-def test_a_head_that_drips_has_its_time(service: Service) -> None:
+def test_a_dripping_head_is_cut_off_in_time(service: Service) -> None:
     with connect(service) as sock:
         assert drip(sock, b"GET /healthz HTTP/1.1\r\n", b"X: y\r\n") == b""
 
 
-def test_a_body_that_drips_has_its_time(service: Service) -> None:
+def test_a_dripping_body_is_refused_in_time(service: Service) -> None:
     with connect(service) as sock:
         assert drip(sock, HEAD.replace(b"%d" % len(BODY), b"1000"), b" ").startswith(WRONG)
         sock.settimeout(30)
@@ -136,7 +134,7 @@ def test_a_body_that_drips_has_its_time(service: Service) -> None:
 
 
 def drip(sock: socket.socket, begin: bytes, then: bytes) -> bytes:
-    """Send a piece every now and then until there is an answer, which must come in time."""
+    """Send `begin`, then `then` repeatedly, until there is an answer, which must come in time."""
     give_up = time.monotonic() + 3 * REQUEST_SECONDS
     sock.sendall(begin)
     sock.settimeout(0.2)
@@ -150,11 +148,11 @@ def drip(sock: socket.socket, begin: bytes, then: bytes) -> bytes:
             return b""
 
 
-def test_bodies_that_do_not_come_hold_places_for_a_while_and_no_operator_up(
+def test_missing_bodies_hold_places_for_a_while_but_do_not_delay_operators(
     service: Service,
 ) -> None:
     with callers(service, HEAD):
-        with within(3):  # the first of them wait a second, and what others left unread is awaited
+        with within(3):  # waiting for a place takes a second; unread bodies are awaited
             assert requests.get(f"{service.url}/healthz", timeout=30).status_code == 200
         eventually(lambda: service.metric("http_server_active_requests") == 2)
         assert service.notify().status_code == 503
@@ -172,13 +170,15 @@ def test_bodies_that_do_not_come_hold_places_for_a_while_and_no_operator_up(
     ],
     ids=["bare line feeds", "no version", "long line", "long field"],
 )
-def test_a_head_that_is_none_is_refused(service: Service, head: bytes, status: int) -> None:
+def test_a_malformed_head_is_refused(service: Service, head: bytes, status: int) -> None:
     with connect(service) as sock:
         sock.sendall(head)
         assert sock.recv(65536).startswith(b"HTTP/1.1 %d " % status)
 
 
-def test_callers_that_do_not_close_after_the_last_reply_hold_nobody_up(service: Service) -> None:
+def test_callers_that_do_not_close_after_the_last_reply_do_not_block_a_worker(
+    service: Service,
+) -> None:
     with callers(service, LAST) as socks:
         for sock in socks:
             assert until_the_end(sock).startswith(OK)
@@ -190,7 +190,7 @@ def test_callers_that_do_not_close_after_the_last_reply_hold_nobody_up(service: 
             assert sock.recv(65536) == b""
 
 
-def test_a_caller_that_goes_on_sending_after_the_last_reply_is_left_in_time(
+def test_a_caller_that_goes_on_sending_after_the_last_reply_is_cut_off_in_time(
     service: Service,
 ) -> None:
     def is_cut(sock: socket.socket) -> bool:
@@ -206,12 +206,12 @@ def test_a_caller_that_goes_on_sending_after_the_last_reply_is_left_in_time(
         eventually(lambda: is_cut(sock), 3 * REQUEST_SECONDS)
 
 
-def test_connections_end_with_their_callers(service: Service) -> None:
+def test_connections_are_closed_when_their_callers_leave(service: Service) -> None:
     (worker,) = service.booted()
 
     def held() -> int:
         ours = [each for each in worker.net_connections() if each.laddr.port == service.port]
-        return len(ours) - 1  # one listens
+        return len(ours) - 1  # one is the listener
 
     for data in (b"", HEAD[:20], HEAD, LAST, HEAD + BODY):
         with callers(service, data, count=20):
@@ -219,7 +219,7 @@ def test_connections_end_with_their_callers(service: Service) -> None:
         eventually(lambda: held() == 0)
 
 
-def test_a_caller_who_falls_silent_within_a_head_has_its_time_and_no_more(
+def test_a_caller_that_falls_silent_within_a_head_is_cut_off_after_its_time(
     service: Service,
 ) -> None:
     with connect(service) as sock:
@@ -230,15 +230,15 @@ def test_a_caller_who_falls_silent_within_a_head_has_its_time_and_no_more(
         assert time.monotonic() - began >= REQUEST_SECONDS
 
 
-def test_heads_that_are_too_long_and_not_whole_hold_no_thread(service: Service) -> None:
+def test_incomplete_heads_that_are_too_long_hold_no_thread(service: Service) -> None:
     field = b"X: " + b"y" * 8000 + b"\r\n"
     long = HEAD[:-2] + field * (HEAD_BYTES // len(field) + 1)
     with callers(service, long, count=20):
         answers_at_once(service)
 
 
-def test_callers_that_do_not_read_their_replies_are_not_waited_for(service: Service) -> None:
-    """More of them than threads, each with more replies than the kernel's buffers hold."""
+def test_callers_that_do_not_read_their_replies_do_not_block_a_worker(service: Service) -> None:
+    """There are more of them than threads, each with more replies than the kernel buffers."""
     page = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
     with ExitStack() as stack:
         for _ in range(10):
@@ -252,7 +252,7 @@ def test_callers_that_do_not_read_their_replies_are_not_waited_for(service: Serv
             assert requests.get(f"{service.url}/healthz", timeout=30).status_code == 200
 
 
-def test_part_of_a_next_head_behind_a_body_holds_no_thread(service: Service) -> None:
+def test_part_of_the_next_head_after_a_body_holds_no_thread(service: Service) -> None:
     with callers(service, HEAD, count=20) as socks:
         for sock in socks:
             sock.sendall(BODY + b"G")
@@ -295,9 +295,9 @@ def test_a_new_connection_is_answered_beside_more_busy_ones_than_there_are_threa
             answers_at_once(service)
 
 
-def test_requests_that_are_sent_in_advance_are_answered_one_by_one(service: Service) -> None:
-    """Each waits for a thread behind other callers' (see `Poller.after_others`)."""
-    many = 500  # more than one look at a connection reads
+def test_pipelined_requests_are_answered_one_by_one(service: Service) -> None:
+    """Each waits for a thread behind other callers' requests (see `Poller.after_others`)."""
+    many = 500  # more than the worker reads at once
     with callers(service, PING * many, count=10) as socks:
         answers_at_once(service)
         for sock in socks:
@@ -334,7 +334,7 @@ def test_threads_start_when_requests_need_them_and_end_when_they_do_not(
         WEB_CONCURRENCY="1", GUNICORN_CMD_ARGS=f"--config {config}"
     ).wait_until_listening()
     (worker,) = service.booted()
-    few = 10  # the main thread, the refresher's, and some that the start needed
+    few = 10  # the main thread, the refresher's, and a few from the start
     assert worker.num_threads() < few
     with ThreadPoolExecutor(20) as pool:
         replies = [pool.submit(service.notify) for _ in range(20)]
@@ -346,7 +346,7 @@ def test_threads_start_when_requests_need_them_and_end_when_they_do_not(
 
 
 @pytest.mark.parametrize(("number", "pauses"), [(errno.EMFILE, 1), (errno.ECONNABORTED, 0)])
-def test_a_worker_that_cannot_accept_for_want_of_descriptors_tries_again_after_a_pause(
+def test_a_worker_pauses_before_the_next_accept_only_if_it_lacks_descriptors(
     monkeypatch: pytest.MonkeyPatch, number: int, pauses: int
 ) -> None:
     class Listener:

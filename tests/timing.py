@@ -1,4 +1,4 @@
-"""Waiting for what gives no event, and bounds that a hang would break."""
+"""Polling for conditions that give no event, and time limits that catch a hang."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Fail if the block takes longer: generous bounds of deadlines, never measures of speed."""
+    """Fail if the block takes longer. Limits are generous: they catch hangs, not slowness."""
     began = time.monotonic()
     yield
     took = time.monotonic() - began
@@ -15,7 +15,7 @@ def within(seconds: float) -> Iterator[None]:
 
 
 def eventually(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    """Ask again and again until `condition` holds; fail if it does not in time."""
+    """Poll until `condition` holds; fail if it does not within `seconds`."""
     give_up = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < give_up, "it never came true"
