@@ -24,6 +24,7 @@ from notifier.models import Message, Provider
 from notifier.wire.exchange import Answer
 from notifier.wire.transport import Transport
 from tests.fixtures import Growth, MakeSettings, MakeTransport
+from tests.sockets import refusing
 
 URL = "https://mail.example.com/v1/send"
 HOST = "mail.example.com:443"
@@ -195,6 +196,17 @@ def test_an_exchange_without_a_status_has_its_outcome_and_is_an_error(
     (record,) = logged(caplog)
     assert record.levelname == "ERROR"
     assert (record.__dict__["host"], record.__dict__["reason"]) == (HOST, kind)
+
+
+def test_a_failed_attempt_is_logged_with_the_systems_words(
+    make_transport: MakeTransport, breakers: RecordingBreakers, caplog: pytest.LogCaptureFixture
+) -> None:
+    with refusing() as port:
+        attempts = Attempts(make_transport(), breakers, TIMEOUT)
+        failed = failure(attempts, make_provider(f"http://user:{SECRET}@127.0.0.1:{port}/v1/send"))
+    assert (failed.reason, failed.detail) == ("connect", "connection refused")
+    (record,) = logged(caplog)
+    assert record.__dict__["detail"] == "connection refused"
 
 
 @pytest.mark.parametrize("kind", ["dns", "connect", "tls", "timeout", "reset", "protocol"])

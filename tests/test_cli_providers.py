@@ -642,14 +642,21 @@ def test_a_test_of_a_host_that_refuses_connections_was_not_sent(
 ) -> None:
     with refusing() as port:
         add_provider(f"http://{LOOPBACK}:{port}/")
-        assert judged(outcome(database)) == ("not_sent", None, "connect")
+        found = outcome(database)
+        assert judged(found) == ("not_sent", None, "connect")
+        assert found["detail"] == "connection refused"
 
 
 def test_a_test_of_a_host_that_nobody_knows_was_not_sent(
     database: Environment, add_provider: AddProvider
 ) -> None:
     add_provider("http://does-not-exist.invalid/")
-    assert judged(outcome(database)) == ("not_sent", None, "dns")
+    found = outcome(database)
+    assert judged(found) == ("not_sent", None, "dns")
+    assert found["detail"] in (
+        "name or service not known",
+        "temporary failure in name resolution",  # without a network
+    )
 
 
 def test_a_test_trusts_whom_the_service_trusts(
@@ -660,7 +667,9 @@ def test_a_test_trusts_whom_the_service_trusts(
 ) -> None:
     authority, context = certificate
     add_provider(make_provider(tls=context).url)
-    assert judged(outcome(database)) == ("not_sent", None, "tls")
+    found = outcome(database)
+    assert judged(found) == ("not_sent", None, "tls")
+    assert re.fullmatch("certificate verify failed: self.signed certificate", found["detail"])
     trusting = database | {"REQUESTS_CA_BUNDLE": str(authority)}
     assert judged(outcome(trusting)) == ("accepted", 200, None)
 
@@ -727,6 +736,7 @@ def test_a_test_shows_the_provider_and_the_outcome(
         "outcome": "accepted",
         "status": "202",
         "error": "-",
+        "detail": "-",
     }
 
 
