@@ -89,7 +89,7 @@ class Attempts:
             raise
 
     def send_unguarded(self, provider: Provider, message: Message) -> int:
-        """Make one attempt whatever the endpoint's breaker says; return the status that accepted.
+        """Make one attempt past the endpoint's breaker; return the status of the acceptance.
 
         Raises:
             AttemptFailed: the provider did not accept the message.
@@ -114,7 +114,7 @@ class Attempts:
         call.record(failed=AttemptOutcome.ACCEPTED.endpoint_failed)
 
     def _attempt(self, provider: Provider, message: Message, deadline: float) -> int:
-        """Return the status that accepted the message."""
+        """Return the status of the acceptance."""
         began = time.monotonic()
         ends = min(deadline, began + self._timeout)
         try:

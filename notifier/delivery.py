@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class ProviderResult(NamedTuple):
-    """How one provider of a channel fared.
+    """The outcome of one provider of a channel.
 
     `reason` is None if the provider accepted, `ms` (milliseconds) if it was not called.
     """
@@ -36,13 +36,15 @@ class ProviderResult(NamedTuple):
     ms: int | None = None
 
     def log_fields(self) -> dict[str, Any]:
-        return {name: value for name, value in self._asdict().items() if value is not None}
+        named = zip(self._fields, self, strict=True)
+        return {name: value for name, value in named if value is not None}
 
 
 class ChannelResult(NamedTuple):
-    """How one channel ended: its providers in the order of priority, up to the one that accepted.
+    """The outcome of one channel.
 
-    Without providers none was known, or the preferences could not be read.
+    `providers` are in the order of priority, up to the one that accepted. There are none if the
+    channel has no provider, or if the preferences could not be read.
     """
 
     channel: Channel
@@ -55,7 +57,7 @@ class ChannelResult(NamedTuple):
         return self.providers[-1].provider if self.outcome is ChannelOutcome.DELIVERED else None
 
     def log_fields(self) -> dict[str, Any]:
-        skipped = sum(result.outcome is AttemptOutcome.SKIPPED for result in self.providers)
+        skipped = [result.outcome for result in self.providers].count(AttemptOutcome.SKIPPED)
         return {
             "channel": self.channel,
             "outcome": self.outcome,
@@ -68,7 +70,7 @@ class ChannelResult(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How a notification ended on each of its channels."""
+    """The outcome of a notification on each of its channels."""
 
     channels: tuple[ChannelResult, ...]
 

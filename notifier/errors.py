@@ -29,7 +29,7 @@ class ApiError(Exception):
 
 
 class InvalidRequest(ApiError):
-    """The request breaks the contract; the message names the field and what is wrong with it."""
+    """The request breaks the contract; the message names the field and the problem."""
 
     status = 422
     code = "E101"

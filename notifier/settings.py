@@ -72,7 +72,7 @@ class SettingsError(Exception):
 
 
 def _variable(kind: Kind, default: Any = ..., *, secret: bool = False) -> Any:
-    """Declare a field that is read from the variable of its name in capitals."""
+    """Declare a field that is read from the variable with its name in capitals."""
     given = {} if default is ... else {"default": default}
     return field(metadata={"kind": kind, "secret": secret}, repr=not secret, **given)
 
@@ -120,7 +120,7 @@ class Settings:
     db_sslcert: str | None = _variable(FILE, None)
     db_sslkey: str | None = _variable(FILE, None)
 
-    # Where they are unset, see the properties below.
+    # The properties below have the defaults of these.
     db_listen_host: str | None = _variable(HOSTS, None)
     db_listen_port: str | None = _variable(PORTS, None)
     db_read_host: str | None = _variable(HOSTS, None)
@@ -241,7 +241,7 @@ def _read(spec: Field[Any], environ: Mapping[str, str], values: dict[str, Any]) 
     try:
         values[spec.name] = Secret(secret_text(text)) if secret else kind.parse(text.strip())
     except ValueError:
-        shown = "no text in UTF-8" if secret else json.dumps(text[:100])
+        shown = "not UTF-8 text" if secret else json.dumps(text[:100])
         raise SettingsError(f"{name} is {shown}: expected {kind.expected}") from None
 
 
@@ -252,7 +252,7 @@ def _secret_file(name: str, text: str, file: str) -> Secret:
     try:
         secret.read()
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "empty, or no text in UTF-8"
+        why = error.strerror if isinstance(error, OSError) else "empty, or not UTF-8 text"
         # Don't show the value: it may be the secret itself, in the wrong variable.
         raise SettingsError(
             f"{name}_FILE cannot be used ({why}): expected a readable file with the secret"

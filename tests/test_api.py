@@ -169,7 +169,7 @@ def test_all_wrong_fields_are_named_in_the_order_of_the_contract(client: FlaskCl
     assert refusal(client, "{}") == "to: is missing; title: is missing; message: is missing"
     wrong = '{"message": 1, "title": null, "to": "nobody", "other": 2}'
     assert refusal(client, wrong) == (
-        "to: must be an e-mail address; title: must not be null; message: must be a string"
+        "to: must be an email address; title: must not be null; message: must be a string"
     )
 
 
@@ -245,7 +245,7 @@ def test_an_email_address_is_taken_as_it_is(
 def test_what_is_no_email_address_is_refused_without_being_echoed(
     to: str, client: FlaskClient
 ) -> None:
-    assert refusal(client, body(to=to)) == "to: must be an e-mail address"
+    assert refusal(client, body(to=to)) == "to: must be an email address"
 
 
 @pytest.mark.parametrize(
@@ -631,7 +631,7 @@ def test_the_line_of_a_refused_request_has_its_code_and_the_reason(
     client.post(NOTIFY, json=GOOD | {"to": "nobody@"})
     line = request_line()
     assert (line["status"], line["code"]) == (422, "E101")
-    assert line["reason"] == "to: must be an e-mail address"
+    assert line["reason"] == "to: must be an email address"
     assert "nobody" not in repr(line)
 
 

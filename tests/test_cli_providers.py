@@ -235,7 +235,7 @@ def test_a_secret_is_read_but_for_one_line_end(
         (b"", "the secret is empty"),
         (b"\n", "the secret is empty"),
         (b" \r\n", "the secret is empty"),
-        (b"s3cr3t-k\xff", "the secret is no text in UTF-8"),
+        (b"s3cr3t-k\xff", "the secret is not UTF-8 text"),
         (b"s3cr3t-k\x00", "the secret cannot be used: expected up to 16384 characters of text"),
         (b"s3cr3t" * 20000, "the secret cannot be used: expected up to 16384 characters of text"),
     ],

@@ -217,9 +217,9 @@ def test_a_missing_required_variable_is_named(name: str, empty: str | None) -> N
     expected = {
         "DB_HOST": kinds.HOSTS.expected,
         "DB_PORT": kinds.PORTS.expected,
-        "DB_PASSWORD": "a text, or DB_PASSWORD_FILE",
+        "DB_PASSWORD": "text, or DB_PASSWORD_FILE",
     }
-    assert problem(environ) == f"{name} is missing: expected {expected.get(name, 'a text')}"
+    assert problem(environ) == f"{name} is missing: expected {expected.get(name, 'text')}"
 
 
 def test_several_problems_are_reported_together() -> None:
@@ -229,7 +229,7 @@ def test_several_problems_are_reported_together() -> None:
         'WEB_THREADS is "0": expected a whole number from 1 to 512',
         f"DB_HOST is missing: expected {kinds.HOSTS.expected}",
         f'DB_PORT is "x": expected {kinds.PORTS.expected}',
-        "DB_USERNAME is missing: expected a text",
+        "DB_USERNAME is missing: expected text",
     ]
 
 
@@ -435,11 +435,11 @@ def test_a_secrets_file_is_read_again_each_time(name: str, tmp_path: Path) -> No
     ("content", "why"),
     [
         (None, "No such file or directory"),
-        (b"", "empty, or no text in UTF-8"),
-        (b" \r\n", "empty, or no text in UTF-8"),
-        (PASSWORD.encode() + b"\xff", "empty, or no text in UTF-8"),
-        (PASSWORD.encode("utf-16"), "empty, or no text in UTF-8"),
-        (PASSWORD.encode("utf-16-le"), "empty, or no text in UTF-8"),  # each other byte is a NUL
+        (b"", "empty, or not UTF-8 text"),
+        (b" \r\n", "empty, or not UTF-8 text"),
+        (PASSWORD.encode() + b"\xff", "empty, or not UTF-8 text"),
+        (PASSWORD.encode("utf-16"), "empty, or not UTF-8 text"),
+        (PASSWORD.encode("utf-16-le"), "empty, or not UTF-8 text"),  # each other byte is a NUL
     ],
 )
 def test_a_secrets_file_that_cannot_be_used_is_a_problem_that_shows_no_secret(
@@ -552,5 +552,5 @@ def test_files_for_tls_without_tls_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", SECRETS)
 def test_a_secret_in_the_environment_that_is_no_text_is_refused_and_not_shown(name: str) -> None:
     message = problem(REQUIRED | {"DB_MIGRATION_USERNAME": "m", name: os.fsdecode(b"p4ss\xff")})
-    assert message.startswith(f"{name} is no text in UTF-8: ")
+    assert message.startswith(f"{name} is not UTF-8 text: ")
     assert "p4ss" not in message

@@ -17,7 +17,7 @@ from notifier.store.values import MAX_SECRET
 # The options that name its source; they exclude each other.
 OPTIONS = ("secret_prompt", "secret_stdin", "secret_file", "no_secret")
 
-_NO_TEXT = "the secret is no text in UTF-8"
+_NO_TEXT = "the secret is not UTF-8 text"
 _OTHERWISE = "use --secret-file or --secret-stdin"
 
 # Bytes of a line, its end not counted, that a terminal passes on. It drops the rest silently, so a

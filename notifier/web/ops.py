@@ -74,9 +74,9 @@ def _check_preferences(preferences: Preferences) -> dict[str, Any]:
     try:
         preferences.load(time.monotonic() + READINESS_WAIT)
     except PreferencesUnavailable:
-        return {"ok": False, "detail": "not held in cache, and PostgreSQL cannot be asked"}
+        return {"ok": False, "detail": "not held in cache, and PostgreSQL is unreachable"}
     return {"ok": True, "detail": "loaded from PostgreSQL"}
 
 
 def _check_shutdown(*, stopping: bool) -> dict[str, Any]:
-    return {"ok": not stopping, "detail": "under way" if stopping else "not asked for"}
+    return {"ok": not stopping, "detail": "in progress" if stopping else "not requested"}

@@ -14,11 +14,11 @@ from notifier import metrics
 from notifier.logs import request_id
 from notifier.notifications import Notifier
 
-# RFC 9110's, and PATCH. A caller may send any word as a method, which a metric must not show.
+# RFC 9110's, and PATCH. A caller may send any other word as a method; metrics do not show it.
 METHODS = frozenset(HTTPMethod)
 
-# The blueprint of the operators' endpoints: their requests are counted and logged at DEBUG, but are
-# no work in progress.
+# The blueprint of the operators' endpoints. Their requests are counted, but not among the active
+# ones, and logged at DEBUG.
 OPERATORS = "ops"
 
 log = logging.getLogger(__name__)
