@@ -24,7 +24,7 @@ _OTHERWISE = "use --secret-file or --secret-stdin"
 # line of this length may have been cut.
 _LONGEST_LINE = 4095 if sys.platform == "linux" else 1023
 
-# An escape is among them: some terminals put one around what is pasted, and cursor keys send one.
+# Some terminals send an escape before and after a paste, and so do cursor keys.
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 
 # Seconds without input after which a paste is over.
@@ -52,7 +52,7 @@ def read(given: Mapping[str, Any]) -> str | None:
 def _prompted() -> str:
     """Return a secret of one line that was entered twice, unseen.
 
-    If several lines are pasted, the second prompt gets the second of them, however late it comes:
+    If several lines are pasted, the second prompt reads the second line, however late it comes:
     nothing is discarded between the prompts, and no prompt is repeated.
     """
     if not sys.stdin.isatty():
@@ -98,7 +98,7 @@ def _entry(terminal: int, prompt: str) -> bytes:
 
 
 def _discard(terminal: int) -> bool:
-    """Discard input, or a shell would take the rest of a paste for commands; return if any came."""
+    """Discard the rest of a paste: a shell would run it. Return True if there was any."""
     modes = termios.tcgetattr(terminal)
     modes[3] &= ~termios.ICANON  # so that an unfinished line can be read
     termios.tcsetattr(terminal, termios.TCSANOW, modes)
