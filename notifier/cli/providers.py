@@ -77,7 +77,9 @@ def _values_options(*, required: bool) -> Callable[[Command], Command]:
         click.option("--name", "provider_name", required=required, help="What people call it."),
         click.option("--host", metavar="URL", required=required, help="Where messages are posted."),
         click.option("--priority", type=int, help="The lowest is tried first. A new row has 0."),
-        click.option("--secret-prompt", is_flag=True, help="Ask for the secret, twice, unseen."),
+        click.option(
+            "--secret-prompt", is_flag=True, help="Ask for the secret, one line, twice, unseen."
+        ),
         click.option("--secret-stdin", is_flag=True, help="Read the secret from standard input."),
         click.option(
             "--secret-file",
@@ -200,7 +202,7 @@ def _restore(*, entry_id: int, as_json: bool) -> None:
     proxy; no circuit breaker keeps it from being asked, and a removed one can be tested too. The
     outcome is one of accepted, not_sent, unknown (it may have the message), rejected and skipped
     (its URL cannot be called); only the first exits with 0. Without a status from the provider,
-    error says how far the attempt came.""",
+    error says how far the attempt came, and detail has the system's words.""",
     epilog="""Examples:
 
     \b
@@ -228,14 +230,14 @@ def _test(context: click.Context, *, entry_id: int, to: str, as_json: bool) -> N
 
 def _sent(sender: Attempts, provider: Provider, message: Message) -> dict[str, Any]:
     """Make one attempt with a request id of its own; return its outcome."""
-    outcome, status, error = AttemptOutcome.ACCEPTED, None, None
+    outcome, status, error, detail = AttemptOutcome.ACCEPTED, None, None, None
     request_id = uuid.uuid4().hex
     token = logs.request_id.set(request_id)
     began = time.monotonic()
     try:
         status = sender.send_unguarded(provider, message)
     except AttemptFailed as failure:
-        outcome, status = failure.outcome, failure.status
+        outcome, status, detail = failure.outcome, failure.status, failure.detail
         error = failure.reason if status is None else None
     finally:
         logs.request_id.reset(token)
@@ -243,6 +245,7 @@ def _sent(sender: Attempts, provider: Provider, message: Message) -> dict[str, A
         "outcome": outcome,
         "status": status,
         "error": error,
+        "detail": detail,
         "duration_ms": round(1000 * (time.monotonic() - began), 1),
         "request_id": request_id,
     }

@@ -1,5 +1,6 @@
 """Which proxy a URL is reached through, and the tunnel through it."""
 
+import errno
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
@@ -115,5 +116,5 @@ def open_tunnel(budget: Budget, stream: Stream, credentials: str, to: Origin) ->
     head = Head(stream)
     status, _ = head.status_line(budget)
     if status != HTTPStatus.OK:
-        raise ConnectionRefusedError("the proxy opens no tunnel")
+        raise ConnectionRefusedError(errno.ECONNREFUSED, f"the proxy answered {status}")
     head.pass_fields(budget)

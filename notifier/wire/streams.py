@@ -233,7 +233,7 @@ class TLS:
     def _feed(self, budget: Budget) -> None:
         data = self._below.receive(budget)
         if not data:
-            raise ssl.SSLEOFError("the connection ended within TLS")
+            raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "the connection ended within TLS")
         self._incoming.write(data)
 
 

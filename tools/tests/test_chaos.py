@@ -19,6 +19,7 @@ from tools.chaos.evidence import (
     ADMITTED,
     CHANGED,
     FAILED,
+    SKIPPED,
     Absence,
     Delivery,
     Evidence,
@@ -76,6 +77,10 @@ def fails(request_id: str, host: str, at: float, reason: str) -> Line:
     return Line("worker-1", at, FAILED, request_id, host, reason)
 
 
+def refuses(request_id: str, host: str, at: float, times: int = 1) -> Line:
+    return Line("worker-1", at, SKIPPED, request_id, host, "open", times=times)
+
+
 def opens(host: str, at: float, worker: str = "worker-1") -> Line:
     return Line(worker, at, CHANGED, None, host, to_state="open")
 
@@ -112,7 +117,7 @@ SOUND = Evidence(
         admits("c", "mail:1", 24.0),
         admits("d", "mail:1", 30.0),
         opens("mail:1", 30.5),
-        fails("x", "mail:1", 31.0, "breaker"),
+        refuses("x", "mail:1", 31.0),
         admits("f", "mail:2", 101.0),
     ],
     absences=[ABSENT],
@@ -360,8 +365,7 @@ def test_the_incomplete_last_line_of_a_killed_workers_log_is_ignored(tmp_path: P
 
 
 def test_a_line_about_refusals_counts_all_of_them_and_no_fallback() -> None:
-    refused = fails("a", "mail:1", 2.0, "breaker")._replace(times=4)
-    with_refusals = replace(SOUND, lines=[*SOUND.lines, refused])
+    with_refusals = replace(SOUND, lines=[*SOUND.lines, refuses("a", "mail:1", 2.0, times=4)])
     assert with_refusals.refusals() == SOUND.refusals() + 4
     assert with_refusals.fallbacks() == SOUND.fallbacks()
 
