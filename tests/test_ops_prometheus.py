@@ -25,6 +25,7 @@ from tests.service import ROOT, Service
 from tests.sockets import refusing
 from tests.timing import eventually
 
+DOCUMENTS = ROOT / "docs"
 DASHBOARDS = sorted((ROOT / "ops" / "grafana" / "dashboards").glob("*.json"))
 NOTIFY = "/api/v1.0/recipient/<recipient>/notify"
 
@@ -151,7 +152,7 @@ def test_an_alert_has_a_severity_and_says_what_is_wrong_and_what_to_do(name: str
     alert = ALERTS[name]
     assert alert["labels"].keys() == {"severity"}
     assert alert["labels"]["severity"] in {"critical", "warning"}
-    assert alert["annotations"].keys() == {"summary", "description"}
+    assert alert["annotations"].keys() == {"summary", "description", "runbook"}
     # The problem, a colon, and the remedy in the imperative.
     assert re.fullmatch(r"[^:]+[^:]*: [a-z][^:]+", re.sub(r"{{.*?}}", "X", summary_of(alert)))
     assert len(alert["annotations"]["description"]) > len(summary_of(alert))
@@ -182,15 +183,15 @@ def test_the_commands_that_alerts_name_exist() -> None:
 
 @pytest.mark.parametrize("name", ALERTS)
 def test_everything_that_an_alert_quotes_exists(name: str) -> None:
-    """An alert quotes log lines, sections of the README and panels of the dashboard."""
+    """An alert quotes log lines, sections of the documents and panels of the dashboard."""
     logged = "".join(path.read_text() for path in (ROOT / "notifier").rglob("*.py"))
-    readme = (ROOT / "README.md").read_text()
+    documents = "".join(path.read_text() for path in DOCUMENTS.glob("*.md"))
     titles = {panel["title"] for panel in panels()}
     text = re.sub(r"{{.*?}}", "", " ".join(ALERTS[name]["annotations"].values()))
     for quoted in re.findall(r'"([^"]+)"', text):
-        assert f'"{quoted}"' in logged or f"## {quoted}\n" in readme or quoted in titles, quoted
+        assert f'"{quoted}"' in logged or f"## {quoted}\n" in documents or quoted in titles, quoted
     for variable in re.findall(r"\b[A-Z]+_[A-Z_]+\b", text):
-        assert f"`{variable}`" in readme, variable
+        assert f"`{variable}`" in documents, variable
     for path in re.findall(r"GET (/[a-z]+)", text):
         assert f'"{path}"' in logged, path
 
@@ -320,15 +321,15 @@ def test_promtool_finds_no_fault_in_the_metrics(watched: Watched) -> None:
 
 
 def rows(*columns: str) -> list[tuple[str, ...]]:
-    """Return the rows of README.md whose first cells match these patterns."""
+    """Return the rows of docs/monitoring.md whose first cells match these patterns."""
     cells = r" \| ".join(f"({column})" for column in columns)
     pattern = re.compile(rf"\| {cells} \| .+ \|")
-    lines = (ROOT / "README.md").read_text().splitlines()
+    lines = (DOCUMENTS / "monitoring.md").read_text().splitlines()
     return [match.groups() for line in lines if (match := pattern.fullmatch(line))]
 
 
 @needs_prometheus
-def test_the_readme_lists_every_metric_with_its_type_and_labels(watched: Watched) -> None:
+def test_the_monitoring_page_lists_every_metric_with_its_type_and_labels(watched: Watched) -> None:
     exported = {}
     for family in text_string_to_metric_families(watched.page()):
         name = f"{family.name}_total" if family.type == "counter" else family.name
@@ -340,8 +341,16 @@ def test_the_readme_lists_every_metric_with_its_type_and_labels(watched: Watched
         assert exported[metric] == (re.split("[,:]", type_)[0], set(re.findall("`(.+?)`", labels)))
 
 
-def test_the_readme_lists_every_alert() -> None:
-    assert [name for (name,) in rows("`Notifier[A-Za-z]+`")] == [f"`{name}`" for name in ALERTS]
+def test_the_monitoring_page_lists_every_alert_with_its_severity() -> None:
+    shipped = [(f"`{name}`", alert["labels"]["severity"]) for name, alert in ALERTS.items()]
+    assert rows("`Notifier[A-Za-z]+`", "critical|warning") == shipped
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_the_runbook_of_an_alert_is_its_own_section(name: str) -> None:
+    page, _, anchor = ALERTS[name]["annotations"]["runbook"].partition("#")
+    assert anchor == name.lower()
+    assert f"\n## {name}\n" in (ROOT / page).read_text()
 
 
 @needs_prometheus

@@ -372,21 +372,21 @@ def shipped_value(name: str) -> Any:
 
 
 def documented_settings() -> list[tuple[str, str]]:
-    """Return variable and default of every row of README.md whose first cell names variables."""
+    """Return variable and default of every row of docs/settings.md that begins with variables."""
     rows = []
-    for line in (ROOT / "README.md").read_text().splitlines():
+    for line in (ROOT / "docs" / "settings.md").read_text().splitlines():
         first, default = (*line.split("|"), "", "", "")[1:3]
         if re.fullmatch(r"(\s*`[A-Z]+(_[A-Z]+)+`)+\s*", first):
             rows += [(name, default.strip()) for name in re.findall(r"[A-Z_]+", first)]
     return rows
 
 
-def test_the_readme_documents_every_variable_once_and_no_other() -> None:
+def test_the_settings_page_documents_every_variable_once_and_no_other() -> None:
     documented = [name for name, _ in documented_settings()]
     assert sorted(documented) == sorted([*variables(), *WITHOUT_EFFECT])
 
 
-def test_the_readme_gives_the_defaults() -> None:
+def test_the_settings_page_gives_the_defaults() -> None:
     for name, cell in documented_settings():
         if name in WITHOUT_EFFECT:
             assert cell == "none", name
