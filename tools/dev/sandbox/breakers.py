@@ -10,7 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 EVERY = 0.5  # seconds between two readings, however many pages look
 TIMEOUT = 1.0
 
-_METRIC = "circuit_breaker_state"
+_SAMPLE = "circuit_breaker_state{"
+_SEVERITY = ("closed", "half-open", "open")
 
 
 class Breakers:
@@ -54,13 +55,10 @@ def parse_states(page: str) -> dict[int, str]:
 
     The service may know a provider by another host than the browser, so the port has to do.
     """
-    lines = [line for line in page.splitlines() if line.startswith(_METRIC)]
+    lines = [line for line in page.splitlines() if line.startswith(_SAMPLE)]
     families = text_string_to_metric_families("\n".join([*lines, ""]))
     samples = [sample for family in families for sample in family.samples]
     by_port = {}
     for sample in sorted(samples, key=lambda sample: _SEVERITY.index(sample.labels["state"])):
         by_port[int(sample.labels["host"].rpartition(":")[2])] = sample.labels["state"]
     return by_port
-
-
-_SEVERITY = ("closed", "half-open", "open")

@@ -37,6 +37,7 @@ class Line:
     began: float
     recipient: str | None
     status: int
+    reason: str | None
     channels: Sequence[Mapping[str, Any]]
 
 
@@ -138,6 +139,7 @@ class Notification:
             "result": result,
             "tone": tone,
             "status": self._status(),
+            "reason": self.line.reason if self.line else None,
             "is_logged": self.line is not None,
             "ways": [asdict(way) for way in self.ways()],
             "received": [
@@ -162,6 +164,7 @@ def parse_line(entry: Mapping[str, Any]) -> Line | None:
         began=ended - entry["duration_ms"] / 1000,
         recipient=entry.get("recipient"),
         status=entry["status"],
+        reason=entry.get("reason"),
         channels=entry.get("channels", ()),
     )
 

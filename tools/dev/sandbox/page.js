@@ -167,6 +167,7 @@ function fill(item, notification) {
   const result = item.querySelector(".result");
   put(result, [notification.result, notification.status].filter(Boolean).join(" "));
   result.dataset.tone = notification.tone;
+  put(item.querySelector(".reason"), notification.reason ?? "");
   item.querySelector(".ways").replaceChildren(...notification.ways.map(makeWay));
   fillMeta(item, notification);
   fillDetails(item, notification);
@@ -294,6 +295,10 @@ $("clear").addEventListener("click", () => change(async () => {
   $("answer").replaceChildren(make("p", "Cleared."));
 }));
 document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
-$("texts").open = matchMedia("(min-width: 60rem)").matches;
+// There is room for the fields beside the list, as in the stylesheet.
+const wide = matchMedia("(min-width: 60rem)");
+const openTexts = () => { $("texts").open = wide.matches; };
+wide.addEventListener("change", openTexts);
+openTexts();
 showExample(true);
 poll();
