@@ -13,10 +13,11 @@ import requests
 
 from tools.dev.mock_provider import MockProvider
 from tools.dev.sandbox.breakers import Breakers, local_session
-from tools.dev.sandbox.notifications import SLACK, Line, Seen, Sent, joined, parse_line
+from tools.dev.sandbox.notifications import Line, Seen, Sent, joined, parse_line
 
 SHOWN = 30
 KEPT = 200  # lines and requests; each provider keeps as many messages
+PRECISION = 0.002  # of a log line's times, in seconds
 REPLY_TIMEOUT = 60.0  # the service's own deadline comes first
 
 
@@ -46,7 +47,7 @@ class Journal:
         self._reads_log = True
         line = parse_line(entry)
         with self._lock:
-            if line and line.began + SLACK >= self._cleared_at:
+            if line and line.began + PRECISION >= self._cleared_at:
                 self._lines.append(line)
 
     def state(self) -> dict[str, Any]:

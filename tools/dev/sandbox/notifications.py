@@ -1,6 +1,6 @@
 """Joins the log lines, the form's requests and the providers' messages into notifications.
 
-Each of them may come first, or never. The request id joins them; where a caller gives several
+Each of them may come first, or never. The request id joins them. Where a caller gives several
 notifications the same id, the time decides.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from tools.dev.mock_provider import Message
 
-# The clocks' precision is a millisecond, on each side.
-SLACK = 0.002
+# Seconds by which a line's computed start may be late: its timestamp is taken after its duration.
+LATE = 1.0
 
 _CHANNELS = {"PushNotification": "Push"}
 _FAULTS = {
@@ -99,7 +99,7 @@ class Notification:
 
     def takes(self, seen: Seen) -> bool:
         """Return whether a message can belong here: a notification asks a provider only once."""
-        return self.began <= seen.at + SLACK and all(
+        return self.began < seen.at + LATE and all(
             other.provider != seen.provider and other.content == seen.content for other in self.seen
         )
 
@@ -187,13 +187,14 @@ def joined(
 
 
 def _add(same_id: list[Notification], seen: Seen) -> None:
-    """Add a message to the latest notification that it can belong to, or to a new one."""
+    """Add a message to the notification that began last before it, or to a new one."""
     request_id = seen.message.request_id
     fitting = [known for known in same_id if request_id and known.takes(seen)]
     if not fitting:
         fitting = [Notification(request_id, seen.at)]
-        same_id.append(fitting[-1])
-    fitting[-1].seen.append(seen)
+        same_id += fitting
+    best = min(fitting, key=lambda known: (known.began > seen.at, abs(known.began - seen.at)))
+    best.seen.append(seen)
 
 
 def _newest(by_id: Mapping[str, list[Notification]], most: int) -> list[dict[str, Any]]:
