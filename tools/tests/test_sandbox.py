@@ -193,6 +193,15 @@ class TestJoining:
 
         assert titles == ["c", "b", "a"]
 
+    def test_a_late_fallback_belongs_to_the_notification_that_began_before_it(self) -> None:
+        lines = [entry(0.950, duration_ms=950), entry(1.010)]
+        messages = (seen(0.005), seen(0.940, "email 2"), seen(1.005))
+
+        newer, older = shown(*lines, seen=messages)
+
+        assert [each["provider"] for each in older["received"]] == ["email 1", "email 2"]
+        assert [each["provider"] for each in newer["received"]] == ["email 1"]
+
     def test_notifications_with_the_same_id_at_the_same_time_get_a_message_each(self) -> None:
         lines = [entry(0.010), entry(0.011)]
 
