@@ -345,7 +345,7 @@ class TestBreakers:
 
 
 class _ServiceHandler(ProviderHandler):
-    """Answers as the service does, and keeps what it was sent."""
+    """Answers as the service does, and records each request."""
 
     def routes(self) -> Mapping[str, Methods]:
         metrics = {"GET": lambda: self.send_content(200, METRICS.encode(), "text/plain")}
@@ -388,7 +388,7 @@ def call(sandbox: Sandbox, client: requests.Session) -> Call:
 
 
 class TestState:
-    def test_providers_are_listed_with_all_that_the_page_shows(
+    def test_providers_are_listed_with_their_behaviour_breaker_and_counts(
         self, sandbox: Sandbox, client: requests.Session, call: Call
     ) -> None:
         first, second = sandbox.providers

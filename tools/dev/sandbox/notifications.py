@@ -72,7 +72,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What happened at one provider; `tone` is good, bad, quiet or wait."""
+    """The result at one provider; `tone` is good, bad, quiet or wait."""
 
     provider: str
     text: str
@@ -89,7 +89,7 @@ class Way:
 
 @dataclass(slots=True)
 class Notification:
-    """All that is known of one notification."""
+    """One notification, as far as its sources are known."""
 
     request_id: str
     began: float
@@ -98,13 +98,13 @@ class Notification:
     seen: list[Seen] = field(default_factory=list)
 
     def takes(self, seen: Seen) -> bool:
-        """Return whether a message can belong here: a notification asks a provider only once."""
+        """Return whether a message can belong here: no provider gets a notification twice."""
         return self.began < seen.at + LATE and all(
             other.provider != seen.provider and other.content == seen.content for other in self.seen
         )
 
     def ways(self) -> list[Way]:
-        """Return one way for each channel: the log's if it tells them, else the providers'."""
+        """Return one way for each channel, from the log if it has them, else from the providers."""
         if self.line and all("providers" in channel for channel in self.line.channels):
             return [_logged_way(channel) for channel in self.line.channels]
         return _seen_ways(self.seen)
@@ -124,7 +124,7 @@ class Notification:
         return known.status if known else None
 
     def shown(self, key: str) -> dict[str, Any]:
-        """Return what the page shows; `key` stays the same while more becomes known."""
+        """Return the page's fields; `key` identifies the notification while its sources arrive."""
         content = self.sent or (self.seen[0].message if self.seen else None)
         known = self.line or self.sent
         result, tone = self.result()
