@@ -428,7 +428,7 @@ def test_a_command_line_that_cannot_be_understood_exits_with_2(
     ("command", "message"),
     [
         (ADD, "provider 1 is active and has the same channel and URL"),
-        (("edit", "1"), "nothing to change: say what"),
+        (("edit", "1"), "nothing to change: give at least one value"),
         (("edit", "2", "--priority", "1"), "there is no provider 2"),
         (("remove", "2"), "there is no provider 2"),
         (("restore", "1"), "provider 1 is not removed"),

@@ -24,7 +24,7 @@ from tests.timing import eventually
 TABLE = "notification_preferences"
 ROW = f"INSERT INTO {TABLE} (provider_type, provider_name, host) VALUES ('Email', 'a', 'http://a/')"
 SUPERUSERS_PASSWORD = "the superuser's password"  # in environments: nothing else reads it
-ADVICE = "let an administrator run: "
+ADVICE = "ask an administrator to run: "
 
 MakeMigrator = Callable[..., Environment]
 
@@ -412,7 +412,7 @@ def test_without_createrole_the_line_says_what_to_run_to_make_the_role(
     environment = make_migrator()
     name, migrator = environment["DB_USERNAME"], environment["DB_MIGRATION_USERNAME"]
     assert refusal(environment) == (
-        f"role {name} does not exist, and {migrator} cannot make it: {ADVICE}"
+        f"role {name} does not exist, and {migrator} cannot create it: {ADVICE}"
         f"CREATE ROLE \"{name}\" LOGIN PASSWORD '...'"
         f' (or ALTER ROLE "{migrator}" CREATEROLE, and migrate again)'
     )
@@ -431,7 +431,7 @@ def test_a_role_that_may_not_be_altered_gets_the_grants_and_keeps_its_password(
     execute_as_superuser(environment, f"CREATE ROLE \"{name}\" LOGIN PASSWORD 'as it was'")
     (notice,) = migrate(environment)
     assert notice == (
-        f"role {name} keeps its password, {migrator} cannot set it: {ADVICE}"
+        f"role {name} keeps its password, because {migrator} cannot set it: {ADVICE}"
         f"ALTER ROLE \"{name}\" LOGIN PASSWORD '...'"
     )
     assert can_read(environment | {"DB_PASSWORD": "as it was"})
@@ -747,5 +747,5 @@ def test_a_role_that_others_change_all_the_time_is_given_up(
 ) -> None:
     monkeypatch.setattr(roles, "find_role", lambda *_: None)  # so that it is made again and again
     execute(fresh, f'CREATE ROLE "{fresh["DB_USERNAME"]}"')
-    with pytest.raises(NotGranted, match="changed by others all the time: try again"):
+    with pytest.raises(NotGranted, match="other sessions keep changing role"):
         migrate(fresh)
