@@ -1,4 +1,4 @@
-"""The settings and the parts of the service, as commands get at them."""
+"""The settings and the parts of the service, for commands."""
 
 import os
 from contextlib import suppress
@@ -22,10 +22,10 @@ class Parts(Protocol):
 
 
 def read_settings() -> Settings | None:
-    """Return the settings of the environment; end the process with one line if they are unusable.
+    """Return the settings from the environment; exit with one line if they are invalid.
 
-    Return None instead while flask only looks for a command: it loads the application even to show
-    `--help`, which works in any environment. `parts` ends the process if the command then runs.
+    While flask only looks for a command, return None instead: flask loads the application even for
+    `--help`, which must work in any environment. If the command then runs, `parts` exits.
     """
     if not _is_looking_for_command():
         return settings_or_exit()
@@ -40,7 +40,7 @@ def _is_looking_for_command() -> bool:
 
 
 def parts() -> Parts:
-    """Return the parts of the app; without settings it has none, and the process ends."""
+    """Return the parts of the app; exit if it has none because the settings are invalid."""
     if "notifier" not in current_app.extensions:
         settings_or_exit()
     return cast("Parts", current_app.extensions["notifier"])
