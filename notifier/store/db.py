@@ -31,8 +31,8 @@ _LACKS_PRIVILEGE = "the user lacks a privilege: migrate grants it"
 _NO_ANSWER = "no answer in time"
 _NOT_THERE = "the database, the user or the table does not exist"
 
-# The reasons that log lines give for errors: PostgreSQL's own words name hosts and users. The
-# SQLSTATE decides where there is one, as the words come in the server's language (lc_messages).
+# The reasons that log lines give for errors, because PostgreSQL's messages name hosts and users.
+# The SQLSTATE decides if there is one: messages are in the server's language (lc_messages).
 REASONS_BY_STATE = {
     "25006": _IS_STANDBY,  # read_only_sql_transaction
     "25P03": _ENDED,  # idle_in_transaction_session_timeout
@@ -50,13 +50,13 @@ REASONS_BY_STATE = {
     "57P05": _ENDED,  # idle_session_timeout
 }
 
-# Otherwise the first of these texts that the error contains decides. psycopg has no SQLSTATE for a
-# connection that fails or breaks, even if the server sent one; pgbouncer has one for everything.
+# Otherwise the first text below that the error's message contains decides. psycopg has no SQLSTATE
+# for a connection that fails or breaks, even if the server sent one. pgbouncer has one for all.
 REASONS_BY_TEXT = {
     "through a pooler": "no notification arrives through a pooler: set DB_LISTEN_HOST or "
     "DB_LISTEN_PORT to PostgreSQL itself, or CACHE_INVALIDATION=off",
     "cannot read the password": "the password file cannot be read",
-    # PostgreSQL says the same about a client certificate of another user.
+    # PostgreSQL sends the same message for a client certificate of another user.
     "password authentication failed": "wrong password, user or DB_SSLCERT",
     "SASL authentication failed": "wrong password or user",  # pgbouncer
     "not permitted to log in": "the user may not log in",
@@ -191,7 +191,7 @@ def bounded(connection: Connection, seconds: float) -> Iterator[None]:
     """Shut the connection down if the block takes longer than `seconds`.
 
     A stopped server process never answers, but its kernel still acknowledges. So neither
-    `statement_timeout` nor a TCP time-out ends the wait; shutting down the socket does.
+    `statement_timeout` nor a TCP timeout ends the wait; shutting down the socket does.
     """
     with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
         timer = threading.Timer(seconds, _shut_down, (duplicate,))

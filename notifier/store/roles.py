@@ -118,7 +118,7 @@ def _changed_by_others(username: str) -> NotGranted:
 
 
 def _statements(obj: Object, role: Role) -> list[str]:
-    """Return statements that leave the role only what it needs, and PUBLIC nothing unwanted.
+    """Return statements that grant the role only its needed privilege, and limit PUBLIC's.
 
     An owner is left alone, because it would lose its own privileges. A superuser needs none.
     """

@@ -189,8 +189,8 @@ class Connection:
     def _never_arrived(self, budget: Budget) -> bool:
         """Return True if the peer had closed the connection before the request arrived.
 
-        The request may be resent (RFC 9110, section 9.2.2) if the peer sent a FIN, and then an RST
-        without acknowledging any byte of the request. After a FIN alone the peer may still read.
+        The request may be resent (RFC 9110, section 9.2.2) if the peer sent a FIN, then an RST, and
+        acknowledged no byte of the request. After a FIN alone the peer may still read.
         An RST alone may come from a peer that has read the whole request.
         """
         if self._acknowledged is None:
