@@ -1,4 +1,4 @@
-"""The only place that wires things together; nothing imports it."""
+"""The application factory. Only this module wires the parts; no other module imports it."""
 
 from urllib.request import getproxies_environment
 
@@ -19,7 +19,7 @@ from notifier.store.refresher import Refresher
 from notifier.web import errors, notify, ops, requests
 from notifier.wire.transport import Transport
 
-# Seconds that a notification may wait for its turn: a quick refusal beats a growing queue.
+# Maximum seconds that a notification waits for a place: a quick refusal beats a growing queue.
 PATIENCE = 1.0
 
 
@@ -27,7 +27,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     """Return the WSGI application; without `settings` they are read from the environment."""
     settings = settings or read_settings()
     app = Flask("notifier", static_folder=None)
-    app.url_map.merge_slashes = False  # a doubled slash is no such path, not a redirect to HTML
+    app.url_map.merge_slashes = False  # or a doubled slash would get a redirect, in HTML
     if settings:  # None where flask only looks for a command
         app.extensions["notifier"] = build(settings)
     app.register_blueprint(notify.blueprint)
@@ -52,13 +52,13 @@ def build(settings: Settings) -> Notifier:
     transport = Transport(
         ca_bundle=settings.requests_ca_bundle or settings.curl_ca_bundle,
         proxies=getproxies_environment(),
-        # A seller's notification has two under way.
+        # A seller's notification has two calls in progress.
         connections=2 * settings.web_threads,
         user_agent=f"notifier/{__version__}",
     )
     attempts = Attempts(transport, breakers, settings.http_client_timeout)
     delivery = Delivery(preferences, attempts, settings.web_threads)
-    # Whoever has waited still has the time for an attempt.
+    # After the longest wait there is still time for an attempt.
     patience = min(PATIENCE, settings.notify_deadline - MIN_DEADLINE)
     capacity = Capacity(settings.web_threads, patience)
     return Notifier(settings, preferences, refresher, attempts, delivery, capacity)

@@ -1,4 +1,4 @@
-"""How the text of an environment variable becomes a value: the kinds of values there are."""
+"""The kinds of environment variables: each turns a variable's text into a value."""
 
 import re
 import ssl
@@ -23,7 +23,7 @@ _MAX_DURATION = 24 * 3600.0
 
 
 class Kind(NamedTuple):
-    """How a variable's text becomes a value; `parse` raises ValueError where it can't."""
+    """Turns a variable's text into a value; `parse` raises ValueError for a wrong text."""
 
     expected: str
     parse: Callable[[str], Any]
@@ -35,7 +35,7 @@ def parse_duration(text: str, shortest: float = 0.001) -> float:
     Source: the grammar of Go's `time.ParseDuration`, without a sign.
 
     Raises:
-        ValueError: not in that form, or not within `shortest` seconds and 24h.
+        ValueError: the text has another form, or is not within `shortest` seconds and 24h.
     """
     terms = _TERM.findall(text)
     if not terms or "".join(number + unit for number, unit in terms) != text:
@@ -47,12 +47,12 @@ def parse_duration(text: str, shortest: float = 0.001) -> float:
 
 
 def list_of(kind: "Kind") -> "Kind":
-    """Take one or several with commas between them, as libpq does."""
+    """Return the kind of a list separated by commas, as libpq takes it."""
 
     def parse(text: str) -> str:
         return ",".join(str(kind.parse(part.strip())) for part in text.split(","))
 
-    return Kind(f"{kind.expected}, or several with commas between them", parse)
+    return Kind(f"{kind.expected}, or several, separated by commas", parse)
 
 
 def _parse_delay(text: str) -> float:
@@ -83,7 +83,7 @@ def trust(context: ssl.SSLContext, ca_bundle: str) -> None:
     """Let `context` trust the authorities in a PEM file, or in a folder of them by hash.
 
     Raises:
-        OSError: it can't be read, or is no PEM file of certificates.
+        OSError: `ca_bundle` can't be read, or is not a PEM file of certificates.
     """
     where = "capath" if Path(ca_bundle).is_dir() else "cafile"
     context.load_verify_locations(**{where: ca_bundle})
@@ -99,7 +99,7 @@ def _ca_bundle(text: str) -> str:
 
 def _readable(text: str) -> str:
     try:
-        with open(text, "rb"):  # noqa: PTH123 which libpq will do with it
+        with open(text, "rb"):  # noqa: PTH123 as libpq will
             return text
     except OSError:
         raise ValueError(text) from None
@@ -111,7 +111,7 @@ def _filled(text: str) -> str:
     return text
 
 
-TEXT = Kind("a text", str)
+TEXT = Kind("text", str)
 FILE = Kind("a readable file", _readable)
 HOSTS = list_of(Kind("a host", _filled))
 SWITCH = one_of({"on": "on", "off": "off"})
@@ -126,26 +126,30 @@ ROOT_CERT = Kind("a readable PEM file of certificates", lambda text: _ca_bundle(
 
 
 def secret_text(text: str) -> str:
-    """Return `text`; libpq would take what is before a NUL for the whole."""
+    """Return `text`.
+
+    Raises:
+        ValueError: it is blank, is not UTF-8, or has a NUL, where libpq would cut it.
+    """
     if "\0" in text:
         raise ValueError
-    text.encode()  # an environment's bytes may be no UTF-8
+    text.encode()  # fails if the environment's bytes are not UTF-8
     return _filled(text)
 
 
 @dataclass(frozen=True, slots=True)
 class Secret:
-    """A secret's text, or the file that holds it, so that it can change while we run."""
+    """The text of a secret, or the file that holds it, which may change while the service runs."""
 
     text: str = field(default="", repr=False)
     file: str = ""
 
     def read(self) -> str:
-        """Return the secret; a file is read each time, and a line end after it is no part of it.
+        """Return the secret. A file is read each time, and its last line end is left out.
 
         Raises:
-            ValueError: the file is empty, or no text in UTF-8.
-            OSError: it can't be read.
+            ValueError: the file is empty, or not UTF-8 text.
+            OSError: the file can't be read.
         """
         if not self.file:
             return self.text

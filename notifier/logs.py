@@ -1,7 +1,8 @@
-"""JSON logs: one object a line on stdout, free of secrets, texts and whole addresses.
+"""JSON logs: one object per line on stdout, free of secrets, texts and whole addresses.
 
-Events log a fixed message and allow-listed fields through `extra`. This module adds what every
-line has, and takes the text out of exceptions: a library's may quote a URL, a header or a body.
+Each event logs a fixed message, and allow-listed fields through `extra`. This module adds the
+fields that all lines share. It leaves out the texts of exceptions: a library's may quote a URL, a
+header or a body.
 """
 
 import logging
@@ -21,24 +22,24 @@ from pythonjsonlogger.json import JsonEncoder, JsonFormatter
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-# Libraries whose own lines quote hosts, paths or SQL; we log what matters ourselves.
+# Libraries whose log lines quote hosts, paths or SQL. The service logs the same events itself.
 _QUIET_LIBRARIES = ("urllib3", "requests", "psycopg", "yoyo", "werkzeug")
 
-# gunicorn quotes what it could not parse as a request, which may be the rest of a body, and paths.
+# gunicorn quotes paths, and input that it cannot parse, which may be the rest of a body.
 _QUOTES_THE_REQUEST = re.compile(
     r"(Invalid request from ip=[^ ]+?|Error handling request)(: | ).*", re.DOTALL
 )
 
 _MOST_CAUSES = 20
 
-# Seconds between two lines about the same: one for each request would fill the log.
+# Minimum seconds between two lines about the same event: one per request would flood the log.
 LOG_INTERVAL = 1.0
 
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 
 class _Formatter(JsonFormatter):
-    """Fields in the order people read them: when, how bad, who, what."""
+    """Writes the fields in the order people read them: time, level, logger, message."""
 
     def __init__(self, app_name: str) -> None:
         encode = JsonEncoder().encode  # the library would make one for each line
@@ -52,7 +53,7 @@ class _Formatter(JsonFormatter):
         log_data["timestamp"] = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
         log_data["level"] = record.levelname
         log_data["logger"] = record.name
-        # In the record too: it is written into the line once more below.
+        # Changed in the record too: `super` writes it into the line again.
         record.message = _QUOTES_THE_REQUEST.sub(r"\1", record.message)
         log_data["message"] = record.message
         log_data["app"] = self._app_name
@@ -64,7 +65,7 @@ class _Formatter(JsonFormatter):
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield `error`, what caused it, what caused that and so on; not for ever if they go round."""
+    """Yield `error` and its chain of causes, at most `_MOST_CAUSES`: the chain may be a circle."""
     for _ in range(_MOST_CAUSES):
         if error is None:
             return
@@ -83,7 +84,7 @@ def _frames_of_one(error: BaseException) -> str:
 
 
 def log_dead_thread(ended: threading.ExceptHookArgs) -> None:
-    """Log what ended a thread; for `threading.excepthook`, which prints the exception's text."""
+    """Log the exception that ended a thread; a `threading.excepthook` that leaves out its text."""
     if ended.exc_value:
         name = ended.thread.name if ended.thread else None
         logging.getLogger(__name__).error(
@@ -92,7 +93,7 @@ def log_dead_thread(ended: threading.ExceptHookArgs) -> None:
 
 
 class OncePerSecond:
-    """Says when to log what happens with every request: once a second, with a count.
+    """Limits the log lines about a frequent event to one a second, with a count.
 
     The last count appears with the next log line, however late. Shared: the times, guarded by
     `_lock`.
@@ -105,7 +106,7 @@ class OncePerSecond:
         self._times: dict[Hashable, int] = {}
 
     def times(self, key: Hashable) -> int:
-        """Return how often it has happened to `key` since it was last logged, 0 to log nothing."""
+        """Count an event for `key`; return the count since its last line, 0 to log nothing."""
         now = self._clock()
         with self._lock:
             times = self._times[key] = self._times.get(key, 0) + 1
@@ -116,13 +117,13 @@ class OncePerSecond:
 
 
 def mask_address(to: str) -> str:
-    """Return an address that support can recognise and nobody can use: `b***@example.com`."""
+    """Return an address that support can recognise and nobody can write to: `b***@example.com`."""
     local, _, domain = to.rpartition("@")
     return f"{local[:1]}***@{domain}"
 
 
 def configure(app_name: str, level: str, stream: TextIO = sys.stdout) -> None:
-    """Send every logger of this process to `stream` as JSON; safe to call again."""
+    """Write the lines of all loggers of this process to `stream` as JSON; safe to call again."""
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not shown
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Formatter(app_name))

@@ -1,4 +1,4 @@
-"""The service in one worker: a notification gets a place, a deadline and its delivery."""
+"""The service in one worker: gives each notification a place and a deadline, and delivers it."""
 
 import logging
 from collections.abc import Callable
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class Notifier:
     """The parts of the service in one worker, made after the fork.
 
-    `stopping` says whether the service has been asked to stop.
+    `stopping` returns True once the service has been asked to stop.
     """
 
     settings: Settings
@@ -32,13 +32,13 @@ class Notifier:
     stopping: Callable[[], bool] = lambda: False
 
     def start(self, stopping: Callable[[], bool]) -> None:
-        """Begin to serve; a process that only runs a command never calls it."""
+        """Begin to serve; not called in a process that only runs a command."""
         self.stopping = stopping
         self.refresher.start()
         metrics.WORKER_STARTS.inc()
 
     def close(self) -> None:
-        """Undo the making in reverse; one failure is logged and the rest still close."""
+        """Close the parts in reverse order; log a failure, and still close the rest."""
         for close in (self.delivery.close, self.attempts.close, self.refresher.close):
             _close(close)
 
@@ -46,12 +46,12 @@ class Notifier:
         """Deliver one message over every channel of `recipient`, and report how each ended.
 
         Args:
-            read: returns the message. It is called once there is a place: reading may take time.
-            began: when the request did, on `time.monotonic()`.
+            read: returns the message; called once there is a place, as reading may take time.
+            began: the start of the request, on `time.monotonic()`.
 
         Raises:
-            Overloaded: there was no place in time; nobody was sent anything.
-            Exception: whatever `read` raises.
+            Overloaded: no place was free in time; nothing was sent.
+            Exception: any that `read` raises.
         """
         with self.capacity:
             deadline = began + self.settings.notify_deadline

@@ -23,6 +23,13 @@ def post(
 
 def failure(transport: Transport, url: str, body: bytes = b"{}", *, seconds: float = 0.4) -> str:
     """Return how a post failed; it has to, and soon after its deadline at the latest."""
+    return failed(transport, url, body, seconds=seconds)[0]
+
+
+def failed(
+    transport: Transport, url: str, body: bytes = b"{}", *, seconds: float = 0.4
+) -> tuple[str, str | None]:
+    """Return how a post failed, as `failure` does, and the system's words for it."""
     with within(seconds + 2), pytest.raises(TransportError) as caught:
         post(transport, url, body, seconds=seconds)
-    return caught.value.fault
+    return caught.value.fault, caught.value.detail

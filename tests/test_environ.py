@@ -46,7 +46,7 @@ NO_NUMBERS = [
 
 # Of each kind: what it says that it expects, good texts with their values, and wrong ones.
 KINDS: list[tuple[Kind, str, dict[str, object], list[str]]] = [
-    (TEXT, "a text", {"benachrichtigung-\u00fc": "benachrichtigung-\u00fc"}, []),
+    (TEXT, "text", {"benachrichtigung-\u00fc": "benachrichtigung-\u00fc"}, []),
     (
         whole_number(1, 256),
         "a whole number from 1 to 256",
@@ -73,13 +73,13 @@ KINDS: list[tuple[Kind, str, dict[str, object], list[str]]] = [
     ),
     (
         PORTS,
-        "a whole number from 1 to 65535, or several with commas between them",
+        "a whole number from 1 to 65535, or several, separated by commas",
         {"6432": "6432", "1,65535": "1,65535", "5432 , 05433": "5432,5433"},
         [*NO_NUMBERS, "0", "65536", ":5432", "5432,", ",5432", "5432,,5433", "5432;5433"],
     ),
     (
         HOSTS,
-        "a host, or several with commas between them",
+        "a host, or several, separated by commas",
         {
             "/var/run/postgresql": "/var/run/postgresql",
             "a,b": "a,b",

@@ -110,7 +110,7 @@ def test_a_service_with_its_database_is_ready(start_service: StartService) -> No
             "ready": True,
             "checks": {
                 "preferences": {"ok": True, "detail": "held in cache"},
-                "shutdown": {"ok": True, "detail": "not asked for"},
+                "shutdown": {"ok": True, "detail": "not requested"},
             },
         },
     )
@@ -135,7 +135,7 @@ def test_a_service_that_knows_no_providers_and_cannot_ask_is_not_ready_until_it_
     assert (status, report["ready"]) == (503, False)
     assert report["checks"]["preferences"] == {
         "ok": False,
-        "detail": "not held in cache, and PostgreSQL cannot be asked",
+        "detail": "not held in cache, and PostgreSQL is unreachable",
     }
     assert service.metric("http_server_requests_total", http_status_code="503") == 1
     allow_connections("true")
@@ -200,7 +200,10 @@ def test_while_draining_it_is_not_ready_and_still_serves(
         service.process.send_signal(signal.SIGTERM)
         eventually(lambda: readiness(service)[0] == 503)
         status, report = readiness(service, kept)
-        assert (status, report["checks"]["shutdown"]) == (503, {"ok": False, "detail": "under way"})
+        assert (status, report["checks"]["shutdown"]) == (
+            503,
+            {"ok": False, "detail": "in progress"},
+        )
     for _ in range(10):
         reply = service.notify()
         assert reply.status_code == 200

@@ -1,5 +1,6 @@
 """From a URL to a connection: look-ups, addresses and TLS, each failure by its kind and bounded."""
 
+import re
 import socket
 import ssl
 import threading
@@ -13,7 +14,7 @@ import pytest
 from notifier.wire.transport import Transport
 from tests.certificates import make_certificate, name_in_folder
 from tests.fixtures import MakeProvider, MakeTransport
-from tests.posting import failure, post
+from tests.posting import failed, failure, post
 from tests.scripted_provider import answer
 from tests.sockets import LOOPBACK, not_answering, refusing, silent
 from tests.timing import eventually, within
@@ -136,13 +137,14 @@ def test_a_look_up_that_hangs_holds_up_no_other_host(
 
 def test_a_refused_connection_fails_as_connect(transport: Transport) -> None:
     with refusing() as port:
-        assert failure(transport, f"http://{LOOPBACK}:{port}/") == "connect"
+        url = f"http://{LOOPBACK}:{port}/"
+        assert failed(transport, url) == ("connect", "connection refused")
 
 
 def test_an_address_that_does_not_answer_is_left_at_the_deadline(
     transport: Transport, dead_port: int
 ) -> None:
-    assert failure(transport, f"http://{LOOPBACK}:{dead_port}/") == "connect"
+    assert failed(transport, f"http://{LOOPBACK}:{dead_port}/") == ("connect", "timed out")
 
 
 @pytest.mark.parametrize("addresses", [2, 8, 30])
@@ -243,7 +245,9 @@ def test_a_certificate_that_nobody_vouches_for_fails_as_tls(
     transport: Transport, make_provider: MakeProvider, certificate: Certificate
 ) -> None:
     provider = make_provider(tls=certificate[1])
-    assert failure(transport, provider.url, seconds=5) == "tls"
+    fault, detail = failed(transport, provider.url, seconds=5)
+    assert fault == "tls"
+    assert re.fullmatch("certificate verify failed: self.signed certificate", detail or "")
     assert provider.received == []
 
 
@@ -289,7 +293,9 @@ def test_a_certificate_for_another_name_fails_as_tls(
     provider = make_provider(tls=context)
     transport = make_transport(bundle)
     for name in (LOOPBACK, "localhost"):
-        assert failure(transport, f"https://{name}:{provider.port}/", seconds=5) == "tls"
+        fault, detail = failed(transport, f"https://{name}:{provider.port}/", seconds=5)
+        assert fault == "tls"
+        assert re.match(f"certificate verify failed: .*{name}", detail or "")
     assert provider.received == []
 
 
@@ -304,9 +310,17 @@ def test_a_server_that_says_nothing_behind_https_fails_as_tls(transport: Transpo
         assert failure(transport, f"https://{LOOPBACK}:{port}/") == "tls"
 
 
-@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x16\x03\x03"])
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (b"", "the peer closed the connection during TLS"),
+        # OpenSSL's versions differ.
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "wrong version number|record layer failure"),
+        (b"\x16\x03\x03", "the peer closed the connection during TLS"),
+    ],
+)
 def test_a_server_that_leaves_within_the_handshake_fails_as_tls(
-    transport: Transport, said: bytes
+    transport: Transport, said: bytes, words: str
 ) -> None:
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server((LOOPBACK, 0)))
@@ -321,7 +335,9 @@ def test_a_server_that_leaves_within_the_handshake_fails_as_tls(
         server.start()
         stack.callback(server.join, 5)
         port = listener.getsockname()[1]
-        assert failure(transport, f"https://{LOOPBACK}:{port}/", seconds=5) == "tls"
+        fault, detail = failed(transport, f"https://{LOOPBACK}:{port}/", seconds=5)
+        assert fault == "tls"
+        assert re.fullmatch(words, detail or "")
 
 
 def test_a_tls_server_behind_http_is_a_failure_and_gets_no_request(

@@ -13,7 +13,7 @@ from notifier.wire import exchange as exchange_module
 from notifier.wire import streams
 from notifier.wire.transport import Transport
 from tests.fixtures import MakeProvider, MakeTransport
-from tests.posting import failure, post
+from tests.posting import failed, failure, post
 from tests.scripted_provider import Peer, Received, Script, ScriptedProvider, answer, close, hang
 from tests.sockets import LOOPBACK, refusing, silent
 
@@ -206,7 +206,10 @@ def test_a_refused_tunnel_is_no_answer_of_the_provider_either(
 ) -> None:
     """The message has not been sent, and what the proxy thinks says nothing about the provider."""
     proxy.script = answer(status, b"<html>no</html>")
-    assert failure(tunnelled, "https://mail.example.com/") == "connect"
+    assert failed(tunnelled, "https://mail.example.com/") == (
+        "connect",
+        f"the proxy answered {status}",
+    )
 
 
 def test_a_proxy_that_refuses_the_connection_fails_as_connect(

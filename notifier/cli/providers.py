@@ -78,7 +78,9 @@ def _values_options(*, required: bool) -> Callable[[Command], Command]:
         click.option("--name", "provider_name", required=required, help="The provider's name."),
         click.option("--host", metavar="URL", required=required, help="The provider's URL."),
         click.option("--priority", type=int, help="The lowest is tried first. A new row has 0."),
-        click.option("--secret-prompt", is_flag=True, help="Ask for the secret, twice, unseen."),
+        click.option(
+            "--secret-prompt", is_flag=True, help="Ask twice for a secret of one line, unseen."
+        ),
         click.option("--secret-stdin", is_flag=True, help="Read the secret from standard input."),
         click.option(
             "--secret-file",
@@ -200,7 +202,8 @@ def _restore(*, entry_id: int, as_json: bool) -> None:
     The request, its timeout and its proxy are the service's own. Circuit breakers are ignored, and
     a removed provider can be tested too. The outcome is accepted, not_sent, unknown (the provider
     may have the message), rejected or skipped (its URL cannot be called). Only accepted exits with
-    0. Without a status from the provider, error names the step that failed.""",
+    0. Without a status from the provider, error names the step that failed, and detail gives the
+    system's message.""",
     epilog="""Examples:
 
     \b
@@ -228,14 +231,14 @@ def _test(context: click.Context, *, entry_id: int, to: str, as_json: bool) -> N
 
 def _sent(sender: Attempts, provider: Provider, message: Message) -> dict[str, Any]:
     """Make one attempt with a new request id; return its outcome."""
-    outcome, status, error = AttemptOutcome.ACCEPTED, None, None
+    outcome, status, error, detail = AttemptOutcome.ACCEPTED, None, None, None
     request_id = uuid.uuid4().hex
     token = logs.request_id.set(request_id)
     began = time.monotonic()
     try:
         status = sender.send_unguarded(provider, message)
     except AttemptFailed as failure:
-        outcome, status = failure.outcome, failure.status
+        outcome, status, detail = failure.outcome, failure.status, failure.detail
         error = failure.reason if status is None else None
     finally:
         logs.request_id.reset(token)
@@ -243,6 +246,7 @@ def _sent(sender: Attempts, provider: Provider, message: Message) -> dict[str, A
         "outcome": outcome,
         "status": status,
         "error": error,
+        "detail": detail,
         "duration_ms": round(1000 * (time.monotonic() - began), 1),
         "request_id": request_id,
     }

@@ -100,7 +100,8 @@ REASONS_BY_TEXT = {
 class Database:
     """Opens connections to one place as one role, and keeps none of them.
 
-    `wait` is the maximum seconds that a request waits for a connection: `DATABASE_WAIT` per host.
+    `hosts` names the place in log lines. `wait` is the maximum seconds that a request waits for a
+    connection: `DATABASE_WAIT` per host.
 
     Args:
         place: hosts and ports; by default `DB_HOST` and `DB_PORT`.
@@ -118,6 +119,7 @@ class Database:
     ) -> None:
         self.username, self._password = role or (settings.db_username, settings.db_password)
         host, port = place or settings.serve_place
+        self.hosts = _hosts(host.split(","), port.split(","))
         self.wait = DATABASE_WAIT * len(host.split(","))
         self._parameters: dict[str, Any] = {
             "host": host,
@@ -218,9 +220,24 @@ def reason(error: BaseException) -> str:
     return next((ours for theirs, ours in REASONS_BY_TEXT.items() if theirs in text), "unknown")
 
 
-def log_fields(error: BaseException) -> dict[str, str]:
-    """Return what a log line may say about an error of PostgreSQL."""
-    return {"error": type(error).__name__, "reason": reason(error)}
+def log_fields(error: BaseException, host: str) -> dict[str, str]:
+    """Return the fields of a log line about a database error.
+
+    Args:
+        host: `host_of` the connection, or the `hosts` of a `Database` without a connection.
+    """
+    return {"error": type(error).__name__, "reason": reason(error), "host": host}
+
+
+def host_of(connection: Connection) -> str:
+    """Return `host:port` of the connection's server."""
+    return _hosts([connection.info.host], [str(connection.info.port)])
+
+
+def _hosts(hosts: list[str], ports: list[str]) -> str:
+    """Return `a:5432,b:5432`; a single port applies to all hosts."""
+    pairs = zip(hosts, ports if len(ports) > 1 else ports * len(hosts), strict=True)
+    return ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in pairs)
 
 
 def first_line(error: psycopg.Error) -> str:

@@ -1,4 +1,4 @@
-"""The body of a request: how it is read, and what it may be."""
+"""Reads and validates the body of a request."""
 
 import json
 import re
@@ -35,19 +35,19 @@ def _no_control_characters(value: str) -> None:
         raise ValidationError("must not contain control characters")
 
 
-_EMAIL = validate.Email(error="must be an e-mail address")
+_EMAIL = validate.Email(error="must be an email address")
 
 
 def _email_address(value: str) -> None:
     _EMAIL(value)
-    if not value.isprintable():  # the validator takes line separators and invisible characters
+    if not value.isprintable():  # the validator accepts line separators and invisible characters
         raise ValidationError(_EMAIL.error)
 
 
 class _Text(fields.String):
     """A required string of 1 to `longest` characters that are not all white space.
 
-    The first rule that is broken is the one reported.
+    Only the first broken rule is reported.
     """
 
     default_error_messages = {  # noqa: RUF012 marshmallow merges these over the class hierarchy
@@ -88,15 +88,15 @@ class NotificationSchema(Schema):
         return Message(**data)
 
 
-_SCHEMA = NotificationSchema()  # loading changes nothing in it
+_SCHEMA = NotificationSchema()  # loading does not change it, so all threads share it
 
 
 def read_message() -> Message:
     """Return the message in the body of the request.
 
     Raises:
-        InvalidRequest: the message of the error names the field and what is wrong with it.
-        RequestEntityTooLarge: it is larger than `MAX_BODY_BYTES`.
+        InvalidRequest: its message names the field and the problem.
+        RequestEntityTooLarge: the body is larger than `MAX_BODY_BYTES`.
     """
     return _parse(_read_json())
 
@@ -117,11 +117,11 @@ def _joined(problems: dict[str, Any]) -> str:
 
 
 def _read_json() -> object:
-    """Return the body as JSON, whatever its content type says.
+    """Return the parsed body; its content type does not matter.
 
     Raises:
-        InvalidRequest: it is no UTF-8 or no JSON, or too deep or too large a number to be read.
-        RequestEntityTooLarge: it is larger than `MAX_BODY_BYTES`.
+        InvalidRequest: the body is not UTF-8 or not JSON, too deep, or has too long a number.
+        RequestEntityTooLarge: the body is larger than `MAX_BODY_BYTES`.
     """
     try:
         text = _read_body().decode()
@@ -141,12 +141,12 @@ def _read_json() -> object:
 
 
 def _read_body() -> bytes:
-    """Read the body at once; werkzeug's limited stream would copy buffers of 64 KiB for it."""
+    """Read the body in one call; werkzeug's limited stream would copy buffers of 64 KiB."""
     length = request.content_length
     if (length or 0) > MAX_BODY_BYTES:
         raise RequestEntityTooLarge
     try:
-        if length is None:  # in chunks, or none at all
+        if length is None:  # chunked, or no body
             body = request.stream.read(MAX_BODY_BYTES + 1)
         else:
             body = request.input_stream.read(length)
@@ -160,7 +160,7 @@ def _read_body() -> bytes:
 
 
 def _no_constant(name: str) -> NoReturn:
-    """Refuse NaN and Infinity, which Python's parser takes and RFC 8259 does not."""
+    """Refuse NaN and Infinity, which Python's parser accepts and RFC 8259 does not allow."""
     raise ValueError(name)
 
 

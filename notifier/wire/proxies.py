@@ -1,5 +1,6 @@
 """Chooses the proxy for a URL, and opens a tunnel through it."""
 
+import errno
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
@@ -115,5 +116,5 @@ def open_tunnel(budget: Budget, stream: Stream, credentials: str, origin: Origin
     head = Head(stream)
     status, _ = head.status_line(budget)
     if status != HTTPStatus.OK:
-        raise ConnectionRefusedError("the proxy refused the tunnel")
+        raise ConnectionRefusedError(errno.ECONNREFUSED, f"the proxy answered {status}")
     head.pass_fields(budget)

@@ -231,7 +231,7 @@ class TLS:
     def _feed(self, budget: Budget) -> None:
         data = self._below.receive(budget)
         if not data:
-            raise ssl.SSLEOFError("the peer closed the connection without ending TLS")
+            raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "the peer closed the connection during TLS")
         self._incoming.write(data)
 
 

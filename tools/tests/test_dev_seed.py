@@ -69,7 +69,7 @@ def test_a_table_with_a_row_stays_as_it_is(database, add_provider):
 @pytest.mark.parametrize(
     ("variables", "line"),
     [
-        ({"DB_PASSWORD": ""}, "seed: DB_PASSWORD is missing: expected a text, or "),
+        ({"DB_PASSWORD": ""}, "seed: DB_PASSWORD is missing: expected text, or "),
         ({"DB_NAME": "none"}, "seed: PostgreSQL: "),
     ],
 )
