@@ -11,12 +11,13 @@ RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
 COPY gunicorn.conf.py .
 COPY migrations/ migrations/
 COPY notifier/ notifier/
-# Nothing can be written later, and the files may come from a umask that lets nobody else read them.
+# Compile now: the container's user cannot write here. Set modes: a checkout with a strict umask lets
+# no other user read its files.
 RUN chmod -R u=rwX,go=rX . && python -m compileall -q notifier
 USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM
-# Not urllib, which would ask a proxy of the environment for it.
+# Not urllib, which would use a proxy from the environment.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-c", "\
 import http.client, os; \
 port = (os.environ.get('HTTP_SERVER_PORT') or '8080').strip().lstrip(':'); \

@@ -1,4 +1,4 @@
-"""How gunicorn runs the service: `gunicorn`, in this folder, needs no argument."""
+"""gunicorn's configuration. In this folder, `gunicorn` starts the service without arguments."""
 
 from notifier.serving import master
 from notifier.serving.worker import Worker
@@ -12,30 +12,30 @@ workers = settings.web_concurrency
 threads = settings.server_threads
 preload_app = False
 worker_class = Worker
-http_parser = "python"  # serving/caller.py relies on what it refuses
+http_parser = "python"  # serving/caller.py relies on its strictness
 
-# Connections of a worker. Beside those in threads there is room for many that are kept.
+# Maximum connections per worker, with room for many idle ones beside those that threads serve.
 worker_connections = max(1000, 2 * threads)
 
-# The callers are services that keep their connections; most load balancers do for a minute.
+# Seconds that idle connections are kept: longer than the minute of most load balancers.
 keepalive = 75
 
-# No header of a caller decides about paths or schemes, not even from this machine.
+# Ignore headers that set the path or the scheme, even from this machine.
 forwarder_headers = ""
 secure_scheme_headers = {}
 
-# Requests under way may take their deadline; the rest is for what surrounds them.
+# Seconds: requests under way may take until their deadline, and the rest is a margin.
 graceful_timeout = round(settings.notify_deadline + 15)
 
-# Workers touch a file to show that they live. On a disk that can block.
+# Workers touch a file as a heartbeat. On a disk, a touch can block.
 worker_tmp_dir = master.MEMORY
 
-# It would open a socket in the home directory, which need not exist or be writable.
+# The control socket would be in the home directory, which may be missing or read-only.
 control_socket_disable = True
 
 
 class JsonLogger(master.JsonLogger):
-    """gunicorn's own lines, as JSON like all others."""
+    """Logs gunicorn's own lines as JSON, with the service's settings."""
 
     settings = settings
 
@@ -44,7 +44,7 @@ logger_class = JsonLogger
 
 
 def when_ready(server):
-    """Make what the workers share, before the first is forked."""
+    """Make the state that workers share, before the first fork."""
     master.when_ready(server, settings)
 
 

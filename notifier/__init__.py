@@ -1,3 +1,3 @@
-"""The notifier: one HTTP call reaches a buyer or a seller over every channel that is due."""
+"""The notifier: one HTTP call reaches a buyer or a seller over all of their channels."""
 
 __version__ = "0.1.0"

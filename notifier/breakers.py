@@ -1,8 +1,8 @@
-"""One circuit breaker per endpoint of providers: may it be called now?
+"""Circuit breakers, one per endpoint: each decides whether its endpoint may be called now.
 
-pybreaker supplies the states, their storage and the listeners. Its own admission is replaced:
-`CircuitBreaker.call` holds its lock while the call is under way, so that calls to one endpoint
-would go one after another, and it counts failures in a row where we count a share of recent calls.
+pybreaker supplies the states, their storage and the listeners. Its own admission is replaced.
+`CircuitBreaker.call` holds its lock during the call, so calls to one endpoint would run one after
+another. It also counts consecutive failures, while we count the share of failures in recent calls.
 """
 
 import logging
@@ -50,7 +50,7 @@ class Policy:
 
 
 class RollingWindow:
-    """Completed calls of the last `seconds`, in buckets. Not thread-safe: the breaker's lock is."""
+    """Counts the calls of the last `seconds`, in buckets. The breaker's lock must guard it."""
 
     def __init__(self, seconds: float) -> None:
         self._bucket_seconds = seconds / WINDOW_BUCKETS
@@ -66,7 +66,7 @@ class RollingWindow:
             self._buckets[-1][2] += 1
 
     def totals(self, now: float) -> tuple[int, int]:
-        """Return calls and failures of the window that ends at `now`."""
+        """Return the numbers of calls and failures in the window that ends at `now`."""
         oldest = int(now / self._bucket_seconds) - WINDOW_BUCKETS + 1
         while self._buckets and self._buckets[0][0] < oldest:
             self._buckets.popleft()
@@ -77,9 +77,9 @@ class RollingWindow:
 
 
 class Call:
-    """A call that a breaker admitted; says at most once how it ended.
+    """A call that a breaker admitted, and its result.
 
-    If nothing is recorded, the call counts for nothing and its slot is free again.
+    Without a recorded result, the call is not counted, and its slot becomes free again.
     """
 
     __slots__ = ("failed", "generation")
@@ -89,16 +89,16 @@ class Call:
         self.failed: bool | None = None
 
     def record(self, *, failed: bool | None) -> None:
-        """Say how the call ended; None: nothing that speaks for or against the endpoint."""
+        """Record the result; None if it says nothing about the health of the endpoint."""
         self.failed = failed
 
 
 class Breaker:
     """The breaker of one endpoint in this worker.
 
-    Shared between threads: everything below, guarded by `_lock`, which is held to admit and to
-    record and never while a call is under way. Each change of state begins a new generation; a call
-    admitted under an earlier one changes nothing.
+    Shared between threads: all attributes, guarded by `_lock`. It is held to admit a call and to
+    record its result, never during the call. Each change of state begins a new generation; a call
+    that was admitted in an earlier generation changes nothing.
     """
 
     def __init__(
@@ -122,22 +122,22 @@ class Breaker:
 
     @property
     def state(self) -> str:
-        """`closed`, `open` or `half-open`, which it reads once the open time has passed."""
+        """`closed`, `open`, or `half-open`: an open breaker turns half-open by the clock."""
         with self._lock:
             return self._state()
 
     def configure(self, *, configured: bool) -> None:
-        """Show the state in the metrics, or hide it for good, even while calls are under way."""
+        """Show the state in the metrics, or hide it even while calls are under way."""
         with self._lock:
             self._configured = configured
             self._shown.set(self._open_until if configured else metrics.NOT_CONFIGURED)
 
     @contextmanager
     def calling(self) -> Iterator[Call]:
-        """Admit one call for the length of the block, which records how it went.
+        """Admit one call for the length of the block, which records its result.
 
         Raises:
-            CircuitBreakerError: not admitted; nothing may be sent.
+            CircuitBreakerError: the call is not admitted and must not be made.
         """
         with self._lock:
             call = self._admit()
@@ -168,7 +168,7 @@ class Breaker:
         if self._storage.state == STATE_OPEN:
             self._change(self._machine.half_open)
         if self._in_flight + self._storage.success_counter >= self._policy.max_half_open:
-            raise CircuitBreakerError(f"{self.endpoint} is half-open and has its probes")
+            raise CircuitBreakerError(f"{self.endpoint} is half-open and has no free probe")
 
     def _settle(self, call: Call) -> None:
         if call.generation != self._generation:
@@ -208,7 +208,7 @@ class Breaker:
         self._show()
 
     def _show(self) -> None:
-        # Under the lock, or an older state could be shown for good.
+        # Under the lock, or an older state could replace a newer one.
         if self._configured:
             self._shown.set(self._open_until)
 
@@ -219,7 +219,7 @@ class Breaker:
 
 
 class _Changes(CircuitBreakerListener):
-    """Counts the changes of state; keeps them until the breaker's lock is free, then logs them."""
+    """Counts changes of state, and logs them after the breaker's lock is released."""
 
     def __init__(self, endpoint: str) -> None:
         self._changes: deque[tuple[str | None, str, str]] = deque()
@@ -254,7 +254,7 @@ class _Changes(CircuitBreakerListener):
 class Breakers:
     """The breakers of this worker by endpoint.
 
-    Shared: the dict, whose single reads are atomic; `_lock` guards what changes it.
+    Shared between threads: the dict. Single reads are atomic; `_lock` guards its changes.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -263,14 +263,14 @@ class Breakers:
         self._by_endpoint: dict[str, Breaker] = {}
 
     def of(self, endpoint: str) -> Breaker:
-        """Return the one breaker of `endpoint` (`mail.example.com:443`), closed if it is new."""
+        """Return the breaker of `endpoint` (`mail.example.com:443`); a new one is closed."""
         return self._by_endpoint.get(endpoint) or self._add(endpoint)
 
     def configure(self, endpoints: Set[str]) -> None:
-        """Have a breaker for each of `endpoints` and for no other; one call at a time.
+        """Keep breakers for `endpoints` only; not to be called concurrently.
 
-        A request that read an older configuration may still use other breakers; the metrics do not
-        show those.
+        A request that read an older configuration may still use other breakers, which the metrics
+        do not show.
         """
         for endpoint in endpoints:
             self.of(endpoint).configure(configured=True)

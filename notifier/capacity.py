@@ -1,4 +1,4 @@
-"""How many notifications run at once in this worker, and who waits, is refused, or comes next."""
+"""Limits the notifications that run at once in this worker: others wait, or are refused."""
 
 import threading
 import time
@@ -11,13 +11,13 @@ from notifier.errors import Overloaded
 class Capacity:
     """The places of a worker: `with capacity:` holds one for the length of the block.
 
-    First come, first served: whoever gives a place back hands it to whoever has waited longest, and
-    it is free only when nobody waits. Shared: both attributes below `_lock`, which guards them; it
-    is held to take, to give and to give up, never while waiting.
+    First come, first served: a place that is given back goes to the thread that has waited longest,
+    and becomes free only if no thread waits. Shared between threads: `_free` and `_waiting`,
+    guarded by `_lock`, which is never held while waiting.
 
     Args:
-        places: how many hold one at once; as many more may wait.
-        patience: seconds to wait at most.
+        places: notifications that may run at once; as many more may wait.
+        patience: maximum seconds to wait.
     """
 
     def __init__(self, places: int, patience: float) -> None:
@@ -29,10 +29,10 @@ class Capacity:
         metrics.PLACES.set(places)
 
     def __enter__(self) -> None:
-        """Take a place; wait in the queue if there is none.
+        """Take a place; wait in the queue if none is free.
 
         Raises:
-            Overloaded: too many wait already, or no turn came in time.
+            Overloaded: the queue is full, or no place became free in time.
         """
         with self._lock:
             if self._free:
@@ -42,7 +42,7 @@ class Capacity:
         self._wait(turn)
 
     def __exit__(self, *_: object) -> None:
-        """Give the place back."""
+        """Give the place back, to the next thread in the queue if there is one."""
         with self._lock:
             if self._waiting:
                 self._waiting.popleft().release()
@@ -50,7 +50,7 @@ class Capacity:
                 self._free += 1
 
     def _queue(self) -> threading.Lock:
-        """Return a lock that is released when the place is ours."""
+        """Join the queue; return a lock that is released when this thread gets a place."""
         if len(self._waiting) >= self._places:
             metrics.REFUSED.inc()
             raise Overloaded(reason="the queue is full")
@@ -68,7 +68,7 @@ class Capacity:
             raise Overloaded(reason="no place in time")
 
     def _give_up(self, turn: threading.Lock) -> bool:
-        """Leave the queue; False if the place was handed over just now."""
+        """Leave the queue; return False if this thread has just got a place."""
         with self._lock:
             if turn not in self._waiting:
                 return False

@@ -1,10 +1,10 @@
-"""What is counted, and the page that Prometheus reads.
+"""The metrics, and the page that Prometheus scrapes.
 
-The instruments are the only state that lives on a module. Under gunicorn every worker counts into
-files of its own in `PROMETHEUS_MULTIPROC_DIR`, which gunicorn.conf.py makes before this module is
-imported, and whichever worker is asked adds all of them up. The files are named by `METRICS_SLOT`,
-a number that the next worker takes over: named by process id, they would pile up with each restart.
-Without that number the counts are this process's.
+The instruments are the only state on module level. Under gunicorn each worker counts in its own
+files in `PROMETHEUS_MULTIPROC_DIR`, which the master makes before this module is imported. The
+worker that answers a scrape adds up all files. The files are named by `METRICS_SLOT`, a number that
+passes to the next worker: named by process id, files would pile up with each restart. Without
+`METRICS_SLOT` the metrics are those of this process.
 
 Names follow OpenTelemetry's: dots become underscores, with the unit and `_total`.
 """
@@ -28,18 +28,18 @@ from notifier import __version__
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
-# Seconds: from an answer out of memory to a request that used up its 15 s, and a bit.
+# Seconds: from an answer without I/O to a request that exceeds its 15 s.
 BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25),
     *(0.5, 1.0, 2.5, 5.0, 7.5, 10.0, 15.0, 20.0),
 )
 
-# What `OPEN_UNTIL` says of a host instead of a time.
+# Values of `OPEN_UNTIL` that are not times.
 CLOSED, NOT_CONFIGURED = 0.0, -1.0
 
 STATE_VALUES = {STATE_CLOSED: 0, STATE_OPEN: 1, STATE_HALF_OPEN: 2}
 
-# RFC 9110 ends there. The label must not grow with what a provider makes up.
+# The last status of RFC 9110. Statuses that a provider makes up must not become labels.
 HIGHEST_STATUS = 599
 
 _slot = os.environ.get("METRICS_SLOT")
@@ -65,42 +65,46 @@ def _histogram(name: str, what: str, *labels: str) -> Histogram:
 
 _SERVER_REQUESTS = _counter("http_server_requests_total", "Requests answered.", *_SERVER)
 _SERVER_DURATION = _histogram(
-    "http_server_duration_seconds", "From a thread's taking a request up to its reply.", *_SERVER
+    "http_server_duration_seconds",
+    "Seconds from a thread taking a request to the reply.",
+    *_SERVER,
 )
 ACTIVE_REQUESTS = Gauge(
     "http_server_active_requests",
-    "Requests in progress, those of operators left out.",
+    "Requests in progress, without those of operators.",
     multiprocess_mode="livesum",
     registry=REGISTRY,
 )
 _CLIENT_REQUESTS = _counter("http_client_requests_total", "Calls to providers.", *_CLIENT)
 _CLIENT_DURATION = _histogram(
-    "http_client_duration_seconds", "From a provider's name look-up to its answer.", *_CLIENT
+    "http_client_duration_seconds",
+    "Seconds from name look-up to the provider's answer.",
+    *_CLIENT,
 )
 _NOTIFICATIONS = _counter(
     "notifications_total", "Notifications over all channels.", "recipient", "outcome"
 )
 _NOTIFICATION_DURATION = _histogram(
-    "notification_duration_seconds", "Delivery over all channels.", "recipient"
+    "notification_duration_seconds", "Seconds of a delivery over all channels.", "recipient"
 )
-REFUSED = _counter("notifications_refused_total", "Notifications for which there was no place.")
+REFUSED = _counter("notifications_refused_total", "Notifications refused for lack of a place.")
 WAIT = _histogram(
-    "notification_wait_seconds", "Waits for a place, of those that had to, admitted or not."
+    "notification_wait_seconds", "Seconds that queued notifications waited, admitted or refused."
 )
 PLACES = Gauge(
     "notification_places",
-    "Notifications that may be under way at once.",
+    "Maximum of notifications under way at once.",
     multiprocess_mode="livesum",
     registry=REGISTRY,
 )
 _NOTIFICATION_CHANNELS = _counter(
     "notification_channel_total",
-    "Notifications by channel and the provider that delivered, if one did.",
+    "Notifications by channel and by the provider that delivered, if any.",
     *("channel", "provider", "outcome"),
 )
 _FALLBACKS = _counter(
     "notification_fallback_total",
-    "Deliveries by another provider than the channel's first.",
+    "Deliveries by a provider that is not the channel's first.",
     "channel",
 )
 PREFERENCE_CACHE = _counter(
@@ -108,31 +112,31 @@ PREFERENCE_CACHE = _counter(
 )
 LAST_REFRESH = Gauge(
     "preference_last_refresh_timestamp_seconds",
-    "When providers were last read: the oldest of the workers', 0 for never.",
+    "Time of the last load of providers, the oldest of all workers; 0 for never.",
     multiprocess_mode="livemin",
     registry=REGISTRY,
 )
 LISTENER_CONNECTED = Gauge(
     "preference_listener_connected",
-    "Whether all workers hear of changes of providers.",
+    "1 if all workers listen for changes of providers, else 0.",
     multiprocess_mode="livemin",
     registry=REGISTRY,
 )
 LISTENER_RECONNECTS = _counter(
-    "preference_listener_reconnects_total", "Attempts to hear of changes again."
+    "preference_listener_reconnects_total", "Attempts to listen for changes again."
 )
 NOTIFICATIONS_HEARD = _counter(
-    "preference_notifications_total", "Changes of providers that workers heard of."
+    "preference_notifications_total", "Notifications of changed providers, over all workers."
 )
 STATE_CHANGES = _counter(
     "circuit_breaker_state_changes_total",
-    "Changes of circuit breakers, over all workers.",
+    "State changes of circuit breakers, over all workers.",
     *("host", "from_state", "to_state"),
 )
-# The page shows `circuit_breaker_state` instead: half-open begins by the clock, in all workers.
+# The page shows `circuit_breaker_state` instead, because half-open begins by the clock.
 OPEN_UNTIL = Gauge(
     "circuit_breaker_open_until",
-    "Hidden: CLOSED, NOT_CONFIGURED, or the monotonic time at which open ends.",
+    "Hidden: CLOSED, NOT_CONFIGURED, or the monotonic time when open ends.",
     ["host"],
     multiprocess_mode="livemax",
     registry=REGISTRY,
@@ -140,7 +144,7 @@ OPEN_UNTIL = Gauge(
 WORKER_STARTS = _counter("worker_starts_total", "Worker processes started.")
 _BUILD_INFO = Gauge(
     "notifier_build_info",
-    "Always 1; what runs is in the labels.",
+    "Always 1; the labels name the versions.",
     ["version", "python_version"],
     multiprocess_mode="livemax",
     registry=REGISTRY,
@@ -162,14 +166,14 @@ class Timed(NamedTuple):
 
 @cache
 def server_requests(method: str, route: str, status: int) -> Timed:
-    """Return the instruments of requests that were answered so; looked up once for each kind."""
+    """Return the instruments of requests with these labels; cached."""
     labels = (method, route, str(status))
     return Timed(_SERVER_REQUESTS.labels(*labels), _SERVER_DURATION.labels(*labels))
 
 
 @cache
 def client_calls(endpoint: str, status: int | None, error: str = "") -> Timed:
-    """Return the instruments of calls to `endpoint` that ended so; looked up once for each kind."""
+    """Return the instruments of calls to `endpoint` with these labels; cached."""
     labels = ("POST", endpoint, _code(status), error)
     return Timed(_CLIENT_REQUESTS.labels(*labels), _CLIENT_DURATION.labels(*labels))
 
@@ -182,7 +186,7 @@ def _code(status: int | None) -> str:
 
 @cache
 def notifications(recipient: str, outcome: str) -> Timed:
-    """Return the instruments of notifications that ended so; looked up once for each kind."""
+    """Return the instruments of notifications with these labels; cached."""
     return Timed(
         _NOTIFICATIONS.labels(recipient, outcome), _NOTIFICATION_DURATION.labels(recipient)
     )
@@ -190,13 +194,13 @@ def notifications(recipient: str, outcome: str) -> Timed:
 
 @cache
 def channel_notifications(channel: str, provider: str, outcome: str) -> Counter:
-    """Return the instrument of channels that ended so; looked up once for each kind."""
+    """Return the instrument of channels with these labels; cached."""
     return _NOTIFICATION_CHANNELS.labels(channel, provider, outcome)
 
 
 @cache
 def fallbacks(channel: str) -> Counter:
-    """Return the instrument of fallbacks in `channel`; looked up once for each channel."""
+    """Return the instrument of fallbacks in `channel`; cached."""
     return _FALLBACKS.labels(channel)
 
 
@@ -206,7 +210,7 @@ def page() -> bytes:
 
 
 class _Workers(Collector):
-    """Adds up what the workers have counted."""
+    """Adds up the counts of all workers."""
 
     def collect(self) -> Iterable[Metric]:
         folder = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
@@ -216,15 +220,15 @@ class _Workers(Collector):
 
 
 def _has_content(file: Path) -> bool:
-    """Say whether `file` can be read: one that a starting worker has just made is empty."""
+    """Return True if `file` has content: a starting worker's new file is empty."""
     try:
         return file.stat().st_size > 0
-    except FileNotFoundError:  # a gauge of a worker that has ended
+    except FileNotFoundError:  # a gauge of a dead worker
         return False
 
 
 class _Presentable(Collector):
-    """Shows `circuit_breaker_state` in the place of `OPEN_UNTIL`."""
+    """Sorts the metrics, and shows `circuit_breaker_state` in place of `OPEN_UNTIL`."""
 
     def __init__(self, source: Collector) -> None:
         self._source = source
@@ -237,7 +241,7 @@ class _Presentable(Collector):
 def _states(open_until: Metric) -> Metric:
     states = GaugeMetricFamily(
         "circuit_breaker_state",
-        "0 closed, 1 open, 2 half-open: the worst of the workers'.",
+        "0 closed, 1 open, 2 half-open: the worst state in any worker.",
         labels=["host", "state"],
     )
     for sample in open_until.samples:

@@ -1,4 +1,4 @@
-"""The values that travel through the service. All of them are frozen."""
+"""The values that pass through the service. All of them are frozen."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,14 +18,14 @@ class Channel(StrEnum):
 
 
 class Recipient(StrEnum):
-    """Who is reached; the value is the path segment of the API."""
+    """A kind of recipient; the value is the path segment of the API."""
 
     BUYER = "buyer"
     SELLER = "seller"
 
 
 class ChannelOutcome(StrEnum):
-    """How a notification ended on one channel, or on all of them: the worst decides."""
+    """The outcome of a notification on one channel, or on all of them: the worst decides."""
 
     severity: int
 
@@ -40,13 +40,13 @@ class ChannelOutcome(StrEnum):
 
     @classmethod
     def worst(cls, outcomes: Iterable["ChannelOutcome"]) -> "ChannelOutcome":
-        """Return the outcome of a notification whose channels ended so."""
+        """Return the outcome of a notification from those of its channels."""
         return max(outcomes, key=lambda outcome: outcome.severity)
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What the recipient gets: an e-mail address, a title and a text. Hidden from `repr`."""
+    """The recipient's email address, a title and a text, all hidden from `repr`."""
 
     to: str = field(repr=False)
     title: str = field(repr=False)
@@ -57,8 +57,8 @@ class Message:
 class Provider:
     """A row of `notification_preferences`.
 
-    `url` is the column `host`; `endpoint` is its name in the logs, the metrics and for the breaker
-    (`mail.example.com:443`), None when the column holds no usable URL.
+    `url` is the column `host`. `endpoint` (`mail.example.com:443`) is its name in logs, metrics and
+    breakers, or None if the URL cannot be called.
     """
 
     id: int
@@ -70,16 +70,16 @@ class Provider:
 
     @classmethod
     def from_row(cls, row: tuple[int, str, str, str, str | None]) -> "Provider":
-        """Take `(id, provider_type, provider_name, host, secret_key)` as PostgreSQL returns it."""
+        """Make a provider of `(id, provider_type, provider_name, host, secret_key)`."""
         provider_id, channel, name, url, secret_key = row
         url = url.strip()
         return cls(provider_id, Channel(channel), name, url, endpoint_of(url), secret_key or "")
 
 
 def endpoint_of(url: str) -> str | None:
-    """Return lower-case `host:port`, the port always written, or None if `url` cannot be called.
+    """Return `host:port` in lower case, always with a port; None if `url` cannot be called.
 
-    urllib3's parser is the one that requests will use on the same text.
+    It parses with urllib3, as requests does when it calls the URL.
     """
     try:
         parts = parse_url(url)

@@ -1,7 +1,7 @@
-"""Work that several threads want at once is done once, and nobody waits longer than they may.
+"""Runs work once for all threads that ask for it at the same time, and limits their wait.
 
-For calls that cannot be interrupted (`getaddrinfo`, a connection to a hung PostgreSQL): the work
-runs in a thread of its own, and callers leave when their time is up.
+It is for calls that cannot be interrupted, such as `getaddrinfo` or a connection to a hung
+PostgreSQL. The work runs in its own thread, and callers stop waiting when their time is up.
 """
 
 import contextvars
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 class SingleFlight(Generic[Key, Result]):
-    """At most one run per key at any time. Shared: the runs under way, guarded by the lock."""
+    """Allows one run per key at a time. Shared between threads: `_flights`, guarded by `_lock`."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -23,11 +23,11 @@ class SingleFlight(Generic[Key, Result]):
         self._flights: dict[Key, Future[Result]] = {}
 
     def run(self, key: Key, work: Callable[[], Result], timeout: float) -> Result:
-        """Return what `work` returns, joining the run of `key` that is under way if there is one.
+        """Return the result of `work`, or of a run of `key` that is already under way.
 
         Raises:
-            TimeoutError: no result within `timeout` seconds; the run goes on.
-            Exception: whatever the run raised.
+            TimeoutError: no result within `timeout` seconds; the run continues.
+            Exception: any error that the run raised.
         """
         with self._lock:
             flight = self._flights.get(key) or self._start(key, work)
@@ -35,8 +35,8 @@ class SingleFlight(Generic[Key, Result]):
 
     def _start(self, key: Key, work: Callable[[], Result]) -> Future[Result]:
         flight: Future[Result] = Future()
-        fly = contextvars.copy_context().run  # its log lines carry the request id of who began it
-        # A daemon: a look-up that hangs must not keep a stopping worker alive.
+        fly = contextvars.copy_context().run  # log lines carry the first caller's request id
+        # A daemon: a hung look-up must not keep a stopping worker alive.
         threading.Thread(
             target=fly, args=(self._fly, key, work, flight), name=self._name, daemon=True
         ).start()
@@ -46,7 +46,7 @@ class SingleFlight(Generic[Key, Result]):
     def _fly(self, key: Key, work: Callable[[], Result], flight: Future[Result]) -> None:
         try:
             result = work()
-        except BaseException as error:  # noqa: BLE001 handed to those who wait
+        except BaseException as error:  # noqa: BLE001 handed to the waiting threads
             self._land(key)
             flight.set_exception(error)
         else:

@@ -168,7 +168,7 @@ def test_a_url_that_the_service_can_call_is_stored_unchanged(
             )
         ],
         *[
-            (url, "without spaces, control characters, backslashes and #")
+            (url, "without spaces, control characters, backslashes or #")
             for url in (
                 " http://mail.example.com/",
                 "http://mail.example.com/a b",
@@ -381,7 +381,7 @@ def test_removing_a_removed_row_or_restoring_an_active_one_is_refused(
     assert refusal(catalogue.restore, owner, 1) == "provider 1 is not removed"
     catalogue.remove(owner, 1)
     before = stored(database)
-    assert refusal(catalogue.remove, owner, 1) == "provider 1 is removed already"
+    assert refusal(catalogue.remove, owner, 1) == "provider 1 is already removed"
     assert stored(database) == before
 
 
@@ -400,7 +400,7 @@ def test_an_unknown_id_is_refused(
 
 def test_an_edit_without_values_is_refused(owner: Database, add_provider: AddProvider) -> None:
     add_provider(URL)
-    assert refusal(catalogue.edit, owner, 1, some()) == "nothing to change: say what"
+    assert refusal(catalogue.edit, owner, 1, some()) == "nothing to change: give at least one value"
 
 
 def test_a_row_whose_url_cannot_be_called_is_not_restored(
@@ -525,7 +525,7 @@ def test_an_operator_who_waits_too_long_for_another_is_refused(
     monkeypatch.setattr(catalogue, "LOCK_WAIT", "200ms")
     with changing(database), within(5):
         message = refusal(catalogue.add, owner, values())
-    assert message == "somebody has been changing the providers for 200ms; try again later"
+    assert message == "another change of the providers has been running for 200ms; try again later"
 
 
 def test_readers_do_not_wait_for_a_change(

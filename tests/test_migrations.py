@@ -207,11 +207,11 @@ def test_each_rollback_undoes_one_migration_until_nothing_is_left(
     ]
     for name, expected in zip(reversed(NAMES), left, strict=True):
         result = run(empty_database, "rollback")
-        assert (result.exit_code, result.output) == (0, f"undid {name}\n")
+        assert (result.exit_code, result.output) == (0, f"rolled back {name}\n")
         enum = [] if name == NAMES[0] else ["notification_provider_type"]
         assert ours(empty_database) == sorted(expected + enum)
     result = run(empty_database, "rollback")
-    assert (result.exit_code, result.output) == (0, "nothing to undo\n")
+    assert (result.exit_code, result.output) == (0, "nothing to roll back\n")
     assert migrations.migrate(settings_of(empty_database)).applied == NAMES
     assert_complete(empty_database)
 
@@ -219,7 +219,7 @@ def test_each_rollback_undoes_one_migration_until_nothing_is_left(
 def test_a_database_that_was_never_migrated_has_nothing_to_undo(
     empty_database: Environment,
 ) -> None:
-    assert run(empty_database, "rollback").output == "nothing to undo\n"
+    assert run(empty_database, "rollback").output == "nothing to roll back\n"
 
 
 @pytest.mark.parametrize("processes", [2, 4])

@@ -24,7 +24,7 @@ from tests.timing import eventually
 TABLE = "notification_preferences"
 ROW = f"INSERT INTO {TABLE} (provider_type, provider_name, host) VALUES ('Email', 'a', 'http://a/')"
 SUPERUSERS_PASSWORD = "the superuser's password"  # a key that only these tests read
-ADVICE = "let an administrator run: "
+ADVICE = "ask an administrator to run: "
 
 MakeMigrator = Callable[..., Environment]
 
@@ -414,7 +414,7 @@ def test_without_createrole_the_error_gives_the_statement_that_creates_the_role(
     environment = make_migrator()
     name, migrator = environment["DB_USERNAME"], environment["DB_MIGRATION_USERNAME"]
     assert refusal(environment) == (
-        f"role {name} does not exist, and {migrator} cannot make it: {ADVICE}"
+        f"role {name} does not exist, and {migrator} cannot create it: {ADVICE}"
         f"CREATE ROLE \"{name}\" LOGIN PASSWORD '...'"
         f' (or ALTER ROLE "{migrator}" CREATEROLE, and migrate again)'
     )
@@ -433,7 +433,7 @@ def test_a_serving_role_that_cannot_be_altered_gets_the_grants_and_keeps_its_pas
     execute_as_superuser(environment, f"CREATE ROLE \"{name}\" LOGIN PASSWORD 'as it was'")
     (notice,) = migrate(environment)
     assert notice == (
-        f"role {name} keeps its password, {migrator} cannot set it: {ADVICE}"
+        f"role {name} keeps its password, because {migrator} cannot set it: {ADVICE}"
         f"ALTER ROLE \"{name}\" LOGIN PASSWORD '...'"
     )
     assert can_read(environment | {"DB_PASSWORD": "as it was"})
@@ -755,5 +755,5 @@ def test_a_role_that_others_change_constantly_is_given_up(
 ) -> None:
     monkeypatch.setattr(roles, "find_role", lambda *_: None)  # so that each try creates it again
     execute(fresh, f'CREATE ROLE "{fresh["DB_USERNAME"]}"')
-    with pytest.raises(NotGranted, match="changed by others all the time: try again"):
+    with pytest.raises(NotGranted, match="other sessions keep changing role"):
         migrate(fresh)

@@ -313,10 +313,10 @@ def test_a_silent_server_behind_https_fails_as_tls(transport: Transport) -> None
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        (b"", "the connection ended within TLS"),
+        (b"", "the peer closed the connection during TLS"),
         # OpenSSL's versions differ.
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "wrong version number|record layer failure"),
-        (b"\x16\x03\x03", "the connection ended within TLS"),
+        (b"\x16\x03\x03", "the peer closed the connection during TLS"),
     ],
 )
 def test_a_server_that_closes_within_the_handshake_fails_as_tls(

@@ -1,1 +1,1 @@
-"""What operators run: `flask --app notifier.app COMMAND`."""
+"""The operators' commands: `flask --app notifier.app COMMAND`."""

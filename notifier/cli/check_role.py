@@ -1,4 +1,4 @@
-"""How operators check the serving role: `flask --app notifier.app check-role`."""
+"""The command `flask --app notifier.app check-role`."""
 
 import click
 from flask.cli import with_appcontext
@@ -13,12 +13,12 @@ from notifier.store import role_check
     short_help="Check that the service's role can do what it needs, and no more.",
     help="""Check that the service's role can do what it needs, and no more.
 
-    The role is DB_USERNAME. It is to read the providers and to do nothing else. Each line names
-    one thing that is otherwise and what mends it; nothing is changed. The command connects as
+    The role is DB_USERNAME. It should be able to read the providers and do nothing else. Each line
+    of output names a problem and its remedy. The command changes nothing. It connects as
     DB_MIGRATION_USERNAME or, if that is unset, as DB_USERNAME.
 
     \b
-    Exit codes: 0 the role can do just what it needs
+    Exit codes: 0 the role can do what it needs, and no more
                 1 it cannot serve, can do more, or could not be checked
                 2 the command line could not be understood""",
 )

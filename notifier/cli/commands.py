@@ -1,4 +1,4 @@
-"""Where flask finds the commands: `flask --app notifier.app COMMAND`."""
+"""Registers the commands with flask: `flask --app notifier.app COMMAND`."""
 
 import click
 from flask import Flask
@@ -6,7 +6,7 @@ from flask.cli import AppGroup
 
 
 class _Commands(AppGroup):
-    """The commands, imported when flask looks for one: a worker of gunicorn never needs them."""
+    """Imports the commands when flask looks for one: gunicorn's workers never need them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         self._import()

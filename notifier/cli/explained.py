@@ -1,4 +1,4 @@
-"""Errors that end a command with one line and exit code 1."""
+"""Ends a command with one line and exit code 1 if an expected error occurs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from notifier.store.db import first_line
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn refusals and PostgreSQL's errors into click's, without their details."""
+    """Convert `Refused` and PostgreSQL's errors to click's, without PostgreSQL's details."""
     try:
         yield
     except Refused as error:

@@ -1,4 +1,4 @@
-"""How operators change the schema: `flask --app notifier.app migrate` and `rollback`."""
+"""The commands `flask --app notifier.app migrate` and `rollback`."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -33,7 +33,7 @@ def migrate() -> None:
 @with_appcontext
 def rollback() -> None:
     name = _with_database(migrations.rollback)
-    click.echo(f"undid {name}" if name else "nothing to undo")
+    click.echo(f"rolled back {name}" if name else "nothing to roll back")
 
 
 @explained()

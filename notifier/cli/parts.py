@@ -1,4 +1,4 @@
-"""The settings and the parts of the service, as commands get at them."""
+"""The settings and the parts of the service, for commands."""
 
 import os
 from contextlib import suppress
@@ -22,10 +22,10 @@ class Parts(Protocol):
 
 
 def read_settings() -> Settings | None:
-    """Return the settings of the environment; end the process with one line if they are unusable.
+    """Return the settings from the environment; exit with one line if they are invalid.
 
-    Return None instead while flask only looks for a command: it loads the application even to show
-    `--help`, which works in any environment. `parts` ends the process if the command then runs.
+    While flask only looks for a command, return None instead: flask loads the application even for
+    `--help`, which must work in any environment. If the command then runs, `parts` exits.
     """
     context = click.get_current_context(silent=True)
     if context is not None:  # in a worker there is none, and gunicorn's master has warned
@@ -45,7 +45,7 @@ def _warn_of_unknown_variables() -> None:
 
 
 def parts() -> Parts:
-    """Return the parts of the app; without settings it has none, and the process ends."""
+    """Return the parts of the app; exit if it has none because the settings are invalid."""
     if "notifier" not in current_app.extensions:
         settings_or_exit()
     return cast("Parts", current_app.extensions["notifier"])

@@ -1,4 +1,4 @@
-"""How operators see and change the providers: `flask --app notifier.app providers COMMAND`."""
+"""The commands `flask --app notifier.app providers COMMAND`."""
 
 import json
 import time
@@ -24,7 +24,7 @@ from notifier.store.catalogue import Entry
 from notifier.store.db import Database
 from notifier.store.values import Values
 
-# RFC 2606 section 3 reserves the domain: nobody receives the message.
+# The domain is reserved (RFC 2606, section 3), so nobody receives the message.
 NOBODY = "notifier-test@example.com"
 
 Command = Callable[..., None]
@@ -35,10 +35,11 @@ providers = AppGroup(
     short_help="List, add, edit, remove, restore and test providers.",
     help="""List, add, edit, remove, restore and test providers.
 
-    A row of notification_preferences is a provider. Running services see a change by themselves.
+    Each provider is a row of notification_preferences. Running services notice changes by
+    themselves.
 
-    The commands connect as DB_MIGRATION_USERNAME or, if that is unset, as DB_USERNAME. To list and
-    to test, the role needs SELECT; to change, INSERT and UPDATE too.
+    The commands connect as DB_MIGRATION_USERNAME or, if that is unset, as DB_USERNAME. The role
+    needs SELECT to list and test, and also INSERT and UPDATE to make changes.
 
     \b
     Exit codes: 0 done
@@ -74,11 +75,11 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def _values_options(*, required: bool) -> Callable[[Command], Command]:
     options: list[Callable[[Command], Command]] = [
         _channel_option("Email or PushNotification.", required=required),
-        click.option("--name", "provider_name", required=required, help="What people call it."),
-        click.option("--host", metavar="URL", required=required, help="Where messages are posted."),
+        click.option("--name", "provider_name", required=required, help="The provider's name."),
+        click.option("--host", metavar="URL", required=required, help="The provider's URL."),
         click.option("--priority", type=int, help="The lowest is tried first. A new row has 0."),
         click.option(
-            "--secret-prompt", is_flag=True, help="Ask for the secret, one line, twice, unseen."
+            "--secret-prompt", is_flag=True, help="Ask twice for a secret of one line, unseen."
         ),
         click.option("--secret-stdin", is_flag=True, help="Read the secret from standard input."),
         click.option(
@@ -100,7 +101,7 @@ def _values_options(*, required: bool) -> Callable[[Command], Command]:
     "list",
     help="""List the providers.
 
-    By channel, the active ones first, in the order they are tried.""",
+    They are sorted by channel. Active providers come first, in the order they are tried.""",
     epilog="""Examples:
 
     \b
@@ -108,8 +109,8 @@ def _values_options(*, required: bool) -> Callable[[Command], Command]:
       flask --app notifier.app providers list --active --channel email
       flask --app notifier.app providers list --json | jq '.[] | select(.has_secret | not)'""",
 )
-@click.option("--active", is_flag=True, help="Leave out the removed ones.")
-@_channel_option("Email or PushNotification: leave out the other.")
+@click.option("--active", is_flag=True, help="Leave out removed providers.")
+@_channel_option("Only this channel: Email or PushNotification.")
 @_as_json
 @explained()
 def _list(*, active: bool, provider_type: str | None, as_json: bool) -> None:
@@ -126,8 +127,8 @@ def _list(*, active: bool, provider_type: str | None, as_json: bool) -> None:
     "add",
     help="""Add a provider, and show its row.
 
-    Without one of the --secret options it has no secret. A line end after the secret is no part of
-    it. An active provider with the same channel and URL is in the way.""",
+    Without a --secret option the provider has no secret. A line end after the secret is dropped.
+    The command fails if an active provider has the same channel and URL.""",
     epilog="""Examples:
 
     \b
@@ -145,7 +146,7 @@ def _add(*, as_json: bool, **given: Any) -> None:
 
 @providers.command(
     "edit",
-    help="""Change what is given of a provider, and show its row.""",
+    help="""Change the given values of a provider, and show its row.""",
     epilog="""Examples:
 
     \b
@@ -155,7 +156,7 @@ def _add(*, as_json: bool, **given: Any) -> None:
 )
 @_entry_id
 @_values_options(required=False)
-@click.option("--no-secret", is_flag=True, help="Take the secret away.")
+@click.option("--no-secret", is_flag=True, help="Remove the secret.")
 @_as_json
 @explained()
 def _edit(*, entry_id: int, as_json: bool, **given: Any) -> None:
@@ -164,7 +165,7 @@ def _edit(*, entry_id: int, as_json: bool, **given: Any) -> None:
 
 @providers.command(
     "remove",
-    help="""Take a provider out of use, and show its row.
+    help="""Stop using a provider, and show its row.
 
     The row stays and can be restored.""",
     epilog="""Example:
@@ -181,7 +182,7 @@ def _remove(*, entry_id: int, as_json: bool) -> None:
 
 @providers.command(
     "restore",
-    help="""Put a removed provider into use again, and show its row.""",
+    help="""Use a removed provider again, and show its row.""",
     epilog="""Example:
 
     \b
@@ -198,11 +199,11 @@ def _restore(*, entry_id: int, as_json: bool) -> None:
     "test",
     help="""Send a real message to one provider, and show the outcome.
 
-    The provider gets what it would get from the service, within the same time and through the same
-    proxy; no circuit breaker keeps it from being asked, and a removed one can be tested too. The
-    outcome is one of accepted, not_sent, unknown (it may have the message), rejected and skipped
-    (its URL cannot be called); only the first exits with 0. Without a status from the provider,
-    error says how far the attempt came, and detail has the system's words.""",
+    The request, its timeout and its proxy are the service's own. Circuit breakers are ignored, and
+    a removed provider can be tested too. The outcome is accepted, not_sent, unknown (the provider
+    may have the message), rejected or skipped (its URL cannot be called). Only accepted exits with
+    0. Without a status from the provider, error names the step that failed, and detail gives the
+    system's message.""",
     epilog="""Examples:
 
     \b
@@ -210,15 +211,15 @@ def _restore(*, entry_id: int, as_json: bool) -> None:
       flask --app notifier.app providers test 3 --to me@example.com --json""",
 )
 @_entry_id
-@click.option("--to", default=NOBODY, show_default=True, help="Whom the message is for.")
+@click.option("--to", default=NOBODY, show_default=True, help="Email address of the recipient.")
 @_as_json
 @click.pass_context
 @explained()
 def _test(context: click.Context, *, entry_id: int, to: str, as_json: bool) -> None:
     if "@" not in to or not to.isprintable():
-        raise click.BadParameter("expected an e-mail address", param_hint="--to")
+        raise click.BadParameter("expected an email address", param_hint="--to")
     entry, provider = catalogue.provider(_database(), entry_id)
-    message = Message(to, "Test", "This is a test of the notifier: there is nothing to do.")
+    message = Message(to, "Test", "This is a test of the notifier. No action is needed.")
     with closing(parts().attempts) as sender:
         result = _sent(sender, provider, message)
     shown = {name: getattr(entry, name) for name in ("id", "channel", "name", "host", "state")}
@@ -229,7 +230,7 @@ def _test(context: click.Context, *, entry_id: int, to: str, as_json: bool) -> N
 
 
 def _sent(sender: Attempts, provider: Provider, message: Message) -> dict[str, Any]:
-    """Make one attempt with a request id of its own; return its outcome."""
+    """Make one attempt with a new request id; return its outcome."""
     outcome, status, error, detail = AttemptOutcome.ACCEPTED, None, None, None
     request_id = uuid.uuid4().hex
     token = logs.request_id.set(request_id)
@@ -260,7 +261,7 @@ def _values(given: dict[str, Any]) -> Values:
     sources = [source for source in secret.OPTIONS if given.get(source) not in (None, False)]
     if len(sources) > 1:
         options = " and ".join(f"--{source.replace('_', '-')}" for source in sources)
-        raise click.UsageError(f"{options} exclude each other")
+        raise click.UsageError(f"{options} cannot be combined")
     values = {
         name: value
         for name, value in given.items()

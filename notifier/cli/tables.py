@@ -1,11 +1,11 @@
-"""Rows as a terminal shows them."""
+"""Formats rows for a terminal."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return rows of the same columns, aligned below their names."""
+    """Return the rows as a table, with aligned columns below their names."""
     rows = list(rows)
     lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -16,7 +16,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _cell(value: object) -> str:
-    """Return the value as text, with escapes for characters that could control a terminal."""
+    """Return the value as text; escape unprintable characters, which could control a terminal."""
     if value is None:
         return "-"
     return "".join(

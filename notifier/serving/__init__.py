@@ -1,1 +1,1 @@
-"""How gunicorn runs the service."""
+"""The gunicorn side: the master's hooks and the worker."""

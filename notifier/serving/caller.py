@@ -1,7 +1,7 @@
-"""One caller's connection: a request is read within its time, a reply is sent in one piece.
+"""One caller's connection: reads requests within a time limit, sends each reply in one piece.
 
-A thread never waits here for a head, nor for a caller that lingers after the last reply. It waits
-for a body, and for a caller to read a reply that does not fit the kernel's buffer.
+No thread waits here for the head of a request, or for the caller to close after the last reply. A
+thread does wait for a body, and to send a reply that is larger than the kernel's send buffer.
 """
 
 import io
@@ -13,15 +13,15 @@ from gunicorn.http import RequestParser
 from gunicorn.http.errors import NoMoreData, ParseException
 from gunicorn.http.unreader import Unreader
 
-# Seconds for a request from its first byte to its last, however it drips, and for a reply.
+# Maximum seconds to read a request from its first byte to its last, and to send a reply.
 REQUEST_SECONDS = 5.0
 
-# Seconds to wait for the rest of a body after an early reply, such as a refusal, so that the
-# connection can be reused. No wait while another request needs the thread.
+# Maximum seconds and bytes to read of a body after an early reply, such as a refusal, so that the
+# connection can be reused. Without an idle thread there is no wait.
 UNREAD_BODY_SECONDS = 0.2
 UNREAD_BODY_BYTES = 64 * 1024
 
-# A longer head goes to the parser unfinished, which refuses it.
+# A longer head goes to the parser incomplete, and the parser refuses it.
 HEAD_BYTES = 64 * 1024
 
 _READ_BYTES = 8 * 1024
@@ -29,15 +29,15 @@ _MAX_READ_BYTES = 256 * 1024
 
 
 class Caller(Unreader):
-    """What gunicorn's parser reads from and its response writes to.
+    """A caller's connection. gunicorn's parser reads from it, and gunicorn's response writes to it.
 
-    One thread at a time uses a connection. Its socket never blocks. `buf` holds what has come and
-    the parser has not read.
+    One thread at a time uses a connection. Between calls its socket is non-blocking. `buf` holds
+    the bytes that were received and that the parser has not read.
 
     Args:
         cfg: gunicorn's configuration.
-        sock: what `accept` returned.
-        client: the address of the peer.
+        sock: the accepted socket.
+        client: the caller's address.
         server: our own address.
     """
 
@@ -49,19 +49,19 @@ class Caller(Unreader):
         self.client = client
         self.server = server
         self.parser = RequestParser(cfg, (), client)
-        self.parser.unreader = self  # type: ignore[assignment]  # it needs no socket
+        self.parser.unreader = self  # type: ignore[assignment]  # replaces gunicorn's own
         self.leaving = False
-        self.expires = 0.0  # when to close it unless something comes, on time.monotonic()
-        self._due: float | None = None  # when the request that has begun must have come
+        self.expires = 0.0  # when to close it if nothing arrives, on time.monotonic()
+        self._due: float | None = None  # when the current read must be complete
         self._reply: list[bytes] = []
 
     # --- reading
 
     def has_head(self) -> bool:
-        """Read without waiting; return True if the parser has enough.
+        """Read without waiting; return True if the parser can now read a head, or refuse it.
 
         Raises:
-            NoMoreData: the caller has left, or did not send the head in time.
+            NoMoreData: the caller closed the connection, or the head is late.
         """
         if not self.has_read_head():
             data = self.buf.getvalue() + self._receive()
@@ -73,20 +73,20 @@ class Caller(Unreader):
         return False
 
     def has_read_head(self) -> bool:
-        """Return True if what has been read is enough for the parser."""
+        """Return True if the parser can read a head, or refuse it, from the bytes in `buf`."""
         data = self.buf.getvalue()
         if b"\r\n\r\n" in data:
             return True
         if len(data) > HEAD_BYTES:
-            self._ends_within(0)  # the parser does not wait for the end of the head
+            self._set_due(0)  # or the parser would wait for the end of the head
             return True
         return data.count(b"\n") != data.count(b"\r\n")  # the parser refuses bare line feeds
 
     def chunk(self, size_hint: int | None = None) -> bytes:
-        """Return more of the request that the parser has begun to read, waiting for it if need be.
+        """Return more bytes of the request that the parser is reading; wait for them if necessary.
 
         Raises:
-            NoMoreData: the time of the request is up.
+            NoMoreData: nothing arrived in time.
         """
         size = min(max(size_hint or 0, _READ_BYTES), _MAX_READ_BYTES)
         try:
@@ -102,28 +102,28 @@ class Caller(Unreader):
             self.socket.setblocking(False)
 
     def end_request(self, patience: float) -> bool:
-        """Drop the rest of the body; return True if the caller can use the connection again.
+        """Discard the rest of the body; return True if the connection can be reused.
 
         Args:
             patience: seconds to wait for the rest.
 
         Raises:
-            NoMoreData: the rest has not come in time.
+            NoMoreData: the rest did not arrive in time.
         """
-        self._ends_within(patience)
+        self._set_due(patience)
         complete: bool = self.parser.finish_body(max_bytes=UNREAD_BODY_BYTES)
         self._due = None
         return complete
 
     def expire_after(self, idle_seconds: float) -> None:
-        """Set `expires`: `idle_seconds` from now, or the end of the time of what has begun."""
+        """Set `expires` to when the current read is due, or `idle_seconds` from now without one."""
         left = self._time_left() if self.leaving or self._has_begun() else idle_seconds
         self.expires = time.monotonic() + left
 
     def _has_begun(self) -> bool:
         return self.buf.getbuffer().nbytes > 0
 
-    def _ends_within(self, seconds: float) -> None:
+    def _set_due(self, seconds: float) -> None:
         self._due = time.monotonic() + seconds
 
     def _time_left(self) -> float:
@@ -144,18 +144,18 @@ class Caller(Unreader):
     # --- writing
 
     def send(self, data: bytes) -> None:
-        """Send an interim reply at once. gunicorn's name for it."""
+        """Send an interim reply at once, under the name that gunicorn calls."""
         self.socket.send(data)
 
     def sendall(self, data: bytes) -> None:
-        """Add to the reply. gunicorn's response writes the head and the body apart."""
+        """Add `data` to the reply: gunicorn's response writes its head and body separately."""
         self._reply.append(data)
 
     def flush(self) -> None:
         """Send the reply.
 
         Raises:
-            OSError: the caller has left, or does not take the reply.
+            OSError: the caller closed the connection, or does not read the reply in time.
         """
         data = b"".join(self._reply)
         self._reply.clear()
@@ -173,22 +173,22 @@ class Caller(Unreader):
     # --- closing
 
     def leave(self) -> None:
-        """Send nothing more, and begin to wait for the caller to close.
+        """Close the sending side, and start to wait for the caller to close its own.
 
-        Closing at once would answer what the caller still sends with a reset, which can overtake
-        the last reply (RFC 9112, section 9.6).
+        After a full close, the kernel would answer further bytes from the caller with a reset. The
+        reset could erase the last reply before the caller reads it (RFC 9112, section 9.6).
         """
         self.leaving = True
         self._reply.clear()
         self.take_buffered()
-        self._ends_within(REQUEST_SECONDS)
+        self._set_due(REQUEST_SECONDS)
         self.socket.shutdown(socket.SHUT_WR)
 
     def drop(self) -> None:
-        """Drop what has come after the last reply.
+        """Discard bytes that arrived after the last reply.
 
         Raises:
-            NoMoreData: the caller has closed, or had its time.
+            NoMoreData: the caller closed the connection, or its time is over.
         """
         self._receive()
         if self._time_left() < 0:
@@ -200,9 +200,9 @@ class Caller(Unreader):
 
 
 class BodyReader:
-    """Reads a body, and raises `OSError` for malformed chunks as for a caller that has left.
+    """Reads a body; malformed chunks raise `OSError`, as a closed connection does.
 
-    So the application needs no exception of gunicorn's: WSGI libraries expect that one.
+    WSGI libraries expect `OSError`, and the application need not know gunicorn's exceptions.
     """
 
     def __init__(self, reader: Any) -> None:

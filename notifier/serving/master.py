@@ -1,7 +1,7 @@
-"""What gunicorn's master does for the service: logs, drain, reload, and the workers' shared state.
+"""The master's side of gunicorn: logs, drain, reload, and the state that workers share.
 
-The public functions are gunicorn's hooks, under gunicorn's names. The master loads neither Flask
-nor psycopg: the workers import them after the fork, where threads and sockets belong.
+gunicorn.conf.py installs the functions named like gunicorn's hooks. The master imports neither
+Flask nor psycopg: workers import them after the fork, where threads and sockets must be made.
 """
 
 import functools
@@ -24,28 +24,28 @@ from gunicorn.glogging import Logger
 from notifier import logs
 from notifier.settings import WITHOUT_EFFECT, Settings, SettingsError, unknown_variables
 
-# A file system in memory, where a write never waits for a disk. None if this machine has none.
+# Folder of a memory file system, where writes never wait for a disk; None if there is none.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 names are random
 
-# Bytes that the metrics of all workers may need. A write to a full memory file system is fatal.
+# Free bytes needed for all workers' metrics: a write to a full memory file system is fatal.
 ROOM_FOR_METRICS = 16 * 1024 * 1024
 
-# Seconds that a reload waits for the new workers to serve. The old workers serve meanwhile.
-BOOTING = 20.0
+# Maximum seconds that a reload waits for new workers to serve. The old workers serve meanwhile.
+BOOT_SECONDS = 20.0
 
 log = logging.getLogger("notifier")
 
 
 class JsonLogger(Logger):
-    """Writes gunicorn's own lines as JSON. The service logs its requests itself.
+    """Logs gunicorn's own lines as JSON. The service logs its requests itself.
 
-    gunicorn makes it from its own configuration, so a subclass has the service's `settings`.
+    gunicorn makes the instance, so a subclass in gunicorn.conf.py sets the service's `settings`.
     """
 
     settings: Settings
 
     def setup(self, cfg: Any) -> None:
-        """Configure all logs of the process."""
+        """Configure logging for the whole process."""
         self.cfg = cfg
         logs.configure(self.settings.app_name, self.settings.log_level)
         self.error_log.propagate = True
@@ -56,14 +56,14 @@ class JsonLogger(Logger):
         threading.excepthook = logs.log_dead_thread
 
     def access(self, *_: Any) -> None:
-        """Log nothing."""
+        """Log nothing: the service logs each request."""
 
 
 def on_starting(server: Any) -> None:
     """Log once which variables have no effect: the Go service's, and those that seem misspelt.
 
     Raises:
-        SystemExit: gunicorn is configured in a way that the service cannot work with.
+        SystemExit: the service does not support a gunicorn setting.
     """
     if server.cfg.preload_app:
         sys.exit("notifier cannot start: preload_app is set, but workers have to load the service")
@@ -80,8 +80,8 @@ def on_starting(server: Any) -> None:
 
 
 def when_ready(server: Any, settings: Settings) -> None:
-    """Make what the workers share, and change how the master stops, reloads and replaces them."""
-    server.draining = mmap.mmap(-1, 1)  # becomes 1 when a stop has been asked for
+    """Make the state that workers share; replace how the master stops, reloads and manages them."""
+    server.draining = mmap.mmap(-1, 1)  # set to 1 when a stop is requested
     server.metrics_folder = make_metrics_folder()
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(server.metrics_folder)
     server.replaced = frozenset()  # process ids of the workers that a reload replaces
@@ -91,23 +91,23 @@ def when_ready(server: Any, settings: Settings) -> None:
 
 
 def make_metrics_folder() -> Path:
-    """Return a new folder of this master's own: during an upgrade by SIGUSR2 there are two.
+    """Make a folder for the metrics of this master alone: an upgrade by SIGUSR2 runs two masters.
 
     Raises:
-        SystemExit: there is no folder to make it in.
+        SystemExit: no writable folder for temporary files exists.
     """
     has_room = MEMORY and shutil.disk_usage(MEMORY).free >= ROOM_FOR_METRICS
     try:
         folder = tempfile.mkdtemp(prefix="notifier-metrics-", dir=MEMORY if has_room else None)
     except OSError:
-        sys.exit("notifier cannot start: expected a folder to write metrics in; set TMPDIR to one")
+        sys.exit("notifier cannot start: metrics need a writable folder; set TMPDIR to one")
     log.debug("metrics folder made", extra={"folder": folder})
     return Path(folder)
 
 
 def _drain(server: Any, seconds: float, stop: Callable[[], None]) -> None:
-    """Stop after `seconds`, in which load balancers notice that the service is not ready."""
-    if server.reexec_pid or server.master_pid:  # an upgrade: the other master takes the requests
+    """Stop after `seconds`, which give load balancers time to see that the service is not ready."""
+    if server.reexec_pid or server.master_pid:  # an upgrade: the other master serves
         stop()
     at_once = server.draining[0] or not seconds
     server.draining[0] = True
@@ -121,8 +121,8 @@ def _drain(server: Any, seconds: float, stop: Callable[[], None]) -> None:
 def _reload(server: Any, reload: Callable[[], None]) -> None:
     """Replace the workers, unless a file that a setting names has become unusable.
 
-    Without this check gunicorn would end the service: the master and each new worker read the
-    settings again.
+    Without this check gunicorn would stop the service, because the master and each new worker read
+    the settings again.
     """
     try:
         Settings.from_env(os.environ)
@@ -134,12 +134,12 @@ def _reload(server: Any, reload: Callable[[], None]) -> None:
 
 
 def _manage(server: Any, manage: Callable[[], None]) -> None:
-    """After a reload, keep the old workers until as many new ones serve.
+    """After a reload, keep the old workers until all new workers serve.
 
-    gunicorn would end the old ones at once, and nobody would accept connections while the new ones
-    boot. It would also keep an old worker in the place of a new one that dies.
+    gunicorn would stop the old workers at once, and no worker would accept connections while the
+    new ones boot. If a new worker died, gunicorn would keep an old one in its place.
     """
-    give_up = time.monotonic() + BOOTING
+    give_up = time.monotonic() + BOOT_SECONDS
     while server.replaced & server.WORKERS.keys() and time.monotonic() < give_up:
         new = [worker for pid, worker in server.WORKERS.items() if pid not in server.replaced]
         if len(new) < server.num_workers:
@@ -153,44 +153,44 @@ def _manage(server: Any, manage: Callable[[], None]) -> None:
 
 
 def pre_fork(server: Any, worker: Any) -> None:
-    """Before the fork, give `worker` the lowest number that no other worker has."""
+    """Give `worker` the lowest free slot, before the fork."""
     taken = {other.slot for other in server.WORKERS.values()}
     worker.slot = next(number for number in itertools.count() if number not in taken)
     worker.draining = server.draining
-    worker.serving = mmap.mmap(-1, 1)  # becomes 1 when the worker serves
-    # Something that tidies up temporary files may have removed it.
+    worker.serving = mmap.mmap(-1, 1)  # set to 1 when the worker serves
+    # A cleaner of temporary files may have removed it.
     server.metrics_folder.mkdir(mode=0o700, exist_ok=True)
     os.chown(server.metrics_folder, server.cfg.uid, server.cfg.gid)
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    """After the fork, let `worker` count where the last one with its number stopped."""
+    """Let `worker` continue the counts of the last worker in its slot, after the fork."""
     os.environ["METRICS_SLOT"] = str(worker.slot)
-    # Until gunicorn installs the worker's handler, the master's would swallow the signal.
+    # Until gunicorn installs the worker's handler, the master's handler would swallow the signal.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def post_worker_init(worker: Any) -> None:
-    """Start the service in `worker`, and tell the master that it serves."""
+    """Start the service in `worker`, and tell the master that the worker serves."""
     worker.wsgi.extensions["notifier"].start(stopping=lambda: bool(worker.draining[0]))
     worker.serving[0] = True
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """End the threads and connections of the service in `worker`, which may not have loaded it."""
+    """Close the service in `worker`, if the worker has loaded it."""
     app = getattr(worker, "wsgi", None)
     if app is not None:
         app.extensions["notifier"].close()
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    """Remove the gauges of a worker that has ended; its counts stay."""
-    # Not at the top: the master starts without it.
+    """Remove the gauges of a dead worker; its counters stay."""
+    # Not at the top: the master imports it only when a worker ends.
     from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415
 
     mark_process_dead(worker.slot)
 
 
 def on_exit(server: Any) -> None:
-    """Remove the metrics of this master."""
+    """Remove this master's metrics."""
     shutil.rmtree(server.metrics_folder, ignore_errors=True)

@@ -9,7 +9,7 @@ import os
 import select
 import sys
 
-# What `wait` returns instead of a file descriptor.
+# Results of `wait` that are not file descriptors.
 STOPPED, NOTHING = -1, -2
 
 if sys.platform == "linux":
@@ -19,15 +19,15 @@ if sys.platform == "linux":
             self._epoll = select.epoll()
 
         def add(self, fd: int) -> None:
-            """Report `fd` once, as soon as it can be read. Closing it ends that."""
+            """Report `fd` once, when it becomes readable. Closing `fd` removes it."""
             self._epoll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
 
         def again(self, fd: int) -> None:
-            """Report `fd` once more, as soon as it can be read."""
+            """Report `fd` once more, when it becomes readable."""
             self._epoll.modify(fd, select.EPOLLIN | select.EPOLLONESHOT)
 
         def after_others(self, fd: int) -> None:
-            """Report `fd` once more, after those that are ready, as soon as it can be written."""
+            """Report `fd` once more, when it is writable, behind the descriptors that are ready."""
             self._epoll.modify(fd, select.EPOLLOUT | select.EPOLLONESHOT)
 
         def _always(self, fd: int) -> None:
@@ -44,13 +44,13 @@ else:
             self._kqueue = select.kqueue()
 
         def add(self, fd: int) -> None:
-            """Report `fd` once, as soon as it can be read. Closing it ends that."""
+            """Report `fd` once, when it becomes readable. Closing `fd` removes it."""
             self._watch(fd, select.KQ_FILTER_READ, select.KQ_EV_ADD | select.KQ_EV_ONESHOT)
 
         again = add
 
         def after_others(self, fd: int) -> None:
-            """Report `fd` once more, after those that are ready, as soon as it can be written."""
+            """Report `fd` once more, when it is writable, behind the descriptors that are ready."""
             self._watch(fd, select.KQ_FILTER_WRITE, select.KQ_EV_ADD | select.KQ_EV_ONESHOT)
 
         def _always(self, fd: int) -> None:
@@ -75,12 +75,12 @@ class Poller(_Once):
     def wait(self, seconds: float) -> int:
         """Return a file descriptor as soon as one is ready.
 
-        Or `STOPPED` after `stop()`, or `NOTHING` when no other thread has left one to this one for
-        so many `seconds`.
+        Return `STOPPED` after `stop()`, or `NOTHING` if this thread got no descriptor within
+        `seconds`.
         """
         fd = self._next(seconds)
         return STOPPED if fd == self._stop else fd
 
     def stop(self) -> None:
-        """Let every `wait()` return."""
-        os.write(self._stopping, b".")  # nobody reads it
+        """Let every `wait()` return `STOPPED`."""
+        os.write(self._stopping, b".")  # never read, so it stays readable

@@ -1,7 +1,7 @@
-"""How a worker serves: its threads wait together for the next connection that can be read.
+"""The gunicorn worker: its threads share one queue of connections that can be read.
 
-A connection uses a thread from the moment its head has come until its reply is sent. The main
-thread accepts connections and closes expired ones, and never waits for a caller.
+A connection occupies a thread from the arrival of a request's head until the reply is sent. The
+main thread accepts connections and closes expired ones, and never waits for a caller.
 """
 
 import errno
@@ -19,38 +19,38 @@ from gunicorn.workers import base
 from notifier.serving.caller import UNREAD_BODY_SECONDS, BodyReader, Caller
 from notifier.serving.poller import NOTHING, STOPPED, Poller
 
-# How often to look for expired connections.
+# Seconds between checks for expired connections.
 LOOK_SECONDS = 1.0
 
-# How long a stopping worker waits for requests on idle connections: one may be in transit.
+# Seconds that a stopping worker keeps idle connections: a request may be in transit.
 LINGER_SECONDS = 2.0
 
-# A thread ends when it has been idle for so long. Fewer threads compete less for the interpreter.
+# Seconds after which an idle thread ends: fewer threads compete less for the interpreter.
 THREAD_IDLE_SECONDS = 10.0
 
-# How long to wait before the next accept() while it fails for want of descriptors or memory.
+# Seconds to wait after an accept() that failed for lack of descriptors or memory.
 SHORTAGE_SECONDS = 0.5
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
-# How often a stopping worker looks whether it has finished.
+# Seconds between checks whether a stopping worker has finished.
 STOP_LOOK_SECONDS = 0.1
 
 
 class Worker(base.Worker):
-    """A gunicorn worker with as many threads as requests are under way, up to `cfg.threads`.
+    """A gunicorn worker that starts threads as requests need them, up to `cfg.threads`.
 
-    Shared by all threads: `_connections`, all that are open; `_waiting`, those that no thread uses,
-    by file descriptor; and, guarded by `_lock`, how many threads there are and how many are idle.
-    The thread that pops a connection from `_waiting` owns it.
+    Shared by all threads: `_connections`, all open connections; `_waiting`, the connections that no
+    thread uses, by file descriptor; and, guarded by `_lock`, the numbers of threads and of idle
+    threads. The thread that pops a connection from `_waiting` owns it.
     """
 
-    # Made by the master before the fork, for both to see.
+    # Set by the master before the fork; both processes share the maps.
     draining: mmap.mmap
     serving: mmap.mmap
     slot: int
 
     def init_process(self) -> None:
-        """Make what belongs to this process, load the application, and run."""
+        """Make the state of this process, load the application, and run."""
         self._poller = Poller()
         self._connections: set[Caller] = set()
         self._waiting: dict[int, Caller] = {}
@@ -59,15 +59,15 @@ class Worker(base.Worker):
         self._idle = 0
         self._selector = selectors.DefaultSelector()
         self._accepting = False
-        self._next_look = 0.0  # for expired connections, on time.monotonic()
-        # Reading a setting costs 0.4 us, and the parser reads eighteen.
+        self._next_look = 0.0  # when to check for expired connections, on time.monotonic()
+        # As plain attributes: reading a setting costs 0.4 us, and the parser reads eighteen.
         vars(self.cfg).update({name: each.get() for name, each in self.cfg.settings.items()})
         super().init_process()
 
     # --- the main thread
 
     def run(self) -> None:
-        """Serve until a signal, or the end of the master."""
+        """Serve until a signal arrives or the master ends."""
         self._selector.register(self.PIPE[0], selectors.EVENT_READ, self._wake)
         self._start_thread()
         try:
@@ -81,7 +81,7 @@ class Worker(base.Worker):
             self._poller.stop()
 
     def _finish(self) -> None:
-        """Accept nothing more, and serve what is under way."""
+        """Stop accepting connections, and finish the requests under way."""
         self.alive = False
         self._accept(wanted=False)
         give_up = time.monotonic() + self.cfg.graceful_timeout
@@ -93,7 +93,7 @@ class Worker(base.Worker):
             listener.close()
 
     def _accept(self, *, wanted: bool) -> None:
-        """Begin or cease to accept connections."""
+        """Start or stop accepting connections."""
         if wanted == self._accepting:
             return
         self._accepting = wanted
@@ -115,23 +115,23 @@ class Worker(base.Worker):
     def _connect(self, listener: Any) -> None:
         try:
             sock, client = listener.accept()
-        except OSError as error:  # mostly another worker has it, or the caller is gone
+        except OSError as error:  # usually another worker took it, or the caller left
             if error.errno in _SHORTAGES:
-                self.log.error("cannot accept: %s", error.strerror)  # noqa: TRY400 no traceback
+                self.log.error("cannot accept connections: %s", error.strerror)  # noqa: TRY400 no traceback
                 time.sleep(SHORTAGE_SECONDS)
             return
         conn = Caller(self.cfg, sock, client, listener.getsockname())
         self._connections.add(conn)
         conn.expire_after(self.cfg.keepalive)
         self._waiting[conn.fd] = conn
-        with suppress(OSError):  # a thread has closed it already
+        with suppress(OSError):  # a thread closed it already
             self._poller.add(conn.fd)
 
     def _close_expired(self) -> None:
         now = time.monotonic()
         if self.alive and now < self._next_look:
             return
-        if not self.alive and not self._idle:  # a request may be waiting for a thread
+        if not self.alive and not self._idle:  # a request may wait for a thread
             return
         self._next_look = now + LOOK_SECONDS
         for conn in list(self._waiting.values()):
@@ -143,7 +143,7 @@ class Worker(base.Worker):
     def _close(self, conn: Caller) -> None:
         self._connections.discard(conn)
         conn.close()
-        if not self._accepting:  # the main thread waits for room, or for the last to close
+        if not self._accepting:  # the main thread waits for a connection to close
             with suppress(BlockingIOError):
                 os.write(self.PIPE[1], b".")
 
@@ -157,28 +157,28 @@ class Worker(base.Worker):
     def _work(self) -> None:
         """Serve connections, one after the other."""
         while (fd := self._poller.wait(THREAD_IDLE_SECONDS)) != STOPPED:
-            if fd == NOTHING and self._is_superfluous():
+            if fd == NOTHING and self._retire():
                 return
             conn = self._waiting.pop(fd, None)
-            if conn is not None:  # else it has expired meanwhile
+            if conn is not None:  # else it expired meanwhile
                 self._serve(conn)
 
     def _serve(self, conn: Caller) -> None:
         with self._lock:
             self._idle -= 1
             if not self._idle and self._threads < self.cfg.threads:
-                with suppress(RuntimeError):  # the machine has none left: go on with fewer
+                with suppress(RuntimeError):  # no more threads are available
                     self._start_thread()
         kept = self._attend(conn)
         with self._lock:
-            self._idle += 1  # before `conn` is armed, or its next request starts a thread
+            self._idle += 1  # before arming `conn`, or its next request starts a thread
         if kept:
             self._arm(conn)
         else:
             self._close(conn)
 
-    def _is_superfluous(self) -> bool:
-        """Return True, and count a thread as ended, unless no other is idle."""
+    def _retire(self) -> bool:
+        """Count this thread as ended and return True, unless no other thread is idle."""
         with self._lock:
             if self._idle == 1:
                 return False
@@ -187,7 +187,7 @@ class Worker(base.Worker):
             return True
 
     def _attend(self, conn: Caller) -> bool:
-        """Read, and answer a complete request; return False if the connection must be closed."""
+        """Read from `conn` and answer a request that is ready; return False to close `conn`."""
         try:
             if conn.leaving:
                 conn.drop()
@@ -201,31 +201,31 @@ class Worker(base.Worker):
         return True
 
     def _arm(self, conn: Caller) -> None:
-        """Let the next thread that is idle attend to `conn` when something has come."""
+        """Let an idle thread attend to `conn` when data arrives."""
         conn.expire_after(self.cfg.keepalive)
         self._waiting[conn.fd] = conn
-        with suppress(OSError):  # it has expired at once, and been closed
+        with suppress(OSError):  # it expired at once and was closed
             if not conn.leaving and conn.has_read_head():
                 self._poller.after_others(conn.fd)
             else:
                 self._poller.again(conn.fd)
 
     def _answer(self, conn: Caller) -> bool:
-        """Answer a request; return True if the caller can use the connection again."""
+        """Answer a request; return True if the connection can be reused."""
         request = None
         try:
             request = next(conn.parser)
             if not self._call(request, conn):
                 return False
             return conn.end_request(UNREAD_BODY_SECONDS if self._idle else 0.0)
-        except (StopIteration, OSError):  # there is nobody to answer
+        except (StopIteration, OSError):  # the caller left or was too slow
             return False
         except Exception as error:  # noqa: BLE001 handle_error logs it
             self.handle_error(request, conn.socket, conn.client, error)
             return False
 
     def _call(self, request: Any, conn: Caller) -> bool:
-        """Let the application answer; return True if the reply lets the caller go on."""
+        """Send the application's reply; return True if the reply keeps the connection open."""
         request.body.reader = BodyReader(request.body.reader)
         reply, environ = wsgi.create(request, conn, conn.client, conn.server, self.cfg)
         environ["wsgi.multithread"] = True

@@ -1,1 +1,1 @@
-"""Everything that is in PostgreSQL."""
+"""Everything that the service keeps in PostgreSQL."""

@@ -12,10 +12,10 @@ from notifier.models import Provider
 from notifier.store.db import COMMAND_WAIT, NO_TABLE, Connection, Database, transaction
 from notifier.store.values import USER_INFO, Values, check_channel, check_url, checked, same_place
 
-# How long to wait for another operator, who may have left a transaction open.
+# How long to wait for the lock: another operator may have left a transaction open.
 LOCK_WAIT = "5s"
 
-# PostgreSQL formats the times, as it has some that Python cannot represent.
+# PostgreSQL formats the times, because Python cannot represent all of them.
 _READ = """
     SELECT id, provider_type::text, provider_name, host, priority,
            coalesce(secret_key, '') <> '',
@@ -34,7 +34,7 @@ _READ = """
 class Entry:
     """A row without its secret; times are RFC 3339 in UTC, `state` is `active` or `removed`.
 
-    `host` is the URL in the column of that name, its user info masked if it has any.
+    `host` is the URL from the column of that name, with user info masked.
     """
 
     id: int
@@ -49,22 +49,24 @@ class Entry:
 
 
 def entries(database: Database, *, channel: str | None = None, active: bool = False) -> list[Entry]:
-    """Return the rows by channel: the active ones in the order they are tried, then the removed.
+    """Return the rows by channel: active rows in the order they are tried, then removed rows.
+
+    All functions below raise the same errors.
 
     Args:
-        channel: only this one.
+        channel: only rows of this channel.
         active: only active rows.
 
     Raises:
-        Refused: there is no table, or the role may not read it. So do all functions below.
-        psycopg.Error: PostgreSQL cannot be reached or refused. So do all functions below.
+        Refused: the table does not exist, or the role lacks a privilege on it.
+        psycopg.Error: PostgreSQL is unreachable or reports an error.
     """
     with _reading(database) as connection:
         return _read(connection, channel=channel, active=active)
 
 
 def provider(database: Database, entry_id: int) -> tuple[Entry, Provider]:
-    """Return a row, even a removed one, and its provider with the secret.
+    """Return a row, even a removed one, and its provider including the secret.
 
     Raises:
         Refused: there is no such row, or its channel is unknown.
@@ -84,7 +86,7 @@ def add(database: Database, values: Values) -> Entry:
     """Add a row; only `priority` and `secret_key` may be missing from `values`.
 
     Raises:
-        Refused: a value is wrong, or an active row has the same channel and URL.
+        Refused: a value is invalid, or an active row has the same channel and URL.
     """
     columns = checked(values)
     insert = sql.SQL("INSERT INTO notification_preferences ({}) VALUES ({}) RETURNING id").format(
@@ -98,15 +100,15 @@ def add(database: Database, values: Values) -> Entry:
 
 
 def edit(database: Database, entry_id: int, values: Values) -> Entry:
-    """Change the columns in `values` of a row, even of a removed one.
+    """Change the given columns of a row, even of a removed one.
 
     Raises:
-        Refused: there is no such row, nothing to change, a value is wrong, or an active row has the
-            same channel and URL.
+        Refused: there is no such row, no column is given, a value is invalid, or an active row has
+            the same channel and URL.
     """
     columns = checked(values)
     if not columns:
-        raise Refused("nothing to change: say what")
+        raise Refused("nothing to change: give at least one value")
     update = sql.SQL("UPDATE notification_preferences SET {} WHERE id = %(id)s").format(
         sql.SQL(", ").join(
             sql.SQL("{} = {}").format(sql.Identifier(name), sql.Placeholder(name))
@@ -123,15 +125,15 @@ def edit(database: Database, entry_id: int, values: Values) -> Entry:
 
 
 def remove(database: Database, entry_id: int) -> Entry:
-    """Take a row out of use; it can be restored.
+    """Mark a row as removed; it can be restored.
 
     Raises:
-        Refused: there is no such row, or it is removed already.
+        Refused: there is no such row, or it is already removed.
     """
     with _changing(database) as connection:
         _, _, is_active = _place_of(connection, entry_id)
         if not is_active:
-            raise Refused(f"provider {entry_id} is removed already")
+            raise Refused(f"provider {entry_id} is already removed")
         connection.execute(
             "UPDATE notification_preferences SET deleted_at = now() WHERE id = %s", (entry_id,)
         )
@@ -139,7 +141,7 @@ def remove(database: Database, entry_id: int) -> Entry:
 
 
 def restore(database: Database, entry_id: int) -> Entry:
-    """Put a removed row into use again.
+    """Make a removed row active again.
 
     Raises:
         Refused: there is no such row, it is not removed, its URL cannot be called, or an active row
@@ -159,7 +161,7 @@ def restore(database: Database, entry_id: int) -> Entry:
 
 @contextmanager
 def _reading(database: Database, *privileges: str) -> Iterator[Connection]:
-    """Yield a connection in a transaction, after checking for SELECT and `privileges`."""
+    """Yield a connection in a transaction, after checking SELECT and `privileges`."""
     try:
         with database.connect() as connection, transaction(connection, COMMAND_WAIT):
             _check_privileges(connection, database.username, ["SELECT", *privileges])
@@ -170,21 +172,21 @@ def _reading(database: Database, *privileges: str) -> Iterator[Connection]:
 
 @contextmanager
 def _changing(database: Database, *privileges: str) -> Iterator[Connection]:
-    """Yield the same for a change, with no other change between its check and its write."""
-    # LOCK TABLE needs UPDATE as well.
+    """Yield a connection in a transaction that excludes concurrent changes of the table."""
+    # LOCK TABLE needs UPDATE too.
     with _reading(database, *privileges, "UPDATE") as connection:
         connection.execute("SELECT set_config('lock_timeout', %s, true)", (LOCK_WAIT,))
         try:
             connection.execute("LOCK TABLE notification_preferences IN SHARE ROW EXCLUSIVE MODE")
         except psycopg.errors.LockNotAvailable:
             raise Refused(
-                f"somebody has been changing the providers for {LOCK_WAIT}; try again later"
+                f"another change of the providers has been running for {LOCK_WAIT}; try again later"
             ) from None
         yield connection
 
 
 def _check_privileges(connection: Connection, role: str, wanted: list[str]) -> None:
-    """Refuse with the names of the missing privileges, which PostgreSQL's error does not give."""
+    """Raise `Refused` with the missing privileges, which PostgreSQL's own error does not name."""
     rows = connection.execute(
         "SELECT wanted FROM unnest(%s::text[]) wanted"
         " WHERE NOT has_table_privilege('notification_preferences', wanted)",
@@ -236,11 +238,13 @@ def _unknown(entry_id: int) -> Refused:
     return Refused(f"there is no provider {entry_id}")
 
 
-def _check_unique(connection: Connection, channel: str, url: str, but: int | None = None) -> None:
+def _check_unique(
+    connection: Connection, channel: str, url: str, own_id: int | None = None
+) -> None:
     rows = connection.execute(
         "SELECT id, host FROM notification_preferences WHERE provider_type::text = %s"
         " AND deleted_at IS NULL AND id IS DISTINCT FROM %s::bigint",
-        (channel, but),
+        (channel, own_id),
     )
     for other, its_url in rows:
         if same_place(its_url, url):

@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL: where, as which role, and bounded in time."""
+"""Connections to PostgreSQL: to which place, as which role, and within which time."""
 
 import os
 import socket
@@ -14,13 +14,13 @@ from notifier.settings import Settings
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
-# Seconds. The most that a request waits for a host, and libpq's own minimum for connecting.
+# Maximum seconds that a request waits for one host; also libpq's minimum for connecting.
 DATABASE_WAIT = 2.0
 
-# The most that a command waits for an answer: an operator has more patience than a request.
+# Maximum seconds that an operator's command waits for an answer.
 COMMAND_WAIT = 10.0
 
-# How much later than the server we give up: its error says what was slow.
+# Seconds that we wait longer than the server's own limit: its error says what was slow.
 GRACE = 0.5
 
 NO_TABLE = "there is no table notification_preferences: run flask --app notifier.app migrate"
@@ -31,8 +31,8 @@ _LACKS_PRIVILEGE = "the user lacks a privilege: migrate grants it"
 _NO_ANSWER = "no answer in time"
 _NOT_THERE = "the database, the user or the table does not exist"
 
-# The reasons that log lines give for errors: PostgreSQL's own words name hosts and users. The
-# SQLSTATE decides where there is one, as the words come in the server's language (lc_messages).
+# The reasons that log lines give for errors, because PostgreSQL's messages name hosts and users.
+# The SQLSTATE decides if there is one: messages are in the server's language (lc_messages).
 REASONS_BY_STATE = {
     "25006": _IS_STANDBY,  # read_only_sql_transaction
     "25P03": _ENDED,  # idle_in_transaction_session_timeout
@@ -50,31 +50,31 @@ REASONS_BY_STATE = {
     "57P05": _ENDED,  # idle_session_timeout
 }
 
-# Otherwise the first of these texts that the error contains decides. psycopg has no SQLSTATE for a
-# connection that fails or breaks, even if the server sent one; pgbouncer has one for everything.
+# Otherwise the first text below that the error's message contains decides. psycopg has no SQLSTATE
+# for a connection that fails or breaks, even if the server sent one. pgbouncer has one for all.
 REASONS_BY_TEXT = {
-    "through a pooler": "a pooler swallows notifications: set DB_LISTEN_HOST or DB_LISTEN_PORT "
-    "past it, or CACHE_INVALIDATION=off",
-    "cannot read the password": "password: the file cannot be read",
-    # PostgreSQL says the same about a client certificate of another user.
-    "password authentication failed": "password, user or DB_SSLCERT: one is wrong",
-    "SASL authentication failed": "password or user: one is wrong",  # pgbouncer
+    "through a pooler": "no notification arrives through a pooler: set DB_LISTEN_HOST or "
+    "DB_LISTEN_PORT to PostgreSQL itself, or CACHE_INVALIDATION=off",
+    "cannot read the password": "the password file cannot be read",
+    # PostgreSQL sends the same message for a client certificate of another user.
+    "password authentication failed": "wrong password, user or DB_SSLCERT",
+    "SASL authentication failed": "wrong password or user",  # pgbouncer
     "not permitted to log in": "the user may not log in",
-    "SSL encryption": "PostgreSQL admits no such user from here",
-    "no encryption": "PostgreSQL admits no such user from here without tls",
-    "no pg_hba.conf entry": "PostgreSQL admits no such user from here",
-    "requires a valid client certificate": "tls: the server wants a certificate, see DB_SSLCERT",
-    "alert unknown ca": "tls: the server does not know the authority of DB_SSLCERT",
+    "SSL encryption": "pg_hba.conf rejects this user from here",
+    "no encryption": "pg_hba.conf rejects this user from here without tls",
+    "no pg_hba.conf entry": "pg_hba.conf rejects this user from here",
+    "requires a valid client certificate": "tls: the server requires a certificate, see DB_SSLCERT",
+    "alert unknown ca": "tls: the server does not trust the issuer of DB_SSLCERT",
     "does not match host name": "tls: the server's certificate is for another host",
-    "certificate verify failed": "tls: the server's certificate is expired or of unknown authority",
-    "root certificate file": "tls: DB_SSLROOTCERT names no file of authorities",
+    "certificate verify failed": "tls: the server's certificate is expired or not trusted",
+    "root certificate file": "tls: DB_SSLROOTCERT is missing or is no file of certificates",
     "certificate file": "tls: DB_SSLCERT cannot be used",
     "private key file": "tls: DB_SSLKEY cannot be used",
-    "server does not support SSL": "tls: the server has none",
+    "server does not support SSL": "tls: the server does not support it",
     "closed the connection": "the connection broke",
     "closed unexpectedly": "the connection broke",
     "SYSCALL": "the connection broke",
-    "SSL": "tls: no secure connection",
+    "SSL": "tls: the handshake failed",
     "not currently accepting connections": "PostgreSQL does not accept connections",
     "not accepting connections": "PostgreSQL does not accept connections",
     "not yet accepting connections": "PostgreSQL is starting",
@@ -82,9 +82,9 @@ REASONS_BY_TEXT = {
     "in recovery mode": "PostgreSQL is starting",
     "is shutting down": "PostgreSQL is stopping",
     "terminating connection": _ENDED,
-    "too many": "PostgreSQL has no connection left",
-    "remaining connection slots": "PostgreSQL has no connection left",
-    "no more connections allowed": "the pooler has no connection left",
+    "too many": "PostgreSQL has no free connection slot",
+    "remaining connection slots": "PostgreSQL has no free connection slot",
+    "no more connections allowed": "the pooler has no free connection slot",
     "server login has been failing": "the pooler cannot reach PostgreSQL",
     "in hot standby mode": _IS_STANDBY,
     "does not exist": _NOT_THERE,
@@ -92,21 +92,21 @@ REASONS_BY_TEXT = {
     "Connection refused": "refused",
     "could not translate host name": "no such host",
     "failed to resolve host": "no such host",
-    "No such file or directory": "no socket there",
+    "No such file or directory": "no such socket",
     "timeout": _NO_ANSWER,
 }
 
 
 class Database:
-    """Connects to one place as one role, and keeps no connection.
+    """Opens connections to one place as one role, and keeps none of them.
 
-    By default these are the serving ones. `hosts` is the place in log lines. `wait` is how long a
-    request waits for it at most, in seconds: each of several hosts may take `DATABASE_WAIT`.
+    `hosts` names the place in log lines. `wait` is the maximum seconds that a request waits for a
+    connection: `DATABASE_WAIT` per host.
 
     Args:
-        place: hosts and ports as `Settings` has them.
-        role: the name and the password of a user.
-        primary: pass standbys over.
+        place: hosts and ports; by default `DB_HOST` and `DB_PORT`.
+        role: name and password; by default `DB_USERNAME` and its password.
+        primary: skip standbys.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Database:
             "sslcert": settings.db_sslcert,
             "sslkey": settings.db_sslkey,
             "connect_timeout": int(DATABASE_WAIT),
-            "client_encoding": "utf8",  # a database in SQL_ASCII would give us bytes
+            "client_encoding": "utf8",  # or a database in SQL_ASCII returns bytes
             "application_name": settings.app_name,
             "target_session_attrs": "primary" if primary else "any",
         }
@@ -157,7 +157,7 @@ class Database:
         """Return a new connection in autocommit mode; `transaction` and `bounded` limit its use.
 
         Raises:
-            psycopg.Error: PostgreSQL cannot be reached.
+            psycopg.Error: PostgreSQL is unreachable or rejects the connection.
         """
         try:
             password = self._password.read()
@@ -168,32 +168,32 @@ class Database:
         connection = psycopg.connect(
             **self._parameters, password=password, autocommit=True, prepare_threshold=None
         )
-        # Not the server's default: each statement has to see what was committed before it.
+        # Not the server's default: each statement has to see all changes committed before it.
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         return connection
 
 
 @contextmanager
 def transaction(connection: Connection, seconds: float = DATABASE_WAIT) -> Iterator[None]:
-    """Run the block in a transaction that both sides end after `seconds`.
+    """Run the block in a transaction that client and server limit to `seconds`.
 
     Raises:
-        psycopg.Error: PostgreSQL was too slow, went away, or refused what was asked.
+        psycopg.Error: PostgreSQL was too slow, disconnected, or reported an error.
     """
     limit = str(int(1000 * seconds))
     with bounded(connection, seconds + GRACE), connection.transaction():
-        # The server has to give up too, as it does not notice that we have. The limit ends with the
-        # transaction, after which a pooler lends the session to another client.
+        # The server needs a limit too, because it does not notice when we give up. The limit ends
+        # with the transaction: afterwards a pooler gives the session to another client.
         connection.execute("SELECT set_config('statement_timeout', %s, true)", (limit,))
         yield
 
 
 @contextmanager
 def bounded(connection: Connection, seconds: float) -> Iterator[None]:
-    """End the connection if the block takes longer than `seconds`.
+    """Shut the connection down if the block takes longer than `seconds`.
 
     A stopped server process never answers, but its kernel still acknowledges. So neither
-    `statement_timeout` nor a TCP time-out ends the wait; shutting down the socket does.
+    `statement_timeout` nor a TCP timeout ends the wait; shutting down the socket does.
     """
     with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
         timer = threading.Timer(seconds, _shut_down, (duplicate,))
@@ -212,7 +212,7 @@ def _shut_down(duplicate: socket.socket) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Return why PostgreSQL could not be asked, in words that name no host and no user."""
+    """Return the reason of a database error, in words that name no host and no user."""
     state = error.sqlstate if isinstance(error, psycopg.Error) else None
     if state in REASONS_BY_STATE:
         return REASONS_BY_STATE[state]
@@ -221,26 +221,26 @@ def reason(error: BaseException) -> str:
 
 
 def log_fields(error: BaseException, host: str) -> dict[str, str]:
-    """Return what a log line may say about an error of PostgreSQL.
+    """Return the fields of a log line about a database error.
 
     Args:
-        host: `host_of` the connection, or the `hosts` of a `Database` where there was none.
+        host: `host_of` the connection, or the `hosts` of a `Database` without a connection.
     """
     return {"error": type(error).__name__, "reason": reason(error), "host": host}
 
 
 def host_of(connection: Connection) -> str:
-    """Return `host:port` of the server at the other end."""
+    """Return `host:port` of the connection's server."""
     return _hosts([connection.info.host], [str(connection.info.port)])
 
 
 def _hosts(hosts: list[str], ports: list[str]) -> str:
-    """Return `a:5432,b:5432`; one port is that of all hosts."""
+    """Return `a:5432,b:5432`; a single port applies to all hosts."""
     pairs = zip(hosts, ports if len(ports) > 1 else ports * len(hosts), strict=True)
     return ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in pairs)
 
 
 def first_line(error: psycopg.Error) -> str:
-    """Return what an operator may read of an error: the lines after the first may quote rows."""
+    """Return an error's first line for an operator; later lines may quote rows."""
     line = str(error).strip().partition("\n")[0]
     return f"PostgreSQL: {line}"

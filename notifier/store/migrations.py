@@ -19,12 +19,12 @@ from notifier.store.preferences import CHANGES
 
 MIGRATIONS = Path(__file__).parent.parent.parent / "migrations"
 
-# Names the advisory lock within the database. Any number will do, but it must never change.
+# Key of the advisory lock in the database. The number is arbitrary, but must never change.
 LOCK_KEY = 6_684_777_082
 
 
 class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]
-    """yoyo's backend, with connections of our `Database` instead of a URL's."""
+    """yoyo's backend, which connects through our `Database` instead of a URL."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -44,8 +44,10 @@ class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]
             self.execute(create.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"))
 
     def get_log_data(self, migration: Any = None, operation: str = "apply") -> dict[str, Any]:
-        """Return yoyo's log row without the names of user and machine: looking them up can fail in
-        a container and hang on a slow resolver."""
+        """Return yoyo's log row, without the names of user and machine.
+
+        Looking them up can fail in a container, and hang on a slow resolver.
+        """
         return {
             "id": str(uuid4()),
             "migration_id": migration.id,
@@ -65,28 +67,29 @@ class Migrated(NamedTuple):
 
 
 def migrate(settings: Settings) -> Migrated:
-    """Apply the pending migrations, if any, and let the serving role read the providers.
+    """Apply the pending migrations, and let the serving role read the providers.
 
     Raises:
         NotGranted: the schema is up to date, but the role cannot serve.
-        psycopg.Error: PostgreSQL cannot be reached or refused; migrations applied by then stay.
+        psycopg.Error: PostgreSQL is unreachable or reports an error; migrations
+            that are already applied stay.
     """
-    with _alone(settings) as (connection, backend):
+    with _exclusive(settings) as (connection, backend):
         pending = backend.to_apply(read_migrations(str(MIGRATIONS)))
         names = [migration.id for migration in pending]
         backend.apply_migrations(pending)
-        # No trigger fires for rows that came with the table, from a backup say.
+        # No trigger fired for rows that came with the table, such as those of a restored backup.
         connection.execute(f"NOTIFY {CHANGES}")
         return Migrated(names, roles.grant(connection, settings.db_username, settings.db_password))
 
 
 def rollback(settings: Settings) -> str | None:
-    """Undo the last applied migration and return its name, None if there is none.
+    """Undo the last applied migration and return its name, or None if there is none.
 
     Raises:
-        psycopg.Error: PostgreSQL cannot be reached or refused.
+        psycopg.Error: PostgreSQL is unreachable or reports an error.
     """
-    with _alone(settings) as (_, backend):
+    with _exclusive(settings) as (_, backend):
         last = backend.to_rollback(read_migrations(str(MIGRATIONS)))[:1]
         names = [migration.id for migration in last]
         backend.rollback_migrations(last)
@@ -94,12 +97,13 @@ def rollback(settings: Settings) -> str | None:
 
 
 @contextmanager
-def _alone(settings: Settings) -> Iterator[tuple[Connection, _Backend]]:
+def _exclusive(settings: Settings) -> Iterator[tuple[Connection, _Backend]]:
     """Yield a connection and yoyo's backend while no other process migrates this database.
 
     yoyo's own lock is a row: it outlives a killed process, and yoyo takes it only after looking for
-    pending migrations. An advisory lock ends with its connection, so once we hold it, any row left
-    belongs to a dead process. A transaction holds it: a pooler keeps that on one server process.
+    pending migrations. An advisory lock ends with its connection. So once we hold it, any row left
+    belongs to a dead process. A transaction holds it, because a pooler keeps a transaction on one
+    server process.
     """
     database = Database.migrating(settings)
     with database.connect() as holder, holder.transaction(), database.connect() as connection:

@@ -32,20 +32,20 @@ REPLAYED = """
                 THEN coalesce((pg_last_wal_replay_lsn() - '0/0'::pg_lsn)::bigint, 0) END
 """
 
-# Where the primary's log ends, in bytes. All that a query has seen was written before this
+# Where the primary's log ends, in bytes. Every row that a query has seen was written before this
 # position, even if it is not flushed yet.
 WRITTEN = "SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint"
 
 # The trigger sends NOTIFY on this channel at each change, with the provider type as payload.
 CHANGES: LiteralString = "notification_preferences"
 
-# Minimum lifetime of the cache in seconds; a shorter one counts as this.
+# Minimum lifetime of the cache in seconds; a shorter setting is raised to it.
 SHORTEST_LIFETIME = 1.0
 
-# Seconds after a failed first load in which no look-up starts another one.
+# Seconds after a failed first load before a look-up may start another one.
 FIRST_LOAD_PAUSE = 1.0
 
-# How a look-up ends: from the cache, by the first load, from an expired cache, with nothing.
+# Results of a look-up: from the cache, from the first load, from an expired cache, none.
 RESULTS = ("hit", "miss", "stale", "error")
 
 log = logging.getLogger(__name__)
@@ -69,16 +69,16 @@ class _Load:
 class Preferences:
     """The providers of each channel, in the order they are tried.
 
-    A look-up asks PostgreSQL only while the cache is empty. `reload`, which the refresher calls,
+    A look-up queries PostgreSQL only while the cache is empty. `reload`, which the refresher calls,
     replaces the cache as a whole; until then look-ups use it, even if it has expired.
 
-    Shared: the cache, `_held`, is one reference that is read without a lock. `_keeping` guards its
-    replacement, with the generations and the position that decide about it. The time of the first
-    load is unguarded: at worst one load too many is started.
+    Shared between threads: `_held`, the cache, is one reference and is read without a lock.
+    `_keeping` guards its replacement, the generations and the position. The times of the first load
+    are unguarded: a race only starts one load too many.
 
     Args:
         database: read by the first look-up.
-        lifetime: seconds until the cache has expired.
+        lifetime: seconds until the cache expires.
         on_load: called with the endpoints of all providers after each load, one call at a time.
     """
 
@@ -109,7 +109,7 @@ class Preferences:
         """Return the active providers of `channel` by priority, then id; possibly none.
 
         Args:
-            deadline: on `time.monotonic()`, for the first load; the database's `wait` bounds it
+            deadline: on `time.monotonic()`, for the first load; the database's `wait` limits it
                 too.
 
         Raises:
@@ -132,7 +132,7 @@ class Preferences:
         return self._held is not None
 
     def lacking(self) -> bool:
-        """Return True if the cache is empty or holds no provider for some channel."""
+        """Return True if the cache is empty or lacks a provider for a channel."""
         held = self._held
         return held is None or not all(held.providers.values())
 
@@ -146,11 +146,11 @@ class Preferences:
             self._load_first(deadline)
 
     def reload(self, connection: Connection) -> bool:
-        """Read PostgreSQL into the cache; return False if the rows are stale and thus dropped.
+        """Read PostgreSQL into the cache; return False if the rows are stale and were dropped.
 
-        Rows are stale if a load that began later has ended before, or if a standby has not yet
-        replayed what the primary has shown. A load from the primary gives way only to a later one
-        from the primary.
+        Rows are stale if a load that began later has already ended. Rows from a standby are also
+        stale if it has not replayed the log up to the last load from the primary. Only a later load
+        from the primary makes rows from the primary stale.
 
         Raises:
             psycopg.Error: PostgreSQL cannot be read; the cache stays.
@@ -161,8 +161,8 @@ class Preferences:
     def _load_first(self, deadline: float) -> _Held:
         """Return the cache after the first load, which another thread may have started.
 
-        All threads wait for it, but only until the first one gives up: in an outage waiting threads
-        would leave none for other requests.
+        Threads wait for it only until the first thread gives up. Otherwise, in an outage, waiting
+        threads would leave none for other requests.
         """
         log.debug("preferences cache miss")
         if self._waiting_ends is None:
@@ -204,9 +204,10 @@ class Preferences:
 
 
 def _read(connection: Connection) -> _Load:
-    """Return the rows and the position, read before the rows on a standby, after them on a primary.
+    """Return the rows, and the position in the log.
 
-    A standby's rows are thus at least as new as its position, and a primary's at most as new.
+    On a standby the position is read before the rows, so the rows are at least as new. On a primary
+    it is read after the rows, so the rows are at most as new.
     """
     channels = [channel.value for channel in Channel]
     with transaction(connection):

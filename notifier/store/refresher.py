@@ -1,4 +1,4 @@
-"""Reloads the preferences of a worker: at a change, before they expire, and after an outage."""
+"""Reloads a worker's preferences: after a change, before they expire, and after an outage."""
 
 import logging
 import math
@@ -25,31 +25,31 @@ SPACING = 0.02
 # An idle connection is probed after this many seconds and then has DATABASE_WAIT to answer.
 HEARTBEAT = 10.0
 
-# Seconds between reloads while a channel has no provider and no connection hears of a new one:
-# nothing can be delivered through that channel.
+# Seconds between reloads while a channel has no provider and no connection listens for changes:
+# until then the channel cannot deliver.
 LACKING = 1.0
 
-# Seconds of backoff after the first failure, and at most.
+# Seconds of backoff: after the first failure, and the maximum.
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
 PROBE_WAIT = 1.0  # shorter than DATABASE_WAIT, which ends the connection
-DEAF = "nothing is heard through a pooler: DB_LISTEN_HOST, or CACHE_INVALIDATION=off"
+DEAF = "no notification arrives through a pooler"
 
 log = logging.getLogger(__name__)
 
 
 class Refresher:
-    """Keeps the preferences of one worker up to date, in one thread with a connection of its own.
+    """Keeps the preferences of one worker up to date, in one thread with its own connection.
 
-    It listens for changes and reloads all preferences at each change. It also reloads at each
-    connect, because PostgreSQL does not repeat notifications that nobody heard, and before the
-    cache expires. Failures are retried with backoff.
+    The thread listens for changes and reloads all preferences after each change. It also reloads
+    when it connects, because PostgreSQL does not repeat missed notifications, and before the cache
+    expires. Failures are retried with backoff.
 
-    Shared: `close` uses `_stopping` and `_end`; everything else belongs to the thread.
+    Shared with the caller of `close`: `_stopping` and `_end`. The thread alone uses all the rest.
 
     Args:
         database: read when there is neither a replica nor a listening connection.
-        listening: where to listen for changes; None to do without.
+        listening: where to listen for changes; None not to listen.
         replica: read first when the cache is about to expire; None if there is none.
     """
 
@@ -85,7 +85,7 @@ class Refresher:
         thread.start()
 
     def close(self) -> None:
-        """End the thread; leave it behind if it still waits for PostgreSQL after DATABASE_WAIT."""
+        """End the thread; abandon it if it still waits for PostgreSQL after DATABASE_WAIT."""
         self._stopping = True
         self._end.close()
 
@@ -104,7 +104,7 @@ class Refresher:
             self._disconnect()
 
     def _turn(self) -> None:
-        """Do the next thing that is due, or wait for it; errors are the listening connection's."""
+        """Do the next task that is due, or wait; raises errors of the listening connection."""
         if self._connection:
             self._attend(self._connection)
         elif self._listening and self._connects.due():
@@ -156,7 +156,7 @@ class Refresher:
             self._wait(min(self._reloads.at, self._heartbeat_at), connection)
 
     def _reload(self) -> None:
-        """Reload because the cache is about to expire: a replica will do, unless it lags behind."""
+        """Reload because the cache is about to expire; prefer the replica, unless it lags."""
         if self._read_replica():
             self._reloaded()
         elif self._connection:
@@ -168,8 +168,10 @@ class Refresher:
             self._reloads.fail()
 
     def _read_replica(self) -> bool:
-        """Reload from the replica if it is due; it has its own backoff: while it hangs, no change
-        is heard."""
+        """Reload from the replica if it is due, and return True if that succeeded.
+
+        The replica has its own backoff: while a read of it hangs, changes go unnoticed.
+        """
         if not self._replica or not self._replica_reads.due():
             return False
         if self._read(self._replica):
@@ -188,7 +190,7 @@ class Refresher:
             _log(error, host)
             return False
         if not kept:
-            log.warning("standby is behind, what it has is not used")
+            log.warning("standby lags behind, its rows are ignored")
         return kept
 
     def _reloaded(self) -> None:
@@ -210,7 +212,7 @@ class Refresher:
 
 
 class _Backoff:
-    """When to try next: exponential backoff with jitter, so that the workers don't come at once."""
+    """The time of the next try: exponential backoff, with jitter to spread the workers."""
 
     def __init__(self) -> None:
         self.at = 0.0
@@ -229,10 +231,10 @@ class _Backoff:
 
 
 def _prove_delivery(connection: Connection, place: Database) -> None:
-    """Make sure that notifications arrive on `connection`, by sending one.
+    """Check that notifications arrive on `connection`, by sending one if there is a pooler.
 
-    A pooler that pools transactions accepts LISTEN, but no notification ever arrives. The process
-    id shows that there is a pooler: it makes one up for its clients.
+    A pooler that pools transactions accepts LISTEN, but never delivers a notification. There is a
+    pooler if the connection's process id, which a pooler makes up, differs from PostgreSQL's.
 
     Raises:
         psycopg.OperationalError: the notification did not arrive.

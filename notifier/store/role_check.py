@@ -1,4 +1,4 @@
-"""Checks the serving role: can it serve, can it do more, and what mends that? Changes nothing."""
+"""Checks that the serving role has the privileges it needs, and no more. Changes nothing."""
 
 from typing import Any, NamedTuple
 
@@ -47,8 +47,8 @@ _OBJECTS = """
      ORDER BY 1
 """
 
-# The roles that let a member do more than read. The one member of pg_database_owner is the
-# database's owner, which is reported as such.
+# The roles whose members can do more than read. pg_database_owner is left out: its only member is
+# the database's owner, which `_ownership` reports.
 _POWERFUL = """
     SELECT rolname FROM pg_roles
      WHERE pg_has_role(%(role)s::oid, oid, 'MEMBER') AND oid <> %(role)s::oid
@@ -60,7 +60,7 @@ _POWERFUL = """
 
 
 class Role(NamedTuple):
-    """A role; `attributes` are those that let it do more than log in."""
+    """A role; `attributes` are its attributes beyond LOGIN and SUPERUSER."""
 
     name: str
     oid: int
@@ -85,11 +85,11 @@ class Object(NamedTuple):
 
 
 def check(settings: Settings) -> list[str]:
-    """Return what is wrong with the serving role, a line each with what mends it.
+    """Return the problems of the serving role, one line each, with the remedy.
 
     Raises:
-        Refused: there is no table.
-        psycopg.Error: PostgreSQL cannot be reached or refused.
+        Refused: the table does not exist.
+        psycopg.Error: PostgreSQL is unreachable or reports an error.
     """
     username = settings.db_username
     database = Database.migrating(settings)
@@ -104,18 +104,18 @@ def check(settings: Settings) -> list[str]:
 
 
 def find_role(connection: Connection, username: str) -> Role | None:
-    """Return the role of that name, None if there is none."""
+    """Return the role of that name, or None if there is none."""
     row = connection.execute(_ROLE, (username,)).fetchone()
     return Role(*row) if row else None
 
 
 def find_objects(connection: Connection) -> list[Object]:
-    """Return the objects that the service uses; the table has to exist."""
+    """Return the objects that the service uses; the table must exist."""
     return [Object(*row) for row in connection.execute(_OBJECTS, {"table": TABLE})]
 
 
 def missing(connection: Connection, role: Role, objects: list[Object]) -> list[str]:
-    """Return a line with the statements without which the role cannot serve, none if it can."""
+    """Return one line with the statements that let the role serve; no line if it can."""
     statements = [] if role.login else [f"ALTER ROLE {role} LOGIN"]
     for obj in objects:
         needed = NEEDED.get(obj.kind)
@@ -127,12 +127,12 @@ def missing(connection: Connection, role: Role, objects: list[Object]) -> list[s
 
 
 def excess(connection: Connection, role: Role, objects: list[Object]) -> list[str]:
-    """Return what lets the role do more than read, a line each with what ends it."""
+    """Return the reasons why the role can do more than read, one line each, with the remedy."""
     if role.superuser:
         lines = [f"role {role.name} is a superuser and may do anything: choose another DB_USERNAME"]
     else:
         lines = _ownership(connection, role, objects) + _memberships(connection, role, objects)
-        # Those two explain all its privileges.
+        # Ownership and membership already explain all privileges of the role.
         lines = (lines or _privileges(connection, role, objects)) + _attributes(role)
     return lines + _of_public(connection, objects)
 
@@ -185,7 +185,7 @@ def _of_public(connection: Connection, objects: list[Object]) -> list[str]:
 
 
 def _unwanted(connection: Connection, username: str, obj: Object) -> list[str]:
-    """Return the unwanted privileges that a role has, however it got them; `public` is PUBLIC."""
+    """Return the unwanted privileges of a role, direct or inherited; `public` means PUBLIC."""
     return [name for name in UNWANTED[obj.kind] if _has(connection, username, obj, name)]
 
 
@@ -195,16 +195,16 @@ def _has(connection: Connection, username: str, obj: Object, privilege: str) -> 
 
 
 def value(connection: Connection, query: str, *parameters: str | int) -> Any:
-    """Return the one value that a query gives."""
+    """Return the single value of a query's result."""
     ((found,),) = connection.execute(query.encode(), parameters)
     return found
 
 
 def quoted(*path: str) -> str:
-    """Return an identifier as SQL writes it."""
+    """Return an identifier, quoted for SQL."""
     return sql.Identifier(*path).as_string()
 
 
 def by_administrator(*statements: str) -> str:
-    """Return the advice to let somebody who may run `statements`."""
-    return f"let an administrator run: {'; '.join(statements)}"
+    """Return the advice that an administrator should run `statements`."""
+    return f"ask an administrator to run: {'; '.join(statements)}"

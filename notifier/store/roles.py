@@ -1,4 +1,4 @@
-"""The serving role: `migrate` makes it and lets it read the providers, and nothing else."""
+"""The serving role: `migrate` creates it and lets it read the providers, nothing else."""
 
 from contextlib import suppress
 
@@ -27,40 +27,40 @@ from notifier.store.role_check import (
     value,
 )
 
-# PostgreSQL grants some unwanted privileges on these to every role; on schemas up to version 14.
+# PostgreSQL grants PUBLIC some unwanted privileges on these; on schemas up to version 14.
 _OPEN_TO_ALL = ("DATABASE", "SCHEMA")
 
-# Roles belong to the whole server, our lock to one database. A migration of another database that
-# makes or changes the same role at the same time makes ours fail in one of these ways.
+# Errors of a concurrent change of the same role, by a migration of another database: roles belong
+# to the whole server, our lock to one database.
 _CONCURRENT_CHANGE = (DuplicateObject, UniqueViolation, InternalError_)
 _ATTEMPTS = 20
 
-# How long a migration waits for another one, of this database or of the same role.
+# How long a migration waits for another one of the same database or role.
 LOCK_WAIT = "60s"
 
 
 class NotGranted(Exception):
-    """The role cannot serve; the message is one line that says what would help."""
+    """The role cannot serve; the message is one line with the remedy."""
 
 
 def grant(connection: Connection, username: str, secret: Secret) -> list[str]:
-    """Make the serving role, or set its password, and let it read the providers only.
+    """Create the serving role, or set its password, and let it read only the providers.
 
-    Do nothing if `connection` is that role's own.
+    Do nothing if `connection` uses that role.
 
     Returns:
-        what the operator should know, in lines.
+        notices for the operator, one line each.
 
     Raises:
-        NotGranted: the role cannot serve; everything that could be granted is.
-        psycopg.Error: PostgreSQL cannot be reached or refused.
+        NotGranted: the role cannot serve; the privileges that could be granted stay granted.
+        psycopg.Error: PostgreSQL is unreachable or reports an error.
     """
     if value(connection, "SELECT %s::name = session_user", username):
         return []
     verifier = _verifier(connection, username, secret)
-    with connection.transaction():  # a running service never lacks what it needs
+    with connection.transaction():  # so a running service never lacks a privilege
         connection.execute(f"SET LOCAL lock_timeout = '{LOCK_WAIT}'".encode())
-        notices = _provide(connection, username, verifier)
+        notices = _create_or_alter(connection, username, verifier)
         role = find_role(connection, username)
         if role is None:
             raise _changed_by_others(username)
@@ -78,7 +78,7 @@ def grant(connection: Connection, username: str, secret: Secret) -> list[str]:
 
 
 def _verifier(connection: Connection, username: str, secret: Secret) -> str:
-    """Return what PostgreSQL stores in place of a password: it never gets to see the password."""
+    """Return the verifier that PostgreSQL stores; PostgreSQL never sees the password."""
     try:
         password = secret.read()
     except (OSError, ValueError):
@@ -87,8 +87,8 @@ def _verifier(connection: Connection, username: str, secret: Secret) -> str:
     return encrypt(password.encode(), username.encode(), b"scram-sha-256").decode()
 
 
-def _provide(connection: Connection, username: str, verifier: str) -> list[str]:
-    """Make the role, or set its password; return what the operator should know."""
+def _create_or_alter(connection: Connection, username: str, verifier: str) -> list[str]:
+    """Create the role, or set its password; return notices for the operator."""
     for _ in range(_ATTEMPTS):
         role = find_role(connection, username)
         if role and role.superuser:
@@ -102,10 +102,10 @@ def _provide(connection: Connection, username: str, verifier: str) -> list[str]:
         except InsufficientPrivilege:
             ours, by_hand = value(connection, "SELECT current_user"), f"{statement} '...'"
             if role:
-                keeps = f"role {username} keeps its password, {ours} cannot set it"
+                keeps = f"role {username} keeps its password, because {ours} cannot set it"
                 return [f"{keeps}: {by_administrator(by_hand)}"]
             raise NotGranted(
-                f"role {username} does not exist, and {ours} cannot make it:"
+                f"role {username} does not exist, and {ours} cannot create it:"
                 f" {by_administrator(by_hand)}"
                 f" (or ALTER ROLE {quoted(ours)} CREATEROLE, and migrate again)"
             ) from None
@@ -114,13 +114,13 @@ def _provide(connection: Connection, username: str, verifier: str) -> list[str]:
 
 
 def _changed_by_others(username: str) -> NotGranted:
-    return NotGranted(f"role {username} is being changed by others all the time: try again")
+    return NotGranted(f"other sessions keep changing role {username}: try again")
 
 
 def _statements(obj: Object, role: Role) -> list[str]:
-    """Return what revokes all that the role and PUBLIC have, and grants what is needed.
+    """Return statements that grant the role only its needed privilege, and limit PUBLIC's.
 
-    An owner would lose its own privileges, and a superuser needs none.
+    An owner is left alone, because it would lose its own privileges. A superuser needs none.
     """
     statements = []
     if not role.superuser and obj.owner != role.oid:
@@ -133,7 +133,7 @@ def _statements(obj: Object, role: Role) -> list[str]:
 
 
 def _run_if_allowed(connection: Connection, statement: str) -> None:
-    """Run a statement that PostgreSQL may refuse or only warn about; `missing` sees the result."""
+    """Run a statement that PostgreSQL may refuse, or only warn about; `missing` checks later."""
     refused = suppress(InsufficientPrivilege, DependentObjectsStillExist)
     with refused, connection.transaction():
         connection.execute(statement.encode())

@@ -1,4 +1,4 @@
-"""The values that an operator gives a provider, and which of them are refused."""
+"""Validates the values that an operator gives a provider."""
 
 import re
 from collections.abc import Callable
@@ -15,25 +15,25 @@ MAX_URL = 2048
 MAX_SECRET = 16 * 1024
 _INT32 = range(-(2**31), 2**31)
 
-# The user, the password and the @ of a URL; the first group is the part before them.
+# The user info of a URL, with its @; the first group is the text before it.
 USER_INFO = re.compile(r"^([^/?#]*//)?[^/?#]*@")
 
 
 class Values(TypedDict, total=False):
-    """The columns that an operator sets. One that is left out stays, or gets its default."""
+    """The columns that an operator sets. A missing column keeps its value or gets its default."""
 
     provider_type: str
     provider_name: str
     host: str
     priority: int
-    secret_key: str | None  # None takes the secret away
+    secret_key: str | None  # None removes the secret
 
 
 def checked(values: Values) -> dict[str, Any]:
-    """Return the values by column.
+    """Return the values by column, after checking each of them.
 
     Raises:
-        Refused: a value is wrong; the message quotes neither a URL nor a secret.
+        Refused: a value is invalid; the message quotes neither a URL nor a secret.
     """
     for column, value in values.items():
         _CHECKS[column](value)
@@ -56,7 +56,7 @@ def check_url(url: str) -> None:
     if not url.isprintable() or re.search(r"[ \\#]", url):
         raise Refused(
             "the host cannot be used: expected a URL without spaces, control characters,"
-            " backslashes and #"
+            " backslashes or #"
         )
     if USER_INFO.match(url):
         raise Refused("the host cannot be used: expected a URL without user and password")
@@ -91,7 +91,7 @@ def _check_secret(secret: str | None) -> None:
 
 
 def same_place(url: str, other: str) -> bool:
-    """Return True if both URLs lead to the same place, however they are written."""
+    """Return True if both URLs are equivalent, even if they are written differently."""
     return _normal(url) == _normal(other)
 
 

@@ -1,1 +1,1 @@
-"""Bytes to and from a provider."""
+"""The HTTP client that calls providers."""

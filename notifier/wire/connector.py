@@ -1,4 +1,7 @@
-"""Makes connections: look-up, connect, proxy tunnel, TLS; each failure has its `Fault`."""
+"""Connects to providers: DNS look-up, TCP connect, proxy tunnel, TLS.
+
+Each failure is a `TransportError` whose `fault` names the step.
+"""
 
 import socket
 import ssl
@@ -22,20 +25,20 @@ class Connector:
     """Makes connections to providers.
 
     Args:
-        ca_bundle: PEM file or folder of trusted authorities, None for certifi's.
+        ca_bundle: PEM file, or folder, of trusted CA certificates; None for certifi's.
     """
 
     def __init__(self, ca_bundle: str | None) -> None:
         self._ca_bundle = ca_bundle
-        self._lock = threading.Lock()  # guards that there is one context
+        self._lock = threading.Lock()  # guards the creation of _context
         self._context: ssl.SSLContext | None = None
         self._look_ups: SingleFlight[tuple[str, int], list[Address]] = SingleFlight("look-up")
 
     def connect(self, budget: Budget, origin: Origin, proxy: Proxy | None) -> Connection:
-        """Return a new connection to `place`, by way of `proxy` if there is one.
+        """Return a new connection to `origin`, through `proxy` if there is one.
 
         Raises:
-            TransportError: there is none.
+            TransportError: the connection could not be made.
         """
         addresses = self._resolve(budget, proxy.origin if proxy else origin)
         with failing_as(Fault.CONNECT):
@@ -60,9 +63,9 @@ class Connector:
             return TLS(budget, stream, self._tls_context(), origin.name)
 
     def _tls_context(self) -> ssl.SSLContext:
-        """Return the one context, made at the first https call.
+        """Return the TLS context that all connections share; create it at the first https call.
 
-        Reading the authorities takes as long as a hundred notifications.
+        Loading the CA certificates takes as long as a hundred notifications.
         """
         with self._lock:
             if self._context is None:
@@ -76,7 +79,7 @@ class Connector:
         with failing_as(Fault.DNS):
             try:
                 return streams.look_up(host, port, socket.AI_NUMERICHOST)
-            except socket.gaierror:  # no address but a name
+            except socket.gaierror:  # a name, not an address
                 return self._look_ups.run(
                     (host, port), lambda: streams.look_up(host, port), budget.time_left()
                 )
@@ -84,7 +87,7 @@ class Connector:
 
 @contextmanager
 def failing_as(fault: Fault) -> Iterator[None]:
-    """Turn what the libraries raise in the block into a TransportError."""
+    """Convert library errors raised in the block to a `TransportError` with `fault`."""
     try:
         yield
     except (requests.RequestException, OSError, Overlong, Malformed, ValueError) as error:

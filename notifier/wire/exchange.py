@@ -1,7 +1,7 @@
-"""One HTTP exchange over a connection: a request goes out, the status of its answer comes back.
+"""One HTTP exchange over a connection: send a request, read the status of its answer.
 
-The status line decides. What follows is read for the caller, where it asks for a body, or else so
-that the connection can be reused; at most 64 KiB of a body, for at most a second.
+The status line decides the outcome. The rest of the answer is read to return its body, or else to
+reuse the connection: at most 64 KiB of body, within one second.
 """
 
 import re
@@ -17,25 +17,26 @@ import httptools
 from notifier.errors import Fault, TransportError
 from notifier.wire.streams import Budget, Overlong, Plain, Stream
 
-# What may be spent on an answer once its status is known.
+# Limits on reading the rest of an answer once its status is known.
 DRAIN_SECONDS = 1.0
 DRAIN_BYTES = 64 * 1024
 
-# A firewall on the way may have forgotten a connection that was idle for longer.
+# Maximum idle time of a kept connection: a firewall may drop one that is idle for longer.
 IDLE_SECONDS = 30.0
 
 # How long to wait for the peer's RST.
 RESET_SECONDS = 0.25
 
-# What the parser raises; for a 101 it is the second, which is no HttpParserError.
+# The parser's errors. A 101 raises HttpParserUpgrade, which is not an HttpParserError.
 _PARSER_ERRORS = (httptools.HttpParserError, httptools.HttpParserUpgrade)
 
 
 class Wanted(NamedTuple):
-    """What a caller needs of an answer besides its status.
+    """The parts of an answer that a caller needs besides its status.
 
     Args:
-        headers: names of header fields, in lower case; not `location`, as no redirect is followed.
+        headers: names of header fields, in lower case. `location` is never returned, because
+            redirects are not followed.
         body: whether to return the body.
     """
 
@@ -44,9 +45,9 @@ class Wanted(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """An answer, its header fields by name in lower case, as far as they were wanted.
+    """The status of an answer, and the wanted header fields by lower-case name.
 
-    `body` is None if it was not wanted, is longer than 64 KiB or did not come whole in time.
+    `body` is None if it was not wanted, is longer than 64 KiB or did not arrive whole in time.
     """
 
     status: int
@@ -58,15 +59,15 @@ STATUS_ONLY = Wanted()
 
 
 class _Disconnected(Exception):
-    """The peer ended the connection without an answer."""
+    """The peer closed the connection before the first byte of an answer."""
 
 
 class Malformed(Exception):
-    """What the peer sends is no answer."""
+    """The peer sent a malformed answer."""
 
 
 class Head:
-    """Reads the head of an answer, line by line; `rest` is what came after the last line read."""
+    """Reads the head of an answer line by line; `rest` holds the bytes after the last line read."""
 
     def __init__(self, stream: Stream) -> None:
         self.rest = b""
@@ -74,24 +75,24 @@ class Head:
         self._has_begun = False
 
     def status_line(self, budget: Budget) -> tuple[int, bool]:
-        """Return the status once its line is complete, and whether it is one of HTTP/1.1.
+        """Return the final status, and True if the answer is HTTP/1.1.
 
-        Interim answers are passed over (RFC 9110, section 15.2). A line is read as leniently as
-        Python's http.client does: what a provider accepted must not go to the next one.
+        Interim answers are skipped (RFC 9110, section 15.2). The line is parsed as leniently as in
+        Python's http.client: a message that a provider accepted must not go to the next provider.
 
         Raises:
-            Malformed: it is no status line.
+            Malformed: the status line is malformed, or announces another protocol.
         """
         while True:
             version, status = _parsed(self._line(budget))
             if status >= HTTPStatus.OK:
                 return status, version == b"HTTP/1.1"
             if status == HTTPStatus.SWITCHING_PROTOCOLS:
-                raise Malformed  # nobody asked for another protocol
+                raise Malformed  # no request asks for another protocol
             self.pass_fields(budget)
 
     def pass_fields(self, budget: Budget) -> None:
-        """Read up to the empty line that ends the head."""
+        """Skip the header fields, up to the empty line that ends the head."""
         while self._line(budget).strip():
             pass
 
@@ -113,7 +114,7 @@ class Head:
 
 
 def _parsed(line: bytes) -> tuple[bytes, int]:
-    """Return version and status of a status line."""
+    """Return the version and the status of a status line."""
     version, status, *_ = [*line.split(None, 2), b"", b""]
     if not version.startswith(b"HTTP/") or not re.fullmatch(rb"[1-9][0-9][0-9]", status):
         raise Malformed
@@ -121,17 +122,17 @@ def _parsed(line: bytes) -> tuple[bytes, int]:
 
 
 class Connection:
-    """A connection to a provider or proxy, kept between exchanges. Used by one thread at a time.
+    """A connection to a provider or proxy, reused for many exchanges, by one thread at a time.
 
     Args:
         stream: carries the exchanges.
-        plain: the connection itself, which `stream` may run TLS over.
+        plain: the TCP connection; `stream` is the same object, or TLS over it.
     """
 
     def __init__(self, stream: Stream, plain: Plain) -> None:
         self.reusable = False
         self._stream, self._plain = stream, plain
-        self._acknowledged: int | None = None  # before this request; None for a new connection
+        self._acknowledged: int | None = None  # before this request; None if unknown or new
         self._idle_since = 0.0
 
     def is_fresh(self, now: float) -> bool:
@@ -139,7 +140,7 @@ class Connection:
         return now < self._idle_since + IDLE_SECONDS
 
     def is_quiet(self) -> bool:
-        """Return True if the peer has neither closed it nor sent anything while it was idle."""
+        """Return True if the peer neither closed the connection nor sent data while it was idle."""
         is_quiet, self._acknowledged = self._plain.look()
         return is_quiet
 
@@ -152,7 +153,7 @@ class Connection:
         Afterwards the connection is `reusable` or closed.
 
         Raises:
-            TransportError: there was no status line.
+            TransportError: no status line was received.
         """
         self.reusable = False
         try:
@@ -173,12 +174,12 @@ class Connection:
 
     def _exchange(self, budget: Budget, request: bytes, wanted: Wanted) -> Answer:
         budget.begin_phase()
-        with suppress(BrokenPipeError, ConnectionResetError):  # its answer may be here
+        with suppress(BrokenPipeError, ConnectionResetError):  # the peer may have answered already
             self._stream.send(budget, request)
         head = Head(self._stream)
         status, is_current = head.status_line(budget)
-        reader = _ThoroughReader(self._stream, wanted) if any(wanted) else _Reader(self._stream)
-        # The parser gets the status line in a form that it does not refuse.
+        reader = _CollectingReader(self._stream, wanted) if any(wanted) else _Reader(self._stream)
+        # The parser is stricter than `Head`, so it gets a normalised status line.
         line = f"HTTP/1.{1 if is_current else 0} {status} \r\n".encode()
         reader.drain(budget, line + head.rest)
         self.reusable = reader.ended_cleanly()
@@ -188,9 +189,9 @@ class Connection:
     def _never_arrived(self, budget: Budget) -> bool:
         """Return True if the peer had closed the connection before the request arrived.
 
-        The peer ended its side, and refused the request by an RST without having acknowledged any
-        of it: it may be sent again (RFC 9110, section 9.2.2). Without the RST the peer may only
-        have ended its own side; an RST alone may come from a peer that has read all of it.
+        The request may be resent (RFC 9110, section 9.2.2) if the peer sent a FIN, then an RST, and
+        acknowledged no byte of the request. After a FIN alone the peer may still read.
+        An RST alone may come from a peer that has read the whole request.
         """
         if self._acknowledged is None:
             return False
@@ -200,7 +201,7 @@ class Connection:
 
 
 class _Reader:
-    """Reads what follows a status; the `on_…` methods are what the parser calls."""
+    """Reads the rest of an answer after its status line. The parser calls the `on_…` methods."""
 
     def __init__(self, stream: Stream) -> None:
         self.headers: dict[str, str] = {}
@@ -208,19 +209,19 @@ class _Reader:
         self._parser = httptools.HttpResponseParser(self)
         self._parser.set_dangerous_leniencies(lenient_optional_cr_before_lf=True)
         self._body_bytes = 0
-        self._is_whole = self._keeps_alive = False
+        self._is_complete = self._keeps_alive = False
 
-    def drain(self, budget: Budget, come: bytes) -> None:
-        """Read the rest of an answer, unless it is too long or takes too long.
+    def drain(self, budget: Budget, received: bytes) -> None:
+        """Read the rest of the answer; give up if it is too long or too slow.
 
         Args:
-            come: what has come of it, from the status line on.
+            received: the part of the answer that has arrived, from the status line on.
         """
         budget.deadline = min(budget.deadline, time.monotonic() + DRAIN_SECONDS)
         budget.extend(DRAIN_BYTES)
         with suppress(OSError, Overlong, *_PARSER_ERRORS):
-            self._parser.feed_data(come)
-            while not self._is_whole:
+            self._parser.feed_data(received)
+            while not self._is_complete:
                 data = self._stream.receive(budget)
                 if not data:
                     self.on_end()
@@ -228,14 +229,14 @@ class _Reader:
                 self._parser.feed_data(data)
 
     def ended_cleanly(self) -> bool:
-        """Return True if the answer is whole and the connection can be reused."""
-        return self._is_whole and self._keeps_alive and not self._stream.has_unread()
+        """Return True if the answer is complete and the connection can be reused."""
+        return self._is_complete and self._keeps_alive and not self._stream.has_unread()
 
     def body(self) -> bytes | None:
         return None
 
     def on_end(self) -> None:
-        """Note that the peer ended its side within the answer."""
+        """Handle a peer that ends its side before the end of the answer."""
 
     def on_body(self, data: bytes) -> None:
         self._body_bytes += len(data)
@@ -243,27 +244,27 @@ class _Reader:
             raise Overlong
 
     def on_message_begin(self) -> None:
-        self._keeps_alive = False  # what follows a whole answer was not asked for
+        self._keeps_alive = False  # a second answer has no request: do not reuse the connection
 
     def on_message_complete(self) -> None:
-        self._keeps_alive = not self._is_whole and self._parser.should_keep_alive()
-        self._is_whole = True
+        self._keeps_alive = not self._is_complete and self._parser.should_keep_alive()
+        self._is_complete = True
 
 
-class _ThoroughReader(_Reader):
-    """Keeps what is wanted of fields and body, too; nothing of trailers and later answers."""
+class _CollectingReader(_Reader):
+    """Also keeps the wanted header fields and body, but no trailers and no second answer."""
 
     def __init__(self, stream: Stream, wanted: Wanted) -> None:
         super().__init__(stream)
         self._wanted = wanted
         self._body: list[bytes] = []
-        self._has_head = self._says_length = False
+        self._has_head = self._has_length = False
 
     def body(self) -> bytes | None:
-        return b"".join(self._body) if self._wanted.body and self._is_whole else None
+        return b"".join(self._body) if self._wanted.body and self._is_complete else None
 
     def on_end(self) -> None:
-        self._is_whole = self._has_head and not self._says_length
+        self._is_complete = self._has_head and not self._has_length
 
     def on_headers_complete(self) -> None:
         self._has_head = True
@@ -272,13 +273,13 @@ class _ThoroughReader(_Reader):
         if self._has_head:
             return
         name, text = name.lower(), value.decode("latin-1")
-        self._says_length |= name in (b"content-length", b"transfer-encoding")
+        self._has_length |= name in (b"content-length", b"transfer-encoding")
         if name in self._wanted.headers:
             key = name.decode("latin-1")
-            # A field that comes twice is a list (RFC 9110, section 5.3).
+            # Repeated fields form one list (RFC 9110, section 5.3).
             self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
 
     def on_body(self, data: bytes) -> None:
         super().on_body(data)
-        if not self._is_whole:
+        if not self._is_complete:
             self._body.append(data)

@@ -1,4 +1,4 @@
-"""Which proxy a URL is reached through, and the tunnel through it."""
+"""Chooses the proxy for a URL, and opens a tunnel through it."""
 
 import errno
 from base64 import b64encode
@@ -17,7 +17,7 @@ from notifier.wire.streams import Budget, Stream
 
 
 class Origin(NamedTuple):
-    """Where to connect to; `host` is a name or an address, in brackets if that is IPv6."""
+    """The scheme, host and port of a URL; `host` is a name or an address, IPv6 in brackets."""
 
     is_tls: bool
     host: str
@@ -28,7 +28,7 @@ class Origin(NamedTuple):
         """Return the origin of an http or https URL.
 
         Raises:
-            ValueError: it is no such URL.
+            ValueError: `url` is not an http or https URL.
         """
         parts = parse_url(url)
         if parts.scheme not in DEFAULT_PORTS or not parts.host:
@@ -37,22 +37,22 @@ class Origin(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The host as sockets and certificates have it."""
+        """The host without brackets, as sockets and certificates need it."""
         return self.host.strip("[]")
 
 
 class Proxy(NamedTuple):
-    """A proxy, and its Proxy-Authorization line, if any."""
+    """A proxy; `credentials` is its Proxy-Authorization line, empty if it needs none."""
 
     origin: Origin
     credentials: str
 
 
 class Proxies:
-    """The proxies of the environment.
+    """The proxies that the environment configures.
 
     Args:
-        by_scheme: proxy URL by scheme and the exceptions under `no`, as
+        by_scheme: proxy URLs by scheme, and the exceptions under `no`, as
             `urllib.request.getproxies_environment` returns them.
     """
 
@@ -61,10 +61,10 @@ class Proxies:
         self._networks = list(_networks(self._by_scheme.get("no", "")))
 
     def of(self, url: str) -> Proxy | None:
-        """Return the proxy for `url`, None if there is none.
+        """Return the proxy for `url`, or None to connect directly.
 
         Raises:
-            ValueError: the proxy's own URL cannot be used.
+            ValueError: the proxy's URL cannot be used.
         """
         if not self._by_scheme or self._is_exempt(parse_url(url).host or ""):
             return None
@@ -75,7 +75,7 @@ class Proxies:
         return Proxy(Origin.of(proxy_url), _credentials(proxy_url))
 
     def _is_exempt(self, host: str) -> bool:
-        """Return True if `no` names `host`, or a network in CIDR notation that it lies in."""
+        """Return True if `no` lists `host`, or a CIDR network that contains it."""
         if urllib_request.proxy_bypass_environment(host, self._by_scheme):  # type: ignore[attr-defined]
             return True
         try:
@@ -101,15 +101,15 @@ def _credentials(proxy_url: str) -> str:
     return f"Proxy-Authorization: Basic {encoded}\r\n"
 
 
-def open_tunnel(budget: Budget, stream: Stream, credentials: str, to: Origin) -> None:
-    """Let the proxy at the other end of `stream` connect to `to`.
+def open_tunnel(budget: Budget, stream: Stream, credentials: str, origin: Origin) -> None:
+    """Ask the proxy at the other end of `stream` for a tunnel to `origin`.
 
     Raises:
-        OSError: it does not.
-        Overlong: its answer is too long.
-        Malformed: it is no answer.
+        OSError: the proxy refused, or the connection failed.
+        Overlong: the proxy's answer is too long.
+        Malformed: the proxy's answer is malformed.
     """
-    target = f"{to.host}:{to.port}"
+    target = f"{origin.host}:{origin.port}"
     request = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{credentials}\r\n"
     budget.begin_phase()
     stream.send(budget, request.encode("latin-1"))

@@ -1,10 +1,8 @@
 """Byte streams to a peer, plain and over TLS. Every wait ends at the deadline of a `Budget`.
 
-A socket's own time-out bounds one operation: a peer that sends a byte a second is never late. Here
-each operation asks what is left for all of them. TLS runs over memory (`ssl.MemoryBIO`), so OpenSSL
-never waits for the peer by itself, whatever the peer sends.
-
-`connect`, `TLS` and the two methods of a `Stream` are all that a client of another protocol needs.
+A socket's own timeout bounds a single operation, so a peer that sends one byte a second never
+exceeds it. Here each operation gets the time that is left for all of them. TLS uses
+`ssl.MemoryBIO`, so OpenSSL itself never waits for the peer.
 """
 
 import select
@@ -20,20 +18,20 @@ from typing import Any, NamedTuple, Protocol
 # Maximum bytes to read in one phase: a handshake, a proxy's answer, an answer up to its status.
 PHASE_BYTES = 64 * 1024
 
-# Each read counts as at least this many bytes: a flood of single bytes costs CPU.
+# Each read counts as at least this many bytes, because a flood of tiny reads costs CPU.
 MIN_READ_BYTES = 256
 
-# Bytes to read at once: the largest TLS record.
+# Maximum bytes per read: the size of the largest TLS record.
 READ_BYTES = 16 * 1024
 
 Address = tuple[Any, Any, int, str, Any]  # as getaddrinfo returns them
 
-# Where Linux's struct tcp_info has tcpi_bytes_acked and tcpi_bytes_received.
+# Position of tcpi_bytes_acked and tcpi_bytes_received in Linux's struct tcp_info.
 _COUNTS = struct.Struct("=120xQQ")
 
 
 class Overlong(Exception):
-    """The peer sends more than is read."""
+    """The peer sent more bytes than are allowed."""
 
 
 class Budget:
@@ -50,7 +48,7 @@ class Budget:
         self._bytes = PHASE_BYTES
 
     def time_left(self) -> float:
-        """Return seconds, more than 0.
+        """Return the seconds left, always more than 0.
 
         Raises:
             TimeoutError: the deadline has passed.
@@ -61,18 +59,18 @@ class Budget:
         return left
 
     def begin_phase(self) -> None:
-        """Let `PHASE_BYTES` be read from now on."""
+        """Reset the bytes that may be read to `PHASE_BYTES`."""
         self._bytes = PHASE_BYTES
 
     def extend(self, count: int) -> None:
-        """Let `count` more bytes be read."""
+        """Allow `count` more bytes to be read."""
         self._bytes += count
 
     def spend(self, count: int) -> None:
-        """Note that `count` bytes were read.
+        """Subtract `count` bytes that were read.
 
         Raises:
-            Overlong: those were too many.
+            Overlong: more bytes were read than allowed.
         """
         self._bytes -= max(count, MIN_READ_BYTES)
         if self._bytes < 0:
@@ -91,25 +89,25 @@ class Stream(Protocol):
         """
 
     def receive(self, budget: Budget) -> bytes:
-        """Return at least one byte from the peer, or `b""` after its end.
+        """Return at least one byte from the peer, or `b""` once the peer has ended its side.
 
         Raises:
             TimeoutError: the deadline passed.
             OSError: the connection is broken.
-            Overlong: the peer sends more than is read.
+            Overlong: the peer sent more bytes than are allowed.
         """
 
     def has_unread(self) -> bool:
-        """Return True if bytes were received that `receive` has not returned."""
+        """Return True if bytes were received that `receive` has not returned yet."""
 
     def close(self) -> None: ...
 
 
 class Look(NamedTuple):
-    """What the kernel knows of a connection.
+    """The kernel's view of a connection.
 
-    `is_quiet` is True if the peer has sent nothing that was not read, its end included.
-    `acknowledged` is how many bytes the peer's kernel has received, None where ours does not tell.
+    `is_quiet` is True if the peer has sent neither unread data nor a FIN. `acknowledged` is the
+    number of bytes that the peer's kernel has acknowledged, None if our kernel does not report it.
     """
 
     is_quiet: bool
@@ -117,9 +115,9 @@ class Look(NamedTuple):
 
 
 class Plain:
-    """A connected socket. All waiting is done by `poll`, so that a deadline holds.
+    """A connected socket. It waits only by `poll`, so that deadlines hold.
 
-    The kernel's own time-out of a receive would start anew each time the process is stopped.
+    The kernel would restart its own receive timeout each time the process is stopped.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -134,7 +132,7 @@ class Plain:
             budget.time_left()
             try:
                 rest = rest[self._sock.send(rest, socket.MSG_DONTWAIT) :]
-            except BlockingIOError:  # the kernel's buffer is full
+            except BlockingIOError:  # the kernel's send buffer is full
                 self._wait_for(select.POLLOUT, budget.time_left())
 
     def receive(self, budget: Budget) -> bytes:
@@ -156,12 +154,12 @@ class Plain:
         self._sock.close()
 
     def look(self) -> Look:
-        """Return what the kernel knows of the connection."""
+        """Return the kernel's view of the connection."""
         info = self._tcp_info()
-        if len(info) < _COUNTS.size:  # another system, or an old kernel
+        if len(info) < _COUNTS.size:  # not Linux, or an old kernel
             return Look(not self._wait_for(select.POLLIN, 0), None)
         acknowledged, received = _COUNTS.unpack(info)
-        return Look(received == self._received, acknowledged)  # an end counts as a byte
+        return Look(received == self._received, acknowledged)  # a FIN counts as one byte
 
     def _tcp_info(self) -> bytes:
         if not sys.platform.startswith("linux"):
@@ -179,13 +177,13 @@ class Plain:
 
 
 class TLS:
-    """TLS over another stream, which may be TLS too: a proxy's.
+    """TLS over another stream, which may itself be TLS to a proxy.
 
     Args:
-        host: the name or address that the peer's certificate must have.
+        host: the name or address that the peer's certificate must match.
 
     Raises:
-        OSError: there was no handshake in time, or the certificate is not trusted.
+        OSError: the handshake failed or timed out, or the certificate is not trusted.
     """
 
     def __init__(self, budget: Budget, below: Stream, context: ssl.SSLContext, host: str) -> None:
@@ -211,7 +209,7 @@ class TLS:
         self._below.close()
 
     def _run(self, budget: Budget, step: Callable[..., Any], *args: Any) -> Any:
-        """Return the result of `step`, after as many sends and receives as that takes."""
+        """Run `step` to its end, with the sends and receives that it needs; return its result."""
         while True:
             try:
                 result = step(*args)
@@ -219,7 +217,7 @@ class TLS:
                 self._flush(budget)
                 self._feed(budget)
             except ssl.SSLError:
-                with suppress(OSError):  # the peer may hear why
+                with suppress(OSError):  # try to send the TLS alert
                     self._flush(budget)
                 raise
             else:
@@ -233,20 +231,20 @@ class TLS:
     def _feed(self, budget: Budget) -> None:
         data = self._below.receive(budget)
         if not data:
-            raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "the connection ended within TLS")
+            raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "the peer closed the connection during TLS")
         self._incoming.write(data)
 
 
 def look_up(host: str, port: int, flags: int = 0) -> list[Address]:
-    """Return the addresses of `host`, after however long that takes."""
+    """Return the addresses of `host`; may block longer than any deadline."""
     return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
 
 
 def connect(budget: Budget, addresses: list[Address]) -> Plain:
-    """Return a stream to the first address that answers; each has its share of the time left.
+    """Return a stream to the first address that accepts; each gets its share of the time left.
 
     Raises:
-        OSError: none did.
+        OSError: no address accepted the connection.
     """
     for left in range(len(addresses), 0, -1):
         *kind, _, address = addresses[-left]

@@ -1,4 +1,4 @@
-"""Posts to providers, over kept or new connections."""
+"""Sends POST requests to providers, over kept or new connections."""
 
 import threading
 import time
@@ -20,16 +20,16 @@ from notifier.wire.exchange import STATUS_ONLY, Answer, Connection, Wanted
 from notifier.wire.proxies import Origin, Proxies, Proxy
 from notifier.wire.streams import Budget
 
-# URLs whose route is remembered.
+# Maximum number of URLs whose route is cached.
 ROUTES = 100
 
 
 class Transport:
-    """Posts to providers. One per worker, made after the fork; its methods may run in any thread.
+    """Sends POST requests to providers. One per worker, made after the fork; thread-safe.
 
     Args:
-        ca_bundle: PEM file or folder of trusted authorities, None for certifi's.
-        proxies: proxy URL by scheme and the exceptions under `no`, as
+        ca_bundle: PEM file, or folder, of trusted CA certificates; None for certifi's.
+        proxies: proxy URLs by scheme, and the exceptions under `no`, as
             `urllib.request.getproxies_environment` returns them.
         connections: idle connections to keep per endpoint.
     """
@@ -57,28 +57,28 @@ class Transport:
         deadline: float,
         wanted: Wanted = STATUS_ONLY,
     ) -> Answer:
-        """Return the answer to a POST; redirects are not followed.
+        """Send a POST and return the answer; redirects are not followed.
 
         Args:
-            headers: of this request, its content type among them.
-            deadline: on `time.monotonic()`; holds for everything from the look-up to the last byte.
-            wanted: what is needed besides the status.
+            headers: header fields of this request, including its content type.
+            deadline: on `time.monotonic()`, for everything from the DNS look-up to the last byte.
+            wanted: parts of the answer to return besides the status.
 
         Raises:
-            TransportError: there was no status line.
+            TransportError: no status line was received.
         """
         request = _Request(_Post(url, body, headers, deadline, wanted))
         try:
             response = self._session.send(
                 request, stream=True, allow_redirects=False, proxies=_NO_PROXIES
             )
-        except requests.exceptions.InvalidSchema as error:  # no adapter for it
+        except requests.exceptions.InvalidSchema as error:  # neither http nor https
             raise TransportError(Fault.URL) from error
         headers = dict(response.headers) if wanted.headers else {}
         return Answer(response.status_code, headers, response.content if wanted.body else None)
 
 
-# Without any, requests would read the environment's for each request.
+# Without this argument, requests would resolve proxies itself for each request.
 _NO_PROXIES: dict[str, str] = {}
 
 
@@ -91,7 +91,7 @@ class _Post(NamedTuple):
 
 
 class _Request(requests.PreparedRequest):
-    """A post as requests passes it on to the adapter."""
+    """Carries a `_Post` through requests to the adapter."""
 
     def __init__(self, post: _Post) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class _Request(requests.PreparedRequest):
 
 
 class Route(NamedTuple):
-    """The peer for a URL, the head that its requests share, and its idle connections."""
+    """The peer for a URL, the head shared by its requests, and its idle connections."""
 
     origin: Origin
     proxy: Proxy | None
@@ -110,10 +110,10 @@ class Route(NamedTuple):
 
 
 class WireAdapter(BaseAdapter):
-    """requests' extension point: sends each request over a connection of our own.
+    """requests' extension point: sends each request over one of our own connections.
 
-    Shared: the deques of idle connections, of which only single operations are used; `_lock` guards
-    which there are.
+    Shared between threads: the deques of idle connections, whose single operations are atomic;
+    `_lock` guards the dict of deques.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class WireAdapter(BaseAdapter):
         """Send a `_Request`; if it never arrived, resend it over another connection.
 
         Raises:
-            TransportError: there was no status line.
+            TransportError: no status line was received.
         """
         post = cast("_Request", request).post
         route = self._route(post.url)
@@ -155,9 +155,9 @@ class WireAdapter(BaseAdapter):
 
     def _take(self, idle: deque[Connection]) -> Connection | None:
         now = time.monotonic()
-        with suppress(IndexError):  # there is none left
+        with suppress(IndexError):  # no idle connection is left
             while True:
-                connection = idle.pop()  # the one that was used last
+                connection = idle.pop()  # the most recently used
                 if connection.is_fresh(now) and connection.is_quiet():
                     return connection
                 connection.close()
@@ -171,10 +171,10 @@ class WireAdapter(BaseAdapter):
             connection.close()
 
     def _find_route(self, url: str) -> Route:
-        """Return the way to `url`.
+        """Return the route to `url`.
 
         Raises:
-            TransportError: the URL, or its proxy's, cannot be called.
+            TransportError: the URL, or its proxy's URL, cannot be used.
         """
         with failing_as(Fault.URL):
             prepared = requests.Request("POST", url).prepare()
@@ -184,7 +184,7 @@ class WireAdapter(BaseAdapter):
         return Route(origin, proxy, head, self._idle_of((origin, proxy)))
 
     def _head(self, prepared: requests.PreparedRequest, url: str, proxy: Proxy | None) -> bytes:
-        """Return the head that all requests to `url` share; a proxy needs the absolute URL."""
+        """Return the head shared by all requests to `url`; a proxy needs the absolute URL."""
         target = requests.utils.urldefragauth(url) if proxy else prepared.path_url
         lines = [
             f"POST {target} HTTP/1.1",
@@ -199,7 +199,7 @@ class WireAdapter(BaseAdapter):
         return "\r\n".join([*lines, ""]).encode("latin-1")
 
     def _idle_of(self, key: object) -> deque[Connection]:
-        """Return the idle connections of an endpoint; close those that others no longer use."""
+        """Return the idle connections for `key`; close stale connections of all keys."""
         with self._lock:
             for idle in self._idle.values():
                 _close_stale(idle)
@@ -208,19 +208,19 @@ class WireAdapter(BaseAdapter):
 
 def _close_stale(idle: deque[Connection]) -> None:
     now = time.monotonic()
-    with suppress(IndexError):  # there is none, or another thread was faster
+    with suppress(IndexError):  # empty, or another thread was faster
         while not idle[0].is_fresh(now):
             idle.popleft().close()
 
 
 def _host_field(url: str) -> str:
-    """Return the host as a request names it: without a default port, without a user's name."""
+    """Return the value of the Host field, without a default port and user info."""
     parts = urlsplit(url)
     return parts.netloc.rpartition("@")[2].removesuffix(f":{DEFAULT_PORTS[parts.scheme]}")
 
 
 def _message(head: bytes, post: _Post) -> bytes:
-    """Return a request as it goes out.
+    """Return the bytes of a request.
 
     Raises:
         TransportError: a header field contains a line break, or characters outside Latin-1.
@@ -241,6 +241,6 @@ def _response(request: requests.PreparedRequest, answer: Answer) -> requests.Res
     response.status_code = answer.status
     if answer.headers:
         response.headers.update(answer.headers)
-        response.headers.pop("location", None)  # or requests would prepare the redirect
+        response.headers.pop("location", None)  # otherwise requests prepares a redirect
     response.raw = None if answer.body is None else BytesIO(answer.body)
     return response
