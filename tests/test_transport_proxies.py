@@ -14,7 +14,16 @@ from notifier.wire import streams
 from notifier.wire.transport import Transport
 from tests.fixtures import MakeProvider, MakeTransport
 from tests.posting import failed, failure, post
-from tests.scripted_provider import Peer, Received, Script, ScriptedProvider, answer, close, hang
+from tests.scripted_provider import (
+    Peer,
+    Received,
+    Script,
+    ScriptedProvider,
+    answer,
+    close,
+    hang,
+    reset,
+)
 from tests.sockets import LOOPBACK, refusing, silent
 
 NOWHERE = "http://mail.example.com/send"
@@ -198,6 +207,14 @@ def test_a_tunnel_opens_only_with_a_valid_200(
     """An open tunnel then fails as TLS, because no provider is behind it."""
     proxy.script = lambda peer, _: (peer.send(head), peer.close())[0]
     assert failure(tunnelled, "https://mail.example.com/") == ("tls" if opens else "connect")
+
+
+@pytest.mark.parametrize("script", [close, reset], ids=["closes", "resets"])
+def test_a_proxy_that_ends_the_connection_without_an_answer_fails_as_connect(
+    tunnelled: Transport, proxy: ScriptedProvider, script: Script
+) -> None:
+    proxy.script = script
+    assert failure(tunnelled, "https://mail.example.com/") == "connect"
 
 
 @pytest.mark.parametrize("status", [301, 403, 407, 429, 502, 503])

@@ -58,7 +58,7 @@ class Answer(NamedTuple):
 STATUS_ONLY = Wanted()
 
 
-class _Disconnected(Exception):
+class _Disconnected(ConnectionError):
     """The peer closed the connection before the first byte of an answer."""
 
 
