@@ -1,0 +1,54 @@
+"""`./notify`: the service's commands in development.
+
+They work on DB_* when DB_HOST is set, else on the database of `make run`, whether it runs or not.
+"""
+
+import os
+import signal
+import sys
+from contextlib import closing, nullcontext
+
+import click
+from flask.cli import FlaskGroup
+
+from notifier.app import create_app
+from tools.dev import postgres
+from tools.dev.postgres import PostgresError
+
+_IN_PRODUCTION, _HERE = "flask --app notifier.app", "./notify"
+
+
+class _Help(click.HelpFormatter):
+    """Help whose examples begin as the user's own command does."""
+
+    def write(self, string: str) -> None:
+        super().write(string.replace(_IN_PRODUCTION, _HERE))
+
+
+commands = FlaskGroup(
+    create_app=create_app,
+    add_default_commands=False,
+    add_version_option=False,
+    load_dotenv=False,
+    help="Change the notifier's providers, and bring its database up to date.",
+)
+commands.params.clear()  # flask's: the application is given
+
+
+def main() -> int:
+    """Run the command; return the exit code if it cannot begin. Help needs no database."""
+    click.Context.formatter_class = _Help
+    try:
+        is_help = "--help" in sys.argv or not sys.argv[1:]
+        share = None if is_help else postgres.join()
+    except PostgresError as error:
+        print(f"notify: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    with closing(share) if share else nullcontext():
+        commands.main(prog_name=_HERE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
