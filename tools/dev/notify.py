@@ -3,7 +3,6 @@
 They work on DB_* when DB_HOST is set, else on the database of `make run`, whether it runs or not.
 """
 
-import os
 import signal
 import sys
 from contextlib import closing, nullcontext
@@ -35,20 +34,19 @@ commands = FlaskGroup(
 commands.params.clear()  # flask's: the application is given
 
 
-def main() -> int:
-    """Run the command; return the exit code if it cannot begin. Help needs no database."""
+def main() -> None:
+    """Run the command, and end the process with its exit code. Help needs no database."""
     click.Context.formatter_class = _Help
     try:
         is_help = "--help" in sys.argv or not sys.argv[1:]
         share = None if is_help else postgres.join()
     except PostgresError as error:
-        print(f"notify: {error}", file=sys.stderr)
-        return 1
+        sys.exit(f"notify: {error}")
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        sys.exit(128 + signal.SIGINT)
     with closing(share) if share else nullcontext():
         commands.main(prog_name=_HERE)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
