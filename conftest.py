@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from tests import pgbouncer, system_postgres
+from tests import chromium, pgbouncer, system_postgres
 
 pytest_plugins = ["tests.fixtures"]
 
@@ -31,6 +31,7 @@ pytest_plugins = ["tests.fixtures"]
 _INSTALLED: dict[str, Callable[[str], object]] = {
     "postgresql": lambda _: system_postgres.binaries(),
     "pgbouncer": lambda _: pgbouncer.executable(),
+    "chromium": lambda _: chromium.executable(),
 }
 
 _LEFT_OUT = pytest.StashKey[Counter[str]]()  # how many tests, by reason

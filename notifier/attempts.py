@@ -1,19 +1,27 @@
-"""How one message reaches one provider: one attempt, guarded by the breaker of its endpoint."""
+"""One attempt to deliver one message through one provider, guarded by its endpoint's breaker."""
 
 import json
 import logging
 import time
 from http import HTTPStatus
+from typing import Any
 
 from pybreaker import CircuitBreakerError
 
 from notifier import logs, metrics
 from notifier.breakers import Breakers, Call
-from notifier.errors import AttemptFailed, AttemptOutcome, Fault, TransportError
+from notifier.errors import (
+    DEADLINE,
+    OPEN,
+    AttemptFailed,
+    AttemptOutcome,
+    Fault,
+    TransportError,
+)
 from notifier.models import Message, Provider
 from notifier.wire.transport import Transport
 
-# What an exchange without a status line means.
+# The outcome of an exchange without a status line.
 _BY_FAULT = {
     Fault.URL: AttemptOutcome.SKIPPED,
     Fault.DNS: AttemptOutcome.NOT_SENT,
@@ -32,8 +40,8 @@ _RETRY_LATER = frozenset(
     {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 )
 
-# An attempt that had this share of its time failed by itself, not by the request's deadline: the
-# third of three always has a little less than the whole.
+# An attempt that had at least this share of `timeout` was not cut short by the request's deadline:
+# the last of three always has a little less than the whole.
 FULL_ATTEMPT = 0.9
 
 # json.dumps would make one for each call.
@@ -66,17 +74,18 @@ class Attempts:
             deadline: of the whole request, on `time.monotonic()`.
 
         Raises:
-            AttemptFailed: it did not, or was not asked; says what that means for the next.
+            AttemptFailed: the provider did not accept the message, or was not called.
         """
         try:
             self._guarded(provider, message, deadline)
         except CircuitBreakerError:
-            failure = AttemptFailed(AttemptOutcome.SKIPPED, "breaker")
+            failure = AttemptFailed(AttemptOutcome.SKIPPED, OPEN)
             if times := self._not_admitted.times(provider.id):
-                _log_failure(provider, failure, times)
+                log.warning("provider skipped", extra=_log_fields(provider, failure, times))
             raise failure from None
         except AttemptFailed as failure:
-            _log_failure(provider, failure)
+            level = logging.ERROR if failure.status is None else logging.WARNING
+            log.log(level, "attempt failed", extra=_log_fields(provider, failure))
             raise
 
     def send_unguarded(self, provider: Provider, message: Message) -> int:
@@ -100,7 +109,7 @@ class Attempts:
         try:
             self._attempt(provider, message, deadline)
         except AttemptFailed as failure:
-            call.record(failed=failure.outcome.endpoint_failed)
+            call.record(failed=failure.endpoint_failed)
             raise
         call.record(failed=AttemptOutcome.ACCEPTED.endpoint_failed)
 
@@ -113,8 +122,8 @@ class Attempts:
         except TransportError as error:
             is_short = ends - began < FULL_ATTEMPT * self._timeout
             if is_short and time.monotonic() >= ends:
-                raise AttemptFailed(AttemptOutcome.DEADLINE, "deadline") from error
-            raise AttemptFailed(_BY_FAULT[error.fault], error.fault) from error
+                raise AttemptFailed(AttemptOutcome.UNKNOWN, DEADLINE) from error
+            raise AttemptFailed(_BY_FAULT[error.fault], error.fault, error.detail) from error
         if status not in _SUCCESSES:
             raise AttemptFailed(_judge(status), str(status))
         return status
@@ -149,29 +158,26 @@ def _headers() -> dict[str, str]:
 
 
 def _judge(status: int) -> AttemptOutcome:
-    """Return what a status that does not accept means."""
+    """Return the outcome of an attempt with a status that does not accept the message."""
     if status in _RETRY_LATER:
         return AttemptOutcome.NOT_SENT
     return AttemptOutcome.REJECTED if status in _REFUSALS else AttemptOutcome.UNKNOWN
 
 
 def _count(provider: Provider, status: int | None, error: str, began: float) -> None:
-    if provider.endpoint and error != Fault.URL:  # else nobody was called
+    if provider.endpoint and error != Fault.URL:  # else there was no call
         seconds = time.monotonic() - began
         metrics.client_calls(provider.endpoint, status, error).record(seconds)
 
 
-def _log_failure(provider: Provider, failure: AttemptFailed, times: int = 1) -> None:
-    log.log(
-        logging.ERROR if failure.status is None else logging.WARNING,
-        "attempt failed",
-        extra={
-            "channel": provider.channel,
-            "provider": provider.name,
-            "provider_id": provider.id,
-            "host": provider.endpoint,
-            "outcome": failure.outcome,
-            "reason": failure.reason,
-            "times": times,
-        },
-    )
+def _log_fields(provider: Provider, failure: AttemptFailed, times: int = 1) -> dict[str, Any]:
+    return {
+        "channel": provider.channel,
+        "provider": provider.name,
+        "provider_id": provider.id,
+        "host": provider.endpoint,
+        "outcome": failure.outcome,
+        "reason": failure.reason,
+        "detail": failure.detail,
+        "times": times,
+    }

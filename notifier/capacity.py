@@ -53,7 +53,7 @@ class Capacity:
         """Return a lock that is released when the place is ours."""
         if len(self._waiting) >= self._places:
             metrics.REFUSED.inc()
-            raise Overloaded
+            raise Overloaded(reason="the queue is full")
         turn = threading.Lock()
         turn.acquire()
         self._waiting.append(turn)
@@ -65,7 +65,7 @@ class Capacity:
         metrics.WAIT.observe(time.monotonic() - began)
         if not came:
             metrics.REFUSED.inc()
-            raise Overloaded
+            raise Overloaded(reason="no place in time")
 
     def _give_up(self, turn: threading.Lock) -> bool:
         """Leave the queue; False if the place was handed over just now."""

@@ -1,4 +1,4 @@
-"""From a recipient to its channels, and in each from provider to provider until one accepts."""
+"""Delivers over each channel of a recipient, through the first of its providers that accepts."""
 
 import contextvars
 import logging
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from notifier import metrics
 from notifier.attempts import Attempts
-from notifier.errors import AttemptFailed, AttemptOutcome, PreferencesUnavailable
+from notifier.errors import DEADLINE, AttemptFailed, AttemptOutcome, PreferencesUnavailable
 from notifier.models import Channel, ChannelOutcome, Message, Provider, Recipient
 from notifier.settings import MIN_ATTEMPT
 from notifier.store.preferences import Preferences
@@ -24,36 +24,69 @@ CHANNELS = {
 log = logging.getLogger(__name__)
 
 
-class ChannelResult(NamedTuple):
-    """How one channel ended, through which provider, after how many attempts.
+class ProviderResult(NamedTuple):
+    """How one provider of a channel fared.
 
-    `skipped` counts the providers that were not asked.
+    `reason` is None if the provider accepted, `ms` (milliseconds) if it was not called.
+    """
+
+    provider: str
+    outcome: AttemptOutcome
+    reason: str | None = None
+    ms: int | None = None
+
+    def log_fields(self) -> dict[str, Any]:
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+class ChannelResult(NamedTuple):
+    """How one channel ended: its providers in the order of priority, up to the one that accepted.
+
+    Without providers none was known, or the preferences could not be read.
     """
 
     channel: Channel
     outcome: ChannelOutcome
-    provider: str | None = None
-    attempts: int = 0
-    skipped: int = 0
+    providers: tuple[ProviderResult, ...] = ()
+
+    @property
+    def provider(self) -> str | None:
+        """The provider that accepted."""
+        return self.providers[-1].provider if self.outcome is ChannelOutcome.DELIVERED else None
+
+    def log_fields(self) -> dict[str, Any]:
+        skipped = sum(result.outcome is AttemptOutcome.SKIPPED for result in self.providers)
+        return {
+            "channel": self.channel,
+            "outcome": self.outcome,
+            "provider": self.provider,
+            "attempts": len(self.providers) - skipped,
+            "skipped": skipped,
+            "providers": [result.log_fields() for result in self.providers],
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How a notification ended, over each of its channels and so as a whole."""
+    """How a notification ended on each of its channels."""
 
     channels: tuple[ChannelResult, ...]
 
     @property
     def outcome(self) -> ChannelOutcome:
-        """That of the channel that ended worst."""
+        """The outcome of the channel that ended worst."""
         return ChannelOutcome.worst(result.outcome for result in self.channels)
+
+    def log_fields(self) -> list[dict[str, Any]]:
+        """Return an entry for each channel, as the request's log line has it."""
+        return [result.log_fields() for result in self.channels]
 
 
 class Delivery:
     """Delivers messages. One per worker; called by request threads.
 
     Args:
-        threads: how many channels beyond each request's first may be under way at once.
+        threads: maximum channels in progress at once, the first of each request not counted.
     """
 
     def __init__(self, preferences: Preferences, attempts: Attempts, threads: int) -> None:
@@ -63,17 +96,17 @@ class Delivery:
         _start_at_zero()
 
     def close(self) -> None:
-        """Wait for the deliveries under way, and end the threads."""
+        """Wait for the deliveries in progress, and end the threads."""
         self._pool.shutdown()
 
     def deliver(self, recipient: Recipient, message: Message, deadline: float) -> Report:
-        """Reach `recipient` over all its channels at once; return when all of them have ended.
+        """Deliver over all channels of `recipient` at once; return when all of them have ended.
 
         Args:
             deadline: of the whole request, on `time.monotonic()`.
         """
         began = time.monotonic()
-        outcome = ChannelOutcome.FAILED  # should something unforeseen end it
+        outcome = ChannelOutcome.FAILED  # for an unforeseen exception
         try:
             report = Report(self._fan_out(CHANNELS[recipient], message, deadline))
             outcome = report.outcome
@@ -88,17 +121,17 @@ class Delivery:
         first, *others = channels
         if not others:
             return (self._through(first, message, deadline),)
-        under_way = [self._submit(channel, message, deadline) for channel in others]
+        running = [self._submit(channel, message, deadline) for channel in others]
         try:
             result = self._through(first, message, deadline)
         finally:
-            wait(under_way)
-        return (result, *(future.result() for future in under_way))
+            wait(running)
+        return (result, *(future.result() for future in running))
 
     def _submit(
         self, channel: Channel, message: Message, deadline: float
     ) -> "Future[ChannelResult]":
-        run = contextvars.copy_context().run  # the request id goes along
+        run = contextvars.copy_context().run  # so that log lines have the request id
         return self._pool.submit(run, self._through, channel, message, deadline)
 
     def _through(self, channel: Channel, message: Message, deadline: float) -> ChannelResult:
@@ -120,40 +153,34 @@ class Delivery:
     def _first_that_accepts(
         self, channel: Channel, providers: Iterable[Provider], message: Message, deadline: float
     ) -> ChannelResult:
-        outcomes: list[AttemptOutcome] = []
+        results: list[ProviderResult] = []
         for provider in providers:
-            if deadline - time.monotonic() < MIN_ATTEMPT:
-                log.error("deadline passed", extra={"channel": channel})
-                break
-            outcomes.append(self._attempt(provider, message, deadline))
-            if outcomes[-1] is AttemptOutcome.ACCEPTED:
-                if len(outcomes) > 1:
+            results.append(self._attempt(provider, message, deadline))
+            if results[-1].outcome is AttemptOutcome.ACCEPTED:
+                if len(results) > 1:
                     metrics.fallbacks(channel).inc()
-                return _result(channel, ChannelOutcome.DELIVERED, provider.name, outcomes)
-            if outcomes[-1].ends_channel:
-                break
-        return _result(channel, ChannelOutcome.FAILED, None, outcomes)
+                return ChannelResult(channel, ChannelOutcome.DELIVERED, tuple(results))
+        return ChannelResult(channel, ChannelOutcome.FAILED, tuple(results))
 
-    def _attempt(self, provider: Provider, message: Message, deadline: float) -> AttemptOutcome:
+    def _attempt(self, provider: Provider, message: Message, deadline: float) -> ProviderResult:
+        """Make one attempt, unless too little time is left for it."""
+        began = time.monotonic()
+        if deadline - began < MIN_ATTEMPT:
+            return ProviderResult(provider.name, AttemptOutcome.SKIPPED, DEADLINE)
         try:
             self._attempts.send(provider, message, deadline)
         except AttemptFailed as failure:
-            return failure.outcome
-        return AttemptOutcome.ACCEPTED
+            ms = None if failure.outcome is AttemptOutcome.SKIPPED else _ms_since(began)
+            return ProviderResult(provider.name, failure.outcome, failure.reason, ms)
+        return ProviderResult(provider.name, AttemptOutcome.ACCEPTED, ms=_ms_since(began))
 
 
-def _result(
-    channel: Channel,
-    outcome: ChannelOutcome,
-    provider: str | None,
-    attempts: list[AttemptOutcome],
-) -> ChannelResult:
-    skipped = attempts.count(AttemptOutcome.SKIPPED)
-    return ChannelResult(channel, outcome, provider, len(attempts) - skipped, skipped)
+def _ms_since(began: float) -> int:
+    return round(1000 * (time.monotonic() - began))
 
 
 def _start_at_zero() -> None:
-    """Export what can be counted before it is, or its first increase would go unseen."""
+    """Export each counter at 0, or Prometheus would miss its first increase."""
     for recipient, outcome in product(Recipient, ChannelOutcome):
         metrics.notifications(recipient, outcome)
     for channel in Channel:

@@ -1,13 +1,20 @@
-"""The errors: what a caller is told, and what a failed attempt means for the next."""
+"""The errors: the replies that they become, and the outcomes of attempts at providers."""
 
+import re
 from enum import StrEnum
 from typing import ClassVar
+
+# Characters of the system's words for a failure.
+MAX_DETAIL = 200
+
+# OpenSSL's name of an error, before its words, and Python's line of C after them.
+_OPENSSL_SOURCE = re.compile(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$")
 
 
 class ApiError(Exception):
     """An error with a place in the HTTP contract.
 
-    `message` is shown to the caller, so it never carries internals.
+    The caller sees `message`, so it never carries internals. The request's log line has `reason`.
     """
 
     status: ClassVar[int]
@@ -15,8 +22,9 @@ class ApiError(Exception):
     headers: ClassVar[dict[str, str]] = {}
     message = ""
 
-    def __init__(self, message: str | None = None) -> None:
+    def __init__(self, message: str | None = None, *, reason: str | None = None) -> None:
         self.message = message if message is not None else self.message
+        self.reason = reason or message
         super().__init__(self.message)
 
 
@@ -28,7 +36,7 @@ class InvalidRequest(ApiError):
 
 
 class DeliveryFailed(ApiError):
-    """At least one channel did not deliver. Why is the operators' business, not the caller's."""
+    """At least one channel did not deliver. Only the log tells why, and never the reply."""
 
     status = 500
     code = "E102"
@@ -36,7 +44,7 @@ class DeliveryFailed(ApiError):
 
 
 class Overloaded(ApiError):
-    """The worker has as many notifications as it can take. Nobody has been sent anything."""
+    """The worker has as many notifications as it can take. It has sent nothing."""
 
     status = 503
     code = "E106"
@@ -45,15 +53,15 @@ class Overloaded(ApiError):
 
 
 class Refused(Exception):
-    """What an operator asks for is not done; the message says why in one line."""
+    """An operator's command is not carried out; the message gives the reason in one line."""
 
 
 class PreferencesUnavailable(Exception):
-    """PostgreSQL gave no providers in time, and none are known from before."""
+    """The cache is empty, and PostgreSQL returned no providers in time."""
 
 
 class Fault(StrEnum):
-    """How far an exchange came that ended without a status line."""
+    """The step at which an exchange ended that has no status line."""
 
     URL = "url"  # no request can be made of the URL and the header fields
     DNS = "dns"
@@ -66,48 +74,71 @@ class Fault(StrEnum):
 
 
 class TransportError(Exception):
-    """An HTTP exchange ended before its status line; `fault` says how far it came."""
+    """An HTTP exchange ended before its status line; `fault` names the step."""
 
     def __init__(self, fault: Fault) -> None:
         self.fault = fault
         super().__init__(fault)
 
+    @property
+    def detail(self) -> str | None:
+        """The operating system's or OpenSSL's words for the cause; None if they have none.
+
+        Never the text of an exception: a library's may quote a URL.
+        """
+        if not isinstance(self.__cause__, OSError):
+            return None
+        words = self.__cause__.strerror
+        if words is None:
+            return "timed out" if isinstance(self.__cause__, TimeoutError) else None
+        words = _OPENSSL_SOURCE.sub("", words)[:MAX_DETAIL]
+        return words[:1].lower() + words[1:]
+
 
 class AttemptOutcome(StrEnum):
-    """How one attempt at a provider ended, and what follows from it.
+    """How one attempt at a provider ended.
 
     `endpoint_failed` is what the endpoint's breaker records: True a failure, False a success, None
-    nothing. `ends_channel` says that no further provider may be tried.
+    nothing.
     """
 
     endpoint_failed: bool | None
-    ends_channel: bool
 
-    def __new__(
-        cls, value: str, endpoint_failed: bool | None, ends_channel: bool = False
-    ) -> "AttemptOutcome":
+    def __new__(cls, value: str, endpoint_failed: bool | None) -> "AttemptOutcome":
         member = str.__new__(cls, value)
-        member._value_ = value
-        member.endpoint_failed, member.ends_channel = endpoint_failed, ends_channel
+        member._value_, member.endpoint_failed = value, endpoint_failed
         return member
 
-    ACCEPTED = "accepted", False, True
+    ACCEPTED = "accepted", False
     NOT_SENT = "not_sent", True  # the provider does not have the message
     UNKNOWN = "unknown", True  # it may have the message
-    REJECTED = "rejected", False  # it has read the message and does not want it: it answered
-    SKIPPED = "skipped", None  # it was not asked
-    DEADLINE = "deadline", None, True  # the request's deadline cut the attempt short
+    REJECTED = "rejected", False  # it answered that it does not take the message
+    SKIPPED = "skipped", None  # it was not called
+
+
+# The reasons of an attempt that ended with neither a status nor a `Fault`.
+OPEN = "open"  # the endpoint's breaker did not admit it
+DEADLINE = "deadline"  # the request's deadline cut it short, or was too near to begin it
 
 
 class AttemptFailed(Exception):
-    """One provider did not accept the message; `reason` says why in one word or status."""
+    """A provider did not accept the message.
 
-    def __init__(self, outcome: AttemptOutcome, reason: str) -> None:
+    `reason` is a status, a `Fault`, `OPEN` or `DEADLINE`. `detail` has the system's words for it.
+    """
+
+    def __init__(self, outcome: AttemptOutcome, reason: str, detail: str | None = None) -> None:
         self.outcome = outcome
         self.reason = reason
+        self.detail = detail
         super().__init__(f"{outcome}: {reason}")
 
     @property
+    def endpoint_failed(self) -> bool | None:
+        """What the endpoint's breaker records: nothing of an attempt that was cut short."""
+        return None if self.reason == DEADLINE else self.outcome.endpoint_failed
+
+    @property
     def status(self) -> int | None:
-        """The status that the provider answered with, None if there was none."""
+        """The status of the provider's answer; None without one."""
         return int(self.reason) if self.reason.isdigit() else None

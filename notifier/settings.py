@@ -1,10 +1,12 @@
-"""What the environment sets: read once, validated as a whole, frozen."""
+"""The settings: read from the environment once, validated as a whole, frozen."""
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any
 
 from notifier.environ import (
@@ -29,16 +31,28 @@ from notifier.environ import (
 # Variables of the Go service's cache and framework that have no counterpart here.
 WITHOUT_EFFECT = ("GIN_MODE", "CACHE_NUM_COUNTERS", "CACHE_MAX_COST", "CACHE_BUFFER_ITEMS")
 
-# Below this much time left an attempt is not worth beginning.
+# Prefixes of our variables that other programs' variables have as well.
+_COMMON_PREFIXES = {"APP_", "LOG_"}
+
+# Variables that systemd sets for its services.
+_SYSTEMD = {"CACHE_DIRECTORY", "NOTIFY_SOCKET"}
+
+# How similar a variable without our prefixes is to ours (difflib's ratio) to count as misspelt.
+_SIMILAR = 0.9
+
+# Kubernetes sets these for each of the namespace's services, one named `db` or `web` included.
+_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_[0-9]+_(TCP|UDP|SCTP)")
+
+# Seconds. With less time left no attempt begins.
 MIN_ATTEMPT = 0.25
 
-# Leaves a moment to get to the first attempt.
+# Seconds: an attempt, and a moment to get to it.
 MIN_DEADLINE = 0.3
 
-# Threads of a worker for those that are refused, and for its operators.
+# Threads of a worker that refuse requests and answer operators.
 SPARE_THREADS = 4
 
-# Python's names and those of zap, which the Go service logged with.
+# Python's names, and those of zap, the Go service's logger.
 _LOG_LEVELS = {
     "debug": "DEBUG",
     "info": "INFO",
@@ -165,9 +179,9 @@ class Settings:
 
     @property
     def server_threads(self) -> int:
-        """Threads of a worker: notifications under way, as many that wait, and those beyond.
+        """Threads of a worker: for notifications in progress, for as many waiting, and to spare.
 
-        These last answer operators and refuse whoever is one too many, however many there are.
+        The spare threads answer operators and refuse requests, even if all others are busy.
         """
         return 2 * self.web_threads + SPARE_THREADS
 
@@ -239,7 +253,7 @@ def _secret_file(name: str, text: str, file: str) -> Secret:
         secret.read()
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "empty, or no text in UTF-8"
-        # The value isn't shown: it may be the secret itself, in the wrong variable.
+        # Don't show the value: it may be the secret itself, in the wrong variable.
         raise SettingsError(
             f"{name}_FILE cannot be used ({why}): expected a readable file with the secret"
         ) from None
@@ -247,8 +261,31 @@ def _secret_file(name: str, text: str, file: str) -> Secret:
 
 
 def settings_or_exit() -> Settings:
-    """Read the process's environment; if it cannot be used, end the process with one line."""
+    """Read the process's environment; if it is unusable, end the process with one line."""
     try:
         return Settings.from_env(os.environ)
     except SettingsError as error:
         sys.exit(f"notifier cannot start: {error}")
+
+
+def unknown_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that are no settings but look like one, each with the nearest setting.
+
+    A variable looks like a setting if it has a prefix of ours, or nearly a name of ours. An empty
+    one counts as unset. Case does not matter: a setting in lower case is misspelt too.
+    """
+    names = [spec.name.upper() for spec in fields(Settings)]
+    names += [f"{spec.name.upper()}_FILE" for spec in fields(Settings) if spec.metadata["secret"]]
+    ours = tuple({f"{name.rpartition('_')[0]}_" for name in names} - _COMMON_PREFIXES)
+    unknown = {}
+    for name in environ.keys() - {*names, *WITHOUT_EFFECT, *_SYSTEMD}:
+        if not environ[name].strip() or _is_service_link(name, environ):
+            continue
+        least = 0.0 if name.upper().startswith(ours) else _SIMILAR
+        for nearest in get_close_matches(name.upper(), names, 1, least):
+            unknown[name] = nearest
+    return dict(sorted(unknown.items()))
+
+
+def _is_service_link(name: str, environ: Mapping[str, str]) -> bool:
+    return bool(_SERVICE_LINK.search(name)) or f"{name.removesuffix('PORT')}SERVICE_HOST" in environ

@@ -17,7 +17,7 @@ from psycopg import sql
 
 from notifier import metrics
 from notifier.environ import Secret
-from notifier.settings import Settings
+from notifier.settings import Settings, unknown_variables
 from notifier.store import migrations
 from notifier.store.db import Database
 from notifier.wire import exchange, streams
@@ -51,6 +51,8 @@ def _clean_environment() -> None:
     for name in _OURS:
         os.environ.pop(name.upper(), None)
         os.environ.pop(name, None)
+    for name in unknown_variables(os.environ):
+        os.environ.pop(name)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import logging
 import random
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import Context
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,11 @@ from flask import Flask
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from notifier import logs
+from notifier import __version__, logs
 from notifier.app import build, create_app
 from notifier.capacity import Capacity
-from notifier.delivery import ChannelResult, Report
+from notifier.delivery import ChannelResult, ProviderResult, Report
+from notifier.errors import AttemptOutcome
 from notifier.models import Channel, ChannelOutcome, Message, Recipient
 from notifier.settings import MIN_DEADLINE, Settings
 from notifier.web.body import MAX_BODY_BYTES
@@ -42,6 +44,13 @@ CONTROL = "must not contain control characters"
 RequestLine = Callable[[], dict[str, Any]]
 SURROGATES = "must not contain lone surrogates"
 
+# The providers of a channel that fell back twice.
+TRIED = (
+    ProviderResult("email 1", AttemptOutcome.UNKNOWN, "503", 12),
+    ProviderResult("email 2", AttemptOutcome.SKIPPED, "open"),
+    ProviderResult("email 3", AttemptOutcome.ACCEPTED, None, 3),
+)
+
 
 class FakeDelivery:
     """Keeps what it is asked to deliver; `outcome` or `act` decide how that ends."""
@@ -58,7 +67,7 @@ class FakeDelivery:
         self.deadlines.append(deadline)
         self.request_ids.append(logs.request_id.get())
         self.act()
-        return Report((ChannelResult(Channel.EMAIL, ChannelOutcome(self.outcome), "email 1", 2),))
+        return Report((ChannelResult(Channel.EMAIL, ChannelOutcome(self.outcome), TRIED),))
 
     def close(self) -> None:
         """Nothing to close."""
@@ -338,10 +347,15 @@ def test_a_body_that_ends_early_is_refused(terminated: bool, client: FlaskClient
 @pytest.mark.parametrize(
     "path",
     [
-        *["/", "/nothing", "/api/v1.0/recipient/buyer", "/api/v1.0/recipient/buyer/notify/more"],
+        *["/nothing", "/api/v1.0/recipient/buyer", "/api/v1.0/recipient/buyer/notify/more"],
         *[f"{NOTIFY}/", "/healthz/", "/Healthz", NOTIFY.upper(), "/api/v1/recipient/buyer/notify"],
-        *[f"/{NOTIFY}", "//healthz", "/api//v1.0/recipient/buyer/notify"],
-        *["/api/v1.0/recipient//notify", "/api/v1.0/recipient/a%2Fb/notify", "/static/x", "*"],
+        *[
+            "/api//v1.0/recipient/buyer/notify",
+            "/api/v1.0/recipient//notify",
+            "/api/v1.0/recipient/a%2Fb/notify",
+            "/static/x",
+            "*",
+        ],
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
@@ -457,6 +471,26 @@ def test_liveness_is_answered(method: str, client: FlaskClient) -> None:
     assert response.text == "" if method == "HEAD" else response.get_json() == expected
 
 
+def test_the_root_says_what_the_service_is_and_names_each_route(
+    app: Flask, client: FlaskClient
+) -> None:
+    reply = client.get("/")
+    assert client.get(environ_overrides={"PATH_INFO": ""}).data == reply.data
+    assert (reply.status_code, reply.mimetype) == (200, "application/json")
+    overview = reply.get_json()
+    assert (overview["service"], overview["version"]) == ("notifier", __version__)
+    routes = {
+        f"{method} {rule.rule}"
+        for rule in app.url_map.iter_rules()
+        for method in (rule.methods or set()) - {"HEAD"}
+    }
+    assert overview["endpoints"].keys() == routes - {"GET /"}
+    assert "docs/api.md" in overview["documents"]
+    head = client.head("/")
+    assert (head.status_code, head.text) == (200, "")
+    assert head.headers["Content-Length"] == str(len(reply.data))
+
+
 @pytest.mark.parametrize("given", ["req-1", "a", "x" * 128, "~!{} =", "0" * 32])
 def test_a_usable_request_id_is_kept(
     given: str, client: FlaskClient, delivery: FakeDelivery
@@ -532,6 +566,7 @@ def request_line(caplog: pytest.LogCaptureFixture) -> RequestLine:
     ("path", "level", "route"),
     [
         (f"{NOTIFY}?to=a@example.com", "INFO", "/api/v1.0/recipient/<recipient>/notify"),
+        ("/", "DEBUG", "/"),
         ("/healthz", "DEBUG", "/healthz"),
         ("/metrics", "DEBUG", "/metrics"),
     ],
@@ -565,14 +600,59 @@ def test_the_line_of_a_notification_says_who_was_reached_and_how(
     client.post(NOTIFY, json=GOOD)
     line = request_line()
     assert (line["recipient"], line["to"]) == ("buyer", "b***@example.com")
-    (email,) = line["channels"]
-    assert email == {
-        "channel": "Email",
-        "outcome": "delivered",
-        "provider": "email 1",
-        "attempts": 2,
-        "skipped": 0,
-    }
+    assert json.loads(json.dumps(line["channels"])) == [
+        {
+            "channel": "Email",
+            "outcome": "delivered",
+            "provider": "email 3",
+            "attempts": 2,
+            "skipped": 1,
+            "providers": [
+                {"provider": "email 1", "outcome": "unknown", "reason": "503", "ms": 12},
+                {"provider": "email 2", "outcome": "skipped", "reason": "open"},
+                {"provider": "email 3", "outcome": "accepted", "ms": 3},
+            ],
+        }
+    ]
+
+
+def test_the_line_of_a_failed_channel_names_no_provider_that_accepted(
+    client: FlaskClient, delivery: FakeDelivery, request_line: RequestLine
+) -> None:
+    delivery.outcome = "failed"
+    client.post(NOTIFY, json=GOOD)
+    (email,) = request_line()["channels"]
+    assert (email["outcome"], email["provider"]) == ("failed", None)
+
+
+def test_the_line_of_a_refused_request_has_its_code_and_the_reason(
+    client: FlaskClient, request_line: RequestLine
+) -> None:
+    client.post(NOTIFY, json=GOOD | {"to": "nobody@"})
+    line = request_line()
+    assert (line["status"], line["code"]) == (422, "E101")
+    assert line["reason"] == "to: must be an e-mail address"
+    assert "nobody" not in repr(line)
+
+
+@pytest.mark.parametrize(("places", "reason"), [(0, "the queue is full"), (1, "no place in time")])
+def test_the_line_of_a_request_without_a_place_says_why(
+    places: int, reason: str, client: FlaskClient, app: Flask, request_line: RequestLine
+) -> None:
+    app.extensions["notifier"].capacity = capacity = Capacity(places, 0.0)
+    with capacity if places else nullcontext():
+        client.post(NOTIFY, json=GOOD)
+    line = request_line()
+    assert (line["status"], line["code"], line["reason"]) == (503, "E106", reason)
+    assert line["levelname"] == "WARNING"
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/healthz"])
+def test_the_line_of_a_request_that_nobody_serves_has_its_code(
+    path: str, client: FlaskClient, request_line: RequestLine
+) -> None:
+    status = client.post(path).status_code
+    assert request_line()["code"] == {404: "E103", 405: "E104"}[status]
 
 
 @pytest.mark.parametrize(

@@ -202,10 +202,11 @@ def test_an_attempt_that_the_requests_deadline_cut_short_says_nothing_about_the_
     kind: str, breakers: RecordingBreakers, caplog: pytest.LogCaptureFixture
 ) -> None:
     failed = failure(Attempts(FailingTransport(Fault(kind)), breakers, TIMEOUT), deadline=0.0)
-    assert (failed.outcome, failed.reason) == ("deadline", "deadline")
+    assert (failed.outcome, failed.reason) == ("unknown", "deadline")
     assert breakers.recorded == [(HOST, None)]
     (record,) = logged(caplog)
-    assert record.levelname == "ERROR"
+    assert (record.levelname, record.getMessage()) == ("ERROR", "attempt failed")
+    assert (record.__dict__["outcome"], record.__dict__["reason"]) == ("unknown", "deadline")
 
 
 def test_a_failure_before_a_near_deadline_is_the_endpoints(breakers: RecordingBreakers) -> None:
@@ -215,12 +216,12 @@ def test_a_failure_before_a_near_deadline_is_the_endpoints(breakers: RecordingBr
 
 
 @pytest.mark.parametrize(
-    ("deadline", "outcome", "endpoint_failed"),
-    [(104.4, "deadline", None), (104.6, "unknown", True), (107.0, "unknown", True)],
+    ("deadline", "reason", "endpoint_failed"),
+    [(104.4, "deadline", None), (104.6, "timeout", True), (107.0, "timeout", True)],
 )
 def test_an_attempt_that_used_up_its_own_time_is_the_endpoints_failure(
     deadline: float,
-    outcome: str,
+    reason: str,
     endpoint_failed: bool | None,
     breakers: RecordingBreakers,
     monkeypatch: pytest.MonkeyPatch,
@@ -230,7 +231,7 @@ def test_an_attempt_that_used_up_its_own_time_is_the_endpoints_failure(
     attempts = Attempts(FailingTransport(Fault.TIMEOUT), breakers, TIMEOUT)
     with pytest.raises(AttemptFailed) as raised:
         attempts.send(make_provider(), MESSAGE, deadline)
-    assert raised.value.outcome == outcome
+    assert (raised.value.outcome, raised.value.reason) == ("unknown", reason)
     assert breakers.recorded == [(HOST, endpoint_failed)]
 
 
@@ -260,7 +261,7 @@ def test_a_url_that_is_none_is_skipped_with_an_error_and_asks_no_breaker(
     assert len(answers.calls) == 0
     assert breakers.calls == []
     (record,) = logged(caplog)
-    assert record.levelname == "ERROR"
+    assert (record.levelname, record.getMessage()) == ("ERROR", "attempt failed")
     assert record.__dict__["provider_id"] == 7
 
 
@@ -271,6 +272,18 @@ def test_a_url_that_only_requests_refuses_is_skipped_and_records_nothing(
     failed = failure(attempts, make_provider("http://*.example.com/"))
     assert (failed.outcome, failed.reason) == ("skipped", "url")
     assert breakers.recorded == [("*.example.com:80", None)]
+
+
+SKIPPED_LINE = {
+    "channel": "Email",
+    "provider": "mailer",
+    "provider_id": 7,
+    "host": HOST,
+    "outcome": "skipped",
+    "reason": "open",
+    "detail": None,
+    "times": 1,
+}
 
 
 def test_while_the_breaker_is_open_nothing_is_sent_and_no_call_counted(
@@ -284,8 +297,10 @@ def test_while_the_breaker_is_open_nothing_is_sent_and_no_call_counted(
     outcomes = [failure(attempts).outcome for _ in range(5)]
     assert outcomes == ["unknown"] * 3 + ["skipped"] * 2
     assert len(answers.calls) == 3
-    refused = [record for record in logged(caplog) if record.levelname == "ERROR"]
-    assert [(one.__dict__["reason"], one.__dict__["times"]) for one in refused] == [("breaker", 1)]
+    *failures, refused = logged(caplog)
+    assert "provider skipped" not in {record.getMessage() for record in failures}
+    assert (refused.levelname, refused.getMessage()) == ("WARNING", "provider skipped")
+    assert refused.__dict__.items() >= SKIPPED_LINE.items()
     for name in ("http_client_requests_total", "http_client_duration_seconds_count"):
         assert growth(name) == {("POST", HOST, "503", ""): 3}
 
@@ -300,7 +315,7 @@ def test_the_refusals_of_each_provider_are_logged(
     for provider_id in (7, 8):
         with pytest.raises(AttemptFailed):
             attempts.send(replace(make_provider(), id=provider_id), MESSAGE, math.inf)
-    refused = [record for record in logged(caplog) if record.levelname == "ERROR"]
+    refused = [one for one in logged(caplog) if one.getMessage() == "provider skipped"]
     assert [record.__dict__["provider_id"] for record in refused] == [7, 8]
 
 
@@ -397,7 +412,7 @@ def test_a_refusal_by_the_breaker_is_no_exception_of_its_library(
     with pytest.raises(CircuitBreakerError), breakers.of(HOST).calling():
         pass
     failed = failure(Attempts(transport, breakers, TIMEOUT))
-    assert (failed.outcome, failed.reason) == ("skipped", "breaker")
+    assert (failed.outcome, failed.reason) == ("skipped", "open")
     assert failed.__suppress_context__
     assert len(answers.calls) == 0
 

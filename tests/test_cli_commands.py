@@ -85,6 +85,20 @@ def test_every_command_that_runs_says_in_one_line_which_settings_are_missing(com
     assert line.startswith("notifier cannot start: DB_HOST is missing: ")
 
 
+def test_a_command_warns_of_variables_that_are_perhaps_misspelt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("DB_SLMODE", "CIRCUT_BREAKER_WINDOW"):
+        monkeypatch.setenv(name, "s3cr3t-value")
+    result = flask("providers", "list")
+    assert result.stderr == (
+        "warning: unknown variables have no effect: "
+        "CIRCUT_BREAKER_WINDOW (did you mean CIRCUIT_BREAKER_WINDOW?), "
+        "DB_SLMODE (did you mean DB_SSLMODE?)\n"
+    )
+    assert "s3cr3t-value" not in result.output
+
+
 def test_a_command_line_that_cannot_be_understood_is_told_before_settings_are_missing() -> None:
     for wrong in (["unknown"], ["providers", "unknown"], ["providers", "remove"]):
         assert flask(*wrong).exit_code == 2

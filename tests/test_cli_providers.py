@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -311,26 +311,30 @@ def test_a_prompt_needs_a_terminal(database: Environment) -> None:
     assert message == "Error: --secret-prompt needs a terminal: use --secret-stdin"
 
 
-def typed(
-    environment: Environment, answers: list[tuple[str, str]], *command: str
-) -> tuple[int, str]:
-    """Run a command at a terminal, answer its prompts, and return its exit code and all that the
-    terminal has shown."""
+PROMPTS = ("Secret: ", "Repeat for confirmation: ")
+
+
+def typed(environment: Environment, texts: Sequence[str], *command: str) -> tuple[int, str]:
+    """Run a command at a terminal, and send it each text at the next of its prompts.
+
+    Return the exit code and all that the terminal has shown. What the command has not read must be
+    gone: the operator's shell would take it for commands.
+    """
     terminal, end = pty.openpty()
-    try:
-        running = process(
-            environment, *command, stdin=end, stdout=end, stderr=end, start_new_session=True
-        )
-    finally:
-        os.close(end)
+    running = process(
+        environment, *command, stdin=end, stdout=end, stderr=end, start_new_session=True
+    )
     shown = b""
-    with running, os.fdopen(terminal, "r+b", buffering=0) as keyboard:
+    with running, os.fdopen(terminal, "wb") as keyboard:
         try:
-            for prompt, line in answers:
-                shown += read_until(keyboard.fileno(), prompt.encode())
-                keyboard.write(f"{line}\n".encode())
-            shown += read_until(keyboard.fileno(), None)
-            return running.wait(20), shown.decode()
+            for prompt, text in zip(PROMPTS, texts, strict=False):
+                shown += read_until(terminal, prompt.encode())
+                keyboard.write(text.encode())
+                keyboard.flush()
+            code = running.wait(30)
+            assert not select.select([end], [], [], 0.1)[0], os.read(end, 100)
+            os.close(end)
+            return code, (shown + read_until(terminal, None)).decode()
         finally:
             running.kill()
 
@@ -349,20 +353,52 @@ def read_until(terminal: int, last: bytes | None) -> bytes:
     return shown
 
 
-def test_a_secret_is_typed_twice_and_never_shown(database: Environment) -> None:
-    answers = [
-        ("Secret: ", SECRET),
-        ("Repeat for confirmation: ", f"{SECRET}-mistyped"),
-        ("Secret: ", ""),
-        ("Secret: ", SECRET),
-        ("Repeat for confirmation: ", SECRET),
-    ]
-    code, shown = typed(database, answers, *ADD, "--secret-prompt")
+@pytest.mark.parametrize("secret", [SECRET, "s3cr3t" * 500], ids=["short", "long"])
+def test_a_secret_is_typed_twice_and_never_shown(secret: str, database: Environment) -> None:
+    code, shown = typed(database, [f"{secret}\n", f"{secret}\n"], *ADD, "--secret-prompt")
     assert code == 0, shown
-    assert secrets(database) == [SECRET]
-    assert "do not match" in shown
+    assert secrets(database) == [secret]
     assert cells(shown)[-1] == ROW
-    assert SECRET not in shown
+    assert "s3cr3t" not in shown
+
+
+DIFFER = (
+    "Error: the two entries differ, or more than two lines came: nothing is stored. For a secret of"
+    " several lines use --secret-file or --secret-stdin"
+)
+UNUSABLE = (
+    "Error: the secret is too long for a terminal, or holds control characters: nothing is stored."
+    " Instead use --secret-file or --secret-stdin"
+)
+
+# What comes at the first prompt and, if something does, at the second; and the error.
+REFUSED = {
+    "mistyped": (["s3cr3t\n", "s3cr3t, mistyped\n"], DIFFER),
+    "three lines": (["s3cr3t 1\ns3cr3t 2\ns3cr3t 3\n"], DIFFER),
+    "lines that agree later": (["s3cr3t 1\ns3cr3t 2\ns3cr3t 2\ns3cr3t 2\n"], DIFFER),
+    "a blank second line": (["s3cr3t 1\n\ns3cr3t 3\n"], DIFFER),
+    "a blank first line": (["\ns3cr3t 2\ns3cr3t 2\n"], DIFFER),
+    "lines in pieces": (["s3cr3t 1\n", "s3cr3t 2\ns3cr3t 3"], DIFFER),
+    "no last line end, twice": (["s3cr3t 1\ns3cr3t 2", "s3cr3t 1\ns3cr3t 2\n"], DIFFER),
+    "lines that agree at first": (["s3cr3t\ns3cr3t\ns3cr3t 3\n"], DIFFER),
+    "the same without a line end": (["s3cr3t\ns3cr3t\ns3cr3t 3"], DIFFER),
+    "lines in brackets": (["\x1b[200~s3cr3t 1\ns3cr3t 2\x1b[201~\n"], DIFFER),
+    "brackets": (["\x1b[200~s3cr3t\x1b[201~\n"] * 2, UNUSABLE),
+    "a tab": (["s3cr3t\t\n"] * 2, UNUSABLE),
+    "cut by the terminal": (["s3cr3t" * 1000 + "\n"] * 2, UNUSABLE),
+    "empty": (["\n"] * 2, "Error: the secret is empty"),
+    "end of file": (["\x04"], "Aborted!"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_secret_that_a_prompt_cannot_take_whole_is_refused(
+    name: str, database: Environment
+) -> None:
+    texts, error = REFUSED[name]
+    code, shown = typed(database, texts, *ADD, "--secret-prompt")
+    assert (code, secrets(database)) == (1, [])
+    assert shown.splitlines()[-1] == error
     assert "s3cr3t" not in shown
 
 

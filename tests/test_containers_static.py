@@ -237,8 +237,9 @@ def test_a_stopping_container_has_time_for_the_drain_and_for_requests_under_way(
 
 
 def test_the_mock_providers_run_where_their_rows_say() -> None:
-    *_, module, bind, first, second, third, fourth = SERVICES["providers"]["command"]
-    assert (module, bind) == ("tools.dev.mock_provider", "--bind=0.0.0.0")
+    *_, module, service, bind, first, second, third, fourth = SERVICES["providers"]["command"]
+    assert (module, bind) == ("tools.dev.sandbox", "--bind=0.0.0.0")
+    assert service == "--service=http://notifier:8080"
     assert [first, second, third, fourth] == [f"{mock.name}={mock.port}" for mock in PROVIDERS]
     assert SERVICES["seed"]["command"][-2:] == ["tools.dev.seed", "providers"]
 

@@ -15,7 +15,15 @@ from psycopg import errors, sql
 
 from notifier.app import create_app
 from notifier.settings import Settings
-from notifier.store.db import Connection, Database, bounded, log_fields, reason, transaction
+from notifier.store.db import (
+    Connection,
+    Database,
+    bounded,
+    host_of,
+    log_fields,
+    reason,
+    transaction,
+)
 from tests.certificates import make_certificate
 from tests.fixtures import Environment, connect, one_role
 from tests.pgbouncer import PgBouncer
@@ -545,7 +553,36 @@ MADE = [
 @pytest.mark.parametrize(("error", "why"), MADE, ids=repr)
 def test_a_reason_is_told_by_sqlstate_before_text(error: Exception, why: str) -> None:
     assert reason(error) == why
-    assert log_fields(error) == {"error": type(error).__name__, "reason": why}
+    assert log_fields(error, "db.example.com:5432") == {
+        "error": type(error).__name__,
+        "reason": why,
+        "host": "db.example.com:5432",
+    }
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "hosts"),
+    [
+        ("db.example.com", "5432", "db.example.com:5432"),
+        ("a, b", "5432", "a:5432,b:5432"),
+        ("a,b", "5432,5433", "a:5432,b:5433"),
+        ("::1", "5432", "[::1]:5432"),
+        ("/run/postgresql", "5432", "/run/postgresql:5432"),
+    ],
+)
+def test_a_log_line_names_the_hosts_that_are_configured(host: str, port: str, hosts: str) -> None:
+    environ = {"DB_HOST": host, "DB_PORT": port}
+    environ |= {"DB_NAME": "none", "DB_USERNAME": "none", "DB_PASSWORD": "none"}
+    assert Database(Settings.from_env(environ)).hosts == hosts
+
+
+def test_a_log_line_names_the_host_that_is_connected_to(database: Environment) -> None:
+    """Of several; the first refuses connections here."""
+    host, port = database["DB_HOST"], database["DB_PORT"]
+    with refusing() as other:
+        several = database_of(database, DB_HOST=f"127.0.0.1,{host}", DB_PORT=f"{other},{port}")
+        with several.connect() as connection:
+            assert host_of(connection) == f"{host}:{port}"
 
 
 # --- a pooler

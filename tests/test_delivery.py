@@ -1,6 +1,7 @@
 """Who is asked, in which order, what each outcome means for the next and for the breaker, and when
 it all ends: real providers on real sockets."""
 
+import json
 import logging
 import socket
 import threading
@@ -104,10 +105,18 @@ def make(make_transport: MakeTransport, reports: list[Report]) -> Iterator[Calla
         yield make
 
 
+def described(result: ChannelResult) -> str:
+    """Return `Email failed: email 1 unknown 503, email 2 skipped open`; times are only checked."""
+    for one in result.providers:
+        assert (one.ms is None) == (one.outcome == "skipped")
+    tried = (" ".join(filter(None, (*one[:2], one.reason))) for one in result.providers)
+    return f"{result.channel} {result.outcome}: {', '.join(tried)}"
+
+
 @pytest.fixture
-def results(reports: list[Report]) -> Callable[[], list[Any]]:
-    """Return how the channels of the last delivery ended."""
-    return lambda: list(reports[-1].channels)
+def results(reports: list[Report]) -> Callable[[], list[str]]:
+    """Return how the channels of the last delivery ended, and each of their providers."""
+    return lambda: [described(result) for result in reports[-1].channels]
 
 
 def test_providers_are_asked_by_priority_and_then_by_id(
@@ -155,7 +164,7 @@ def test_the_provider_gets_the_contracts_body_and_headers(
 def test_any_2xx_is_accepted_and_nobody_else_is_asked(
     make: Callable[..., Made],
     make_provider: MakeProvider,
-    results: Callable[[], list[Any]],
+    results: Callable[[], list[str]],
     status: int,
 ) -> None:
     first, second = make_provider(answer(status, b"")), make_provider()
@@ -163,7 +172,7 @@ def test_any_2xx_is_accepted_and_nobody_else_is_asked(
     assert made.to(Recipient.BUYER)
     assert (len(first.received), len(second.received)) == (1, 0)
     assert made.recorded(first.host) == "success"
-    assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 1", 1)]
+    assert results() == ["Email delivered: email 1 accepted"]
 
 
 def after_the_status_line(data: bytes, then: Script) -> Script:
@@ -195,28 +204,32 @@ def test_an_accepted_message_is_never_sent_twice_however_its_answer_ends(
     assert made.recorded(first.host) == "success"
 
 
-FALLS_BACK: dict[str, tuple[Script, str]] = {
-    "hangs": (hang, "failure"),
-    "drips": (lambda peer, _: peer.drip(b"HTTP/1.1 200 O"), "failure"),
-    "resets": (reset, "failure"),
-    "closes": (close, "failure"),
-    "answers garbage": (lambda peer, _: peer.send(b"garbage\r\n\r\n"), "failure"),
-    "500": (answer(500), "failure"),
-    "502": (answer(502), "failure"),
-    "503": (answer(503, b"{}", "Retry-After: 1"), "failure"),
-    "599": (answer(599), "failure"),
-    "600": (answer(600), "failure"),
-    "408": (answer(408), "failure"),
-    "425": (answer(425), "failure"),
-    "429": (answer(429, b"{}", "Retry-After: 1"), "failure"),
-    "300": (answer(300), "success"),
-    "301": (answer(301, b"{}", "Location: /elsewhere"), "success"),
-    "307": (answer(307, b"{}", "Location: http://["), "success"),
-    "400": (answer(400), "success"),
-    "401": (answer(401, b"{}", 'WWW-Authenticate: Basic realm="x"'), "success"),
-    "404": (answer(404), "success"),
-    "418": (answer(418), "success"),
-    "499": (answer(499), "success"),
+FALLS_BACK: dict[str, tuple[Script, str, str]] = {
+    "hangs": (hang, "failure", "unknown timeout"),
+    "drips": (lambda peer, _: peer.drip(b"HTTP/1.1 200 O"), "failure", "unknown timeout"),
+    "resets": (reset, "failure", "unknown reset"),
+    "closes": (close, "failure", "unknown reset"),
+    "answers garbage": (
+        lambda peer, _: peer.send(b"garbage\r\n\r\n"),
+        "failure",
+        "unknown protocol",
+    ),
+    "500": (answer(500), "failure", "unknown 500"),
+    "502": (answer(502), "failure", "unknown 502"),
+    "503": (answer(503, b"{}", "Retry-After: 1"), "failure", "unknown 503"),
+    "599": (answer(599), "failure", "unknown 599"),
+    "600": (answer(600), "failure", "unknown 600"),
+    "408": (answer(408), "failure", "not_sent 408"),
+    "425": (answer(425), "failure", "not_sent 425"),
+    "429": (answer(429, b"{}", "Retry-After: 1"), "failure", "not_sent 429"),
+    "300": (answer(300), "success", "rejected 300"),
+    "301": (answer(301, b"{}", "Location: /elsewhere"), "success", "rejected 301"),
+    "307": (answer(307, b"{}", "Location: http://["), "success", "rejected 307"),
+    "400": (answer(400), "success", "rejected 400"),
+    "401": (answer(401, b"{}", 'WWW-Authenticate: Basic realm="x"'), "success", "rejected 401"),
+    "404": (answer(404), "success", "rejected 404"),
+    "418": (answer(418), "success", "rejected 418"),
+    "499": (answer(499), "success", "rejected 499"),
 }
 
 
@@ -224,10 +237,10 @@ FALLS_BACK: dict[str, tuple[Script, str]] = {
 def test_the_next_provider_is_asked_when_the_first(
     make: Callable[..., Made],
     make_provider: MakeProvider,
-    results: Callable[[], list[Any]],
+    results: Callable[[], list[str]],
     name: str,
 ) -> None:
-    script, recorded = FALLS_BACK[name]
+    script, recorded, ended = FALLS_BACK[name]
     first, second, third = make_provider(script), make_provider(), make_provider()
     made = make(Known(email=rows(first.url, second.url, third.url)), timeout=TIMEOUT)
     assert made.to(Recipient.BUYER)
@@ -235,10 +248,19 @@ def test_the_next_provider_is_asked_when_the_first(
     assert first.received[0].body == second.received[0].body
     assert made.recorded(first.host) == recorded
     assert made.recorded(second.host) == "success"
-    assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 2)]
+    assert results() == [f"Email delivered: email 1 {ended}, email 2 accepted"]
 
 
-@pytest.fixture(params=["refuses", "does not answer", "no such name", "no TLS", "not trusted"])
+UNREACHABLE = {
+    "refuses": "connect",
+    "does not answer": "connect",
+    "no such name": "dns",
+    "no TLS": "tls",
+    "not trusted": "tls",
+}
+
+
+@pytest.fixture(params=UNREACHABLE)
 def unreachable(request: pytest.FixtureRequest, make_provider: MakeProvider) -> Iterator[str]:
     """The URL of a provider to which nothing can be sent."""
     with ExitStack() as stack:
@@ -258,7 +280,8 @@ def test_the_next_provider_is_asked_when_the_first_cannot_be_reached(
     make: Callable[..., Made],
     make_provider: MakeProvider,
     unreachable: str,
-    results: Callable[[], list[Any]],
+    request: pytest.FixtureRequest,
+    results: Callable[[], list[str]],
 ) -> None:
     second = make_provider()
     first_row, second_row = rows(unreachable, second.url)
@@ -267,7 +290,8 @@ def test_the_next_provider_is_asked_when_the_first_cannot_be_reached(
     assert len(second.received) == 1
     assert first_row.endpoint
     assert made.recorded(first_row.endpoint) == "failure"
-    assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 2)]
+    reason = UNREACHABLE[request.node.callspec.params["unreachable"]]
+    assert results() == [f"Email delivered: email 1 not_sent {reason}, email 2 accepted"]
 
 
 @pytest.mark.parametrize(
@@ -276,7 +300,7 @@ def test_the_next_provider_is_asked_when_the_first_cannot_be_reached(
 def test_a_row_without_a_usable_url_is_skipped_with_an_error_in_the_log(
     make: Callable[..., Made],
     make_provider: MakeProvider,
-    results: Callable[[], list[Any]],
+    results: Callable[[], list[str]],
     caplog: pytest.LogCaptureFixture,
     url: str,
 ) -> None:
@@ -285,13 +309,13 @@ def test_a_row_without_a_usable_url_is_skipped_with_an_error_in_the_log(
     assert made.to(Recipient.BUYER)
     assert len(second.received) == 1
     assert list(made.breakers._by_endpoint) == [second.host]
-    assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 1, skipped=1)]
+    assert results() == ["Email delivered: email 1 skipped url, email 2 accepted"]
     (error,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert (error.__dict__["provider_id"], error.__dict__["reason"]) == (1, "url")
 
 
 def test_a_host_whose_breaker_is_open_is_skipped_and_its_breaker_records_nothing(
-    make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[Any]]
+    make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[str]]
 ) -> None:
     first, second = make_provider(answer(503)), make_provider()
     made = make(Known(email=rows(first.url, second.url)), min_calls=1)
@@ -299,9 +323,39 @@ def test_a_host_whose_breaker_is_open_is_skipped_and_its_breaker_records_nothing
     assert made.breakers.of(first.host).state == "open"
     for _ in range(3):
         assert made.to(Recipient.BUYER)
-        assert results() == [ChannelResult(Channel.EMAIL, "delivered", "email 2", 1, skipped=1)]
+        assert results() == ["Email delivered: email 1 skipped open, email 2 accepted"]
     assert (len(first.received), len(second.received)) == (1, 4)
     assert made.recorded(first.host) == "failure"  # the one before it opened
+
+
+def test_the_log_fields_of_a_report_have_every_provider_that_was_tried(
+    make: Callable[..., Made], make_provider: MakeProvider, reports: list[Report]
+) -> None:
+    def late(peer: Peer, received: Received) -> None:
+        peer.pause(0.1)
+        answer(503)(peer, received)
+
+    first, second = make_provider(late), make_provider()
+    made = make(Known(email=rows(first.url, "nonsense", second.url, second.url)))
+    assert made.to(Recipient.BUYER)
+    (entry,) = json.loads(json.dumps(reports[-1].log_fields()))
+    took = [one.pop("ms", None) for one in entry["providers"]]
+    assert entry == {
+        "channel": "Email",
+        "outcome": "delivered",
+        "provider": "email 3",
+        "attempts": 2,
+        "skipped": 1,
+        "providers": [
+            {"provider": "email 1", "outcome": "unknown", "reason": "503"},
+            {"provider": "email 2", "outcome": "skipped", "reason": "url"},
+            {"provider": "email 3", "outcome": "accepted"},
+        ],
+    }
+    assert isinstance(took[0], int)
+    assert 100 <= took[0] < 2000
+    assert took[1] is None
+    assert 0 <= took[2] < 2000
 
 
 def test_a_buyer_is_reached_by_email_alone(
@@ -328,7 +382,7 @@ def together(barrier: threading.Barrier) -> Script:
 
 
 def test_a_sellers_channels_are_under_way_at_the_same_time_with_the_same_request_id(
-    make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[Any]]
+    make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[str]]
 ) -> None:
     script = together(threading.Barrier(2))
     email, push = make_provider(script), make_provider(script)
@@ -342,8 +396,8 @@ def test_a_sellers_channels_are_under_way_at_the_same_time_with_the_same_request
         (received,) = provider.received
         assert received.headers["x-request-id"] == "the-request"
     assert results() == [
-        ChannelResult(Channel.EMAIL, "delivered", "email 1", 1),
-        ChannelResult(Channel.PUSH, "delivered", "push 1", 1),
+        "Email delivered: email 1 accepted",
+        "PushNotification delivered: push 1 accepted",
     ]
 
 
@@ -380,27 +434,34 @@ def test_a_channel_that_fails_never_stops_the_other_which_is_awaited(
 
 
 def test_without_a_provider_nothing_is_delivered(
-    make: Callable[..., Made], results: Callable[[], list[Any]]
+    make: Callable[..., Made], results: Callable[[], list[str]]
 ) -> None:
     assert not make(Known(email=())).to(Recipient.BUYER)
-    assert results() == [ChannelResult(Channel.EMAIL, "no_provider")]
+    assert results() == ["Email no_provider: "]
 
 
 def test_when_every_provider_fails_each_has_been_asked_once(
-    make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[Any]]
+    make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[str]]
 ) -> None:
     providers = [make_provider(answer(status)) for status in (500, 404, 429)]
     assert not make(Known(email=rows(*(p.url for p in providers)))).to(Recipient.BUYER)
     assert [len(provider.received) for provider in providers] == [1, 1, 1]
-    assert results() == [ChannelResult(Channel.EMAIL, "failed", None, 3)]
+    ended = "email 1 unknown 500, email 2 rejected 404, email 3 not_sent 429"
+    assert results() == [f"Email failed: {ended}"]
 
 
 def test_providers_that_are_skipped_are_no_attempts_when_all_fail_either(
-    make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[Any]]
+    make: Callable[..., Made],
+    make_provider: MakeProvider,
+    results: Callable[[], list[str]],
+    reports: list[Report],
 ) -> None:
     provider = make_provider(answer(404))
     assert not make(Known(email=rows("ftp://a/", provider.url, "b"))).to(Recipient.BUYER)
-    assert results() == [ChannelResult(Channel.EMAIL, "failed", None, 1, skipped=2)]
+    ended = "email 1 skipped url, email 2 rejected 404, email 3 skipped url"
+    assert results() == [f"Email failed: {ended}"]
+    (entry,) = reports[-1].log_fields()
+    assert (entry["attempts"], entry["skipped"]) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -484,16 +545,17 @@ SLOW: list[Script] = [
 def test_an_attempt_cut_short_is_the_last_and_counts_for_nothing(
     make: Callable[..., Made],
     make_provider: MakeProvider,
-    results: Callable[[], list[Any]],
+    results: Callable[[], list[str]],
     script: Script,
 ) -> None:
-    first, second = make_provider(script), make_provider()
-    made = make(Known(email=rows(first.url, second.url)), timeout=10, deadline=0.5)
+    first, *others = make_provider(script), make_provider(), make_provider()
+    made = make(Known(email=rows(first.url, *(p.url for p in others))), timeout=10, deadline=0.5)
     with within(3):
         assert not made.to(Recipient.BUYER)
-    assert (len(first.received), len(second.received)) == (1, 0)
+    assert [len(provider.received) for provider in (first, *others)] == [1, 0, 0]
     assert made.recorded(first.host) == "nothing"
-    assert results() == [ChannelResult(Channel.EMAIL, "failed", None, 1)]
+    late = "email 2 skipped deadline, email 3 skipped deadline"
+    assert results() == [f"Email failed: email 1 unknown deadline, {late}"]
 
 
 @pytest.fixture(params=["look-up", "connect", "tls"])
@@ -530,14 +592,14 @@ def test_an_attempt_cut_short_before_its_message_is_sent_counts_for_nothing_eith
 
 
 def test_with_less_than_a_quarter_of_a_second_left_no_attempt_is_begun(
-    make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[Any]]
+    make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[str]]
 ) -> None:
     first, second = make_provider(hang), make_provider()
     made = make(Known(email=rows(first.url, second.url)), timeout=0.4, deadline=0.6)
     assert not made.to(Recipient.BUYER)
     assert (len(first.received), len(second.received)) == (1, 0)
     assert made.recorded(first.host) == "failure"  # it had all of its time
-    assert results() == [ChannelResult(Channel.EMAIL, "failed", None, 1)]
+    assert results() == ["Email failed: email 1 unknown timeout, email 2 skipped deadline"]
 
 
 def test_the_shortest_deadline_that_the_settings_take_is_enough_for_an_attempt(

@@ -319,9 +319,8 @@ def test_a_cold_cache_without_a_server_knows_nothing_and_asks_once_a_second(
                 ask(known)
             assert counting.connections == asked
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert [(error.__dict__["error"], error.__dict__["reason"]) for error in errors] == [
-        ("OperationalError", "refused")
-    ] * 2
+    named = [[error.__dict__[name] for name in ("error", "reason", "host")] for error in errors]
+    assert named == [["OperationalError", "refused", f"{database['DB_HOST']}:{port}"]] * 2
     assert database["DB_PASSWORD"] not in caplog.text
 
 
@@ -574,11 +573,17 @@ def test_a_primary_gives_the_place_in_its_log_after_what_was_read(
 def test_a_missing_table_is_a_database_error_like_any_other(
     empty_database: Environment, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(PreferencesUnavailable):
-        ask(Preferences(Counting(one_role(empty_database)), LIFETIME))
+    """Its line names the one of several hosts that answered."""
+    host, port = empty_database["DB_HOST"], empty_database["DB_PORT"]
+    with refusing() as other:
+        several = {"DB_HOST": f"{host},{host}", "DB_PORT": f"{other},{port}"}
+        known = Preferences(Counting(one_role(empty_database) | several), LIFETIME)
+        with pytest.raises(PreferencesUnavailable):
+            ask(known)
     (error,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert error.__dict__["error"] in ("UndefinedTable", "UndefinedObject")
     assert error.__dict__["reason"] == "the database, the user or the table does not exist"
+    assert error.__dict__["host"] == f"{host}:{port}"
 
 
 @pytest.mark.parametrize(("seconds", "longest"), [(30, DATABASE_WAIT), (0.3, 0.3), (-1, 0)])

@@ -589,12 +589,38 @@ def test_a_server_that_is_away_costs_few_attempts_and_lines(
             "refused",
             "no answer in time",
         }
+        assert {record.__dict__["host"] for record in errors(caplog)} == {f"{LOOPBACK}:{port}"}
         time.sleep(1)  # more of it would show a loop without a pause
         assert len(errors(caplog)) <= 8
 
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     return [record for record in caplog.records if record.levelno == logging.ERROR]
+
+
+def test_a_lost_connection_is_logged_with_its_host_and_not_with_all_that_are_configured(
+    make: Make, database: Environment, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = database["DB_HOST"], database["DB_PORT"]
+    with refusing() as other:
+        make(variables={"DB_HOST": f"{host},{host}", "DB_PORT": f"{other},{port}"}.items())
+        wait_until_listening()
+        with Database(Settings.from_env(database)).connect() as ending:
+            ending.execute("SELECT pg_terminate_backend(%s)", listeners(database))
+        eventually(lambda: errors(caplog))
+    assert errors(caplog)[0].__dict__["host"] == f"{host}:{port}"
+
+
+@pytest.mark.parametrize("listening", [True, False])
+def test_where_no_host_can_be_connected_to_the_line_names_all_that_are_configured(
+    make: Make, caplog: pytest.LogCaptureFixture, *, listening: bool
+) -> None:
+    with refusing() as first, refusing() as second:
+        several = {"DB_HOST": f"{LOOPBACK},{LOOPBACK}", "DB_PORT": f"{first},{second}"}
+        make(variables=several.items(), **({} if listening else {"listening": None}))
+        eventually(lambda: len(errors(caplog)) >= 2)
+    expected = f"{LOOPBACK}:{first},{LOOPBACK}:{second}"
+    assert {record.__dict__["host"] for record in errors(caplog)} == {expected}
 
 
 def test_a_connection_that_worked_is_made_again_soon_however_often_it_is_lost(

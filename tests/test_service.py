@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ import requests
 from tests.fixtures import connect, create_database
 from tests.scripted_provider import Peer, Received, Script, answer, close, reset
 from tests.service import MESSAGE, ROOT, Service, clean_environment
+from tests.sockets import refusing
 from tests.timing import eventually
 
 StartService = Callable[..., Service]
@@ -114,6 +116,58 @@ def test_the_request_id_reaches_providers_and_every_log_line_from_pool_threads_t
     assert len(unusable.headers["X-Request-Id"]) == 32
 
 
+def lines_of(service: Service, request_id: str) -> list[dict[str, Any]]:
+    """Return what an operator finds who greps the log for one request."""
+    return [line for line in service.lines() if line["request_id"] == request_id]
+
+
+def test_every_failed_request_is_explained_under_its_own_id(
+    start_service: StartService, make_provider, add_provider
+):
+    """Those too that come within the second in which refusals of a breaker are logged once."""
+    first, second = make_provider(answer(503)), make_provider(answer(429))
+    add_provider(first.url, name="email 1", priority=1)
+    add_provider(second.url, name="email 2", priority=2)
+    service = start_service()
+    ids = [f"request-{number}" for number in range(12)]
+    for request_id in ids:
+        assert service.notify(headers={"X-Request-Id": request_id}).status_code == 500
+
+    for number, request_id in enumerate(ids):
+        (request,) = (one for one in lines_of(service, request_id) if one["message"] == "request")
+        assert (request["level"], request["code"]) == ("ERROR", "E102")
+        (email,) = request["channels"]
+        ended = [(one["provider"], one["outcome"], one["reason"]) for one in email["providers"]]
+        if number < 3:
+            assert ended == [("email 1", "unknown", "503"), ("email 2", "not_sent", "429")]
+            assert all(isinstance(one["ms"], int) for one in email["providers"])
+        else:
+            assert ended == [("email 1", "skipped", "open"), ("email 2", "skipped", "open")]
+            assert not any("ms" in one for one in email["providers"])
+    skipped = [line for line in service.lines() if line["message"] == "provider skipped"]
+    assert {line["level"] for line in skipped} == {"WARNING"}
+    assert 2 <= len(skipped) < 2 * 9  # not one for each request
+    failed = [line for line in service.lines() if line["message"] == "attempt failed"]
+    assert len(failed) == 2 * 3
+
+
+def test_a_channel_whose_providers_cannot_be_read_is_explained_under_each_requests_id(
+    start_service: StartService,
+):
+    with refusing() as port:
+        service = start_service(DB_PORT=str(port))
+        ids = [f"request-{number}" for number in range(5)]
+        for request_id in ids:
+            reply = service.notify("seller", headers={"X-Request-Id": request_id})
+            assert reply.status_code == 500
+    for request_id in ids:
+        lines = lines_of(service, request_id)
+        (request,) = (line for line in lines if line["message"] == "request")
+        assert [one["providers"] for one in request["channels"]] == [[], []]
+        unread = [line for line in lines if line["message"] == "preferences unavailable"]
+        assert {line["channel"] for line in unread} == {"Email", "PushNotification"}
+
+
 @pytest.fixture(scope="module")
 def idle_service(tmp_path_factory: pytest.TempPathFactory, server, _migrated) -> Iterator[Service]:
     """A service whose callers never get as far as its providers."""
@@ -174,12 +228,27 @@ def test_a_body_that_stalls_does_not_keep_its_thread(idle_service: Service):
 def test_gunicorn_logs_json_and_says_what_of_a_go_environment_has_no_effect(
     start_service: StartService,
 ):
-    service = start_service(GIN_MODE="release", CACHE_MAX_COST="1000", APP_NAME="shop")
+    go = {"GIN_MODE": "release", "CACHE_MAX_COST": "1000"}
+    service = start_service(WEB_CONCURRENCY="2", APP_NAME="shop", **go)
     assert service.stop() == 0
     lines = service.lines()
     assert {line["app"] for line in lines} == {"shop"}
     told = [line["variables"] for line in lines if "variables" in line]
     assert told == [["GIN_MODE", "CACHE_MAX_COST"]]
+
+
+def test_a_start_warns_once_of_variables_that_are_perhaps_misspelt(start_service: StartService):
+    misspelt = {"DB_SLMODE": "s3cr3t-value", "WEB_THREAD": "s3cr3t-value"}
+    service = start_service(WEB_CONCURRENCY="2", **misspelt)
+    service.notify()
+    assert service.stop() == 0
+    (told,) = (line for line in service.lines() if "variables" in line)
+    assert (told["level"], told["logger"]) == ("WARNING", "notifier.settings")
+    assert told["variables"] == [
+        {"name": "DB_SLMODE", "nearest": "DB_SSLMODE"},
+        {"name": "WEB_THREAD", "nearest": "WEB_THREADS"},
+    ]
+    assert "s3cr3t-value" not in service.log.read_text()
 
 
 @pytest.mark.parametrize(

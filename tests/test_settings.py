@@ -20,6 +20,7 @@ from notifier.settings import (
     SettingsError,
     available_cpus,
     settings_or_exit,
+    unknown_variables,
 )
 
 PASSWORD = "hunter2-p4ss"
@@ -279,6 +280,56 @@ def test_a_deadline_below_one_attempt_is_shown_in_seconds() -> None:
 
 def test_variables_of_the_go_service_without_effect_are_accepted() -> None:
     assert read(**dict.fromkeys(WITHOUT_EFFECT, "whatever")) == read()
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("DB_SLMODE", "DB_SSLMODE"),
+        ("DB_SSL_MODE", "DB_SSLMODE"),
+        ("DB_PASS", "DB_PASSWORD"),
+        ("DB_PASSWORD_FILES", "DB_PASSWORD_FILE"),
+        ("DB_USERNAME_FILE", "DB_USERNAME"),
+        ("HTTP_CLIENT_TIMOUT", "HTTP_CLIENT_TIMEOUT"),
+        ("HTTP_SERVER_HOST", "HTTP_SERVER_PORT"),
+        ("CIRCUIT_BREAKER_WINDOWS", "CIRCUIT_BREAKER_WINDOW"),
+        ("CACHE_EXPIRE_TIME", "CACHE_EXPIRED_TIME"),
+        ("NOTIFY_DEADLIN", "NOTIFY_DEADLINE"),
+        ("WEB_CONCURENCY", "WEB_CONCURRENCY"),
+        ("DRAIN_DELY", "DRAIN_DELAY"),
+        # The prefix itself is misspelt.
+        ("CIRCUT_BREAKER_WINDOW", "CIRCUIT_BREAKER_WINDOW"),
+        ("NOTFY_DEADLINE", "NOTIFY_DEADLINE"),
+        ("DBHOST", "DB_HOST"),
+        ("LOGLEVEL", "LOG_LEVEL"),
+        ("APPNAME", "APP_NAME"),
+        ("db_sslmode", "DB_SSLMODE"),
+    ],
+)
+def test_a_misspelt_variable_is_unknown_and_its_nearest_is_named(name: str, nearest: str) -> None:
+    assert unknown_variables(REQUIRED | {name: "anything"}) == {name: nearest}
+    assert unknown_variables(REQUIRED | {name: " "}) == {}
+
+
+OTHERS_VARIABLES = [
+    *("LOGNAME", "LOG_FORMAT", "LOG_FILE", "UV_LOG_LEVEL", "APP_ENV", "APP_HOME", "APP_VERSION"),
+    *("PGHOST", "PGPORT", "PGUSER", "PGPASSWORD", "PGSSLMODE", "PGSSLROOTCERT", "DATABASE_URL"),
+    *("POSTGRES_PASSWORD", "MYSQL_HOST", "DJANGO_DB_HOST", "APP_DB_NAME", "XDG_CACHE_HOME"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+    *("SSL_CERT_FILE", "AWS_CA_BUNDLE", "PATH", "HOME", "HOSTNAME", "PORT", "LANG", "TZ", "PWD"),
+    *("NOTIFY_SOCKET", "CACHE_DIRECTORY", "GUNICORN_CMD_ARGS", "PROMETHEUS_MULTIPROC_DIR"),
+    *("DB_SERVICE_HOST", "DB_SERVICE_PORT", "DB_SERVICE_PORT_POSTGRES", "DB_PORT_5432_TCP"),
+    *("DB_PORT_5432_TCP_ADDR", "WEB_SERVICE_HOST", "WEB_PORT", "WEB_PORT_80_TCP_PROTO"),
+]
+
+
+def test_variables_of_others_are_not_taken_for_misspelt_ones() -> None:
+    assert unknown_variables(dict.fromkeys(OTHERS_VARIABLES, "anything")) == {}
+
+
+def test_no_variable_of_ours_is_unknown() -> None:
+    ours = [*VARIABLES, *(f"{name}_FILE" for name in SECRETS), *WITHOUT_EFFECT]
+    assert unknown_variables(dict.fromkeys(ours, "anything")) == {}
 
 
 def test_variables_are_read_in_capitals_only() -> None:

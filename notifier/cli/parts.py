@@ -8,7 +8,7 @@ import click
 from flask import current_app
 
 from notifier.attempts import Attempts
-from notifier.settings import Settings, SettingsError, settings_or_exit
+from notifier.settings import Settings, SettingsError, settings_or_exit, unknown_variables
 
 
 class Parts(Protocol):
@@ -27,16 +27,21 @@ def read_settings() -> Settings | None:
     Return None instead while flask only looks for a command: it loads the application even to show
     `--help`, which works in any environment. `parts` ends the process if the command then runs.
     """
-    if not _is_looking_for_command():
+    context = click.get_current_context(silent=True)
+    if context is not None:  # in a worker there is none, and gunicorn's master has warned
+        _warn_of_unknown_variables()
+    if context is None or not isinstance(context.command, click.Group):
         return settings_or_exit()
     with suppress(SettingsError):
         return Settings.from_env(os.environ)
     return None
 
 
-def _is_looking_for_command() -> bool:
-    context = click.get_current_context(silent=True)
-    return context is not None and isinstance(context.command, click.Group)
+def _warn_of_unknown_variables() -> None:
+    unknown = unknown_variables(os.environ).items()
+    if unknown:
+        names = ", ".join(f"{name} (did you mean {nearest}?)" for name, nearest in unknown)
+        click.echo(f"warning: unknown variables have no effect: {names}", err=True)
 
 
 def parts() -> Parts:

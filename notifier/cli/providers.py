@@ -77,7 +77,9 @@ def _values_options(*, required: bool) -> Callable[[Command], Command]:
         click.option("--name", "provider_name", required=required, help="What people call it."),
         click.option("--host", metavar="URL", required=required, help="Where messages are posted."),
         click.option("--priority", type=int, help="The lowest is tried first. A new row has 0."),
-        click.option("--secret-prompt", is_flag=True, help="Ask for the secret, twice, unseen."),
+        click.option(
+            "--secret-prompt", is_flag=True, help="Ask for the secret, one line, twice, unseen."
+        ),
         click.option("--secret-stdin", is_flag=True, help="Read the secret from standard input."),
         click.option(
             "--secret-file",

@@ -22,7 +22,7 @@ from typing import Any
 from gunicorn.glogging import Logger
 
 from notifier import logs
-from notifier.settings import WITHOUT_EFFECT, Settings, SettingsError
+from notifier.settings import WITHOUT_EFFECT, Settings, SettingsError, unknown_variables
 
 # A file system in memory, where a write never waits for a disk. None if this machine has none.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 names are random
@@ -60,7 +60,7 @@ class JsonLogger(Logger):
 
 
 def on_starting(server: Any) -> None:
-    """Log once which variables of the Go service have no effect.
+    """Log once which variables have no effect: the Go service's, and those that seem misspelt.
 
     Raises:
         SystemExit: gunicorn is configured in a way that the service cannot work with.
@@ -73,6 +73,10 @@ def on_starting(server: Any) -> None:
     if ignored:
         message = "variables of the Go service that have no effect here"
         logging.getLogger("notifier.settings").info(message, extra={"variables": ignored})
+    if unknown := unknown_variables(os.environ):
+        seen = [{"name": name, "nearest": nearest} for name, nearest in unknown.items()]
+        message = "unknown variables that have no effect, perhaps misspelt"
+        logging.getLogger("notifier.settings").warning(message, extra={"variables": seen})
 
 
 def when_ready(server: Any, settings: Settings) -> None:

@@ -100,8 +100,8 @@ REASONS_BY_TEXT = {
 class Database:
     """Connects to one place as one role, and keeps no connection.
 
-    By default these are the serving ones. `wait` is how long a request waits for it at most, in
-    seconds: each of several hosts may take `DATABASE_WAIT`.
+    By default these are the serving ones. `hosts` is the place in log lines. `wait` is how long a
+    request waits for it at most, in seconds: each of several hosts may take `DATABASE_WAIT`.
 
     Args:
         place: hosts and ports as `Settings` has them.
@@ -119,6 +119,7 @@ class Database:
     ) -> None:
         self.username, self._password = role or (settings.db_username, settings.db_password)
         host, port = place or settings.serve_place
+        self.hosts = _hosts(host.split(","), port.split(","))
         self.wait = DATABASE_WAIT * len(host.split(","))
         self._parameters: dict[str, Any] = {
             "host": host,
@@ -219,9 +220,24 @@ def reason(error: BaseException) -> str:
     return next((ours for theirs, ours in REASONS_BY_TEXT.items() if theirs in text), "unknown")
 
 
-def log_fields(error: BaseException) -> dict[str, str]:
-    """Return what a log line may say about an error of PostgreSQL."""
-    return {"error": type(error).__name__, "reason": reason(error)}
+def log_fields(error: BaseException, host: str) -> dict[str, str]:
+    """Return what a log line may say about an error of PostgreSQL.
+
+    Args:
+        host: `host_of` the connection, or the `hosts` of a `Database` where there was none.
+    """
+    return {"error": type(error).__name__, "reason": reason(error), "host": host}
+
+
+def host_of(connection: Connection) -> str:
+    """Return `host:port` of the server at the other end."""
+    return _hosts([connection.info.host], [str(connection.info.port)])
+
+
+def _hosts(hosts: list[str], ports: list[str]) -> str:
+    """Return `a:5432,b:5432`; one port is that of all hosts."""
+    pairs = zip(hosts, ports if len(ports) > 1 else ports * len(hosts), strict=True)
+    return ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in pairs)
 
 
 def first_line(error: psycopg.Error) -> str:

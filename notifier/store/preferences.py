@@ -17,7 +17,7 @@ from notifier.errors import PreferencesUnavailable
 from notifier.logs import OncePerSecond
 from notifier.models import Channel, Provider
 from notifier.single_flight import SingleFlight
-from notifier.store.db import Connection, Database, log_fields, transaction
+from notifier.store.db import Connection, Database, host_of, log_fields, transaction
 
 QUERY = """
     SELECT id, provider_type::text, provider_name, host, secret_key
@@ -178,12 +178,14 @@ class Preferences:
         return held
 
     def _ask(self) -> None:
+        host = self._database.hosts
         try:
             with self._database.connect() as connection:
+                host = host_of(connection)
                 self.reload(connection)
         except (psycopg.Error, OSError) as error:
             self._first_load_at = self._clock() + FIRST_LOAD_PAUSE
-            log.error("database error", extra=log_fields(error))  # noqa: TRY400 its text names hosts
+            log.error("database error", extra=log_fields(error, host))  # noqa: TRY400 it names users
 
     def _keep(self, load: _Load, generation: int) -> bool:
         with self._keeping:

@@ -14,7 +14,7 @@ from typing import LiteralString
 import psycopg
 
 from notifier import metrics
-from notifier.store.db import DATABASE_WAIT, Connection, Database, bounded, log_fields
+from notifier.store.db import DATABASE_WAIT, Connection, Database, bounded, host_of, log_fields
 from notifier.store.preferences import CHANGES, Preferences
 
 PROBES: LiteralString = "notification_preferences_probe"
@@ -66,6 +66,7 @@ class Refresher:
         self._listening = listening
         self._replica = replica
         self._connection: Connection | None = None
+        self._host = (listening or database).hosts  # of the connection, or of the next one
         self._connected_before = False
         self._connects = _Backoff()
         self._reloads = _Backoff()
@@ -94,7 +95,7 @@ class Refresher:
                 try:
                     self._turn()
                 except (psycopg.Error, OSError) as error:
-                    _log(error)
+                    _log(error, self._host)
                     self._disconnect()
                 except Exception:
                     log.exception("could not refresh the preferences")
@@ -116,8 +117,9 @@ class Refresher:
     def _connect(self, place: Database) -> None:
         if self._connected_before:
             metrics.LISTENER_RECONNECTS.inc()
-        self._connected_before = True
+        self._connected_before, self._host = True, place.hosts
         self._connection = connection = place.connect()
+        self._host = host_of(connection)
         with bounded(connection, DATABASE_WAIT):
             _prove_delivery(connection, place)
             connection.execute(f"LISTEN {CHANGES}")
@@ -177,11 +179,13 @@ class Refresher:
         return False
 
     def _read(self, database: Database) -> bool:
+        host = database.hosts
         try:
             with database.connect() as connection:
+                host = host_of(connection)
                 kept = self._preferences.reload(connection)
         except (psycopg.Error, OSError) as error:
-            _log(error)
+            _log(error, host)
             return False
         if not kept:
             log.warning("standby is behind, what it has is not used")
@@ -249,5 +253,5 @@ def _jitter(low: float, high: float) -> float:
     return random.uniform(low, high)  # noqa: S311 no secret depends on it
 
 
-def _log(error: BaseException) -> None:
-    log.error("database error", extra=log_fields(error))
+def _log(error: BaseException, host: str) -> None:
+    log.error("database error", extra=log_fields(error, host))

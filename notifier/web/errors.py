@@ -1,11 +1,12 @@
-"""How each error becomes JSON. The only place that does."""
+"""Turns every error into JSON. No other module does."""
 
 from flask import Flask, Response, jsonify
 from werkzeug.exceptions import HTTPException, InternalServerError, MethodNotAllowed
 
 from notifier.errors import ApiError, DeliveryFailed, InvalidRequest
+from notifier.web.requests import current_request
 
-# What werkzeug raises by itself, by status: code and message.
+# Code and message of the errors that werkzeug raises itself, by status.
 _HTTP_ERRORS = {
     404: ("E103", "no such path"),
     405: ("E104", "method not allowed"),
@@ -17,11 +18,12 @@ def register(app: Flask) -> None:
     """Answer every error of `app` with `{"error": {"code", "message"}}`."""
     app.register_error_handler(ApiError, _api_error)
     app.register_error_handler(HTTPException, _http_error)
-    # Not for Exception: unhandled ones arrive here too, once they are logged, and tests see them.
+    # Not for Exception: flask logs an unhandled one first and passes it on as this, or to a test.
     app.register_error_handler(InternalServerError, _internal_error)
 
 
 def _envelope(status: int, code: str, message: str) -> Response:
+    current_request().log_fields["code"] = code
     response = jsonify(error={"code": code, "message": message})
     response.status_code = status
     return response
@@ -29,6 +31,8 @@ def _envelope(status: int, code: str, message: str) -> Response:
 
 def _api_error(error: ApiError) -> Response:
     response = _envelope(error.status, error.code, error.message)
+    if error.reason:
+        current_request().log_fields["reason"] = error.reason
     response.headers.update(error.headers)
     return response
 

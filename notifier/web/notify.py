@@ -1,4 +1,4 @@
-"""POST …/notify: parse the request, deliver, reply."""
+"""POST …/notify: parses the request, delivers, replies."""
 
 from flask import Blueprint, Response
 
@@ -25,7 +25,7 @@ def notify(recipient: str) -> Response:
         return message
 
     report = notifier().notify(to, read, current.began)
-    current.log_fields["channels"] = [result._asdict() for result in report.channels]
+    current.log_fields["channels"] = report.log_fields()
     if report.outcome is not ChannelOutcome.DELIVERED:
         raise DeliveryFailed
     return Response(_DELIVERED, content_type="application/json")

@@ -1,11 +1,11 @@
-"""Endpoints for operators: liveness, readiness, metrics."""
+"""Endpoints for operators: an overview, liveness, readiness, metrics."""
 
 import time
 from typing import Any
 
 from flask import Blueprint, Response, jsonify
 
-from notifier import metrics
+from notifier import __version__, metrics
 from notifier.errors import PreferencesUnavailable
 from notifier.store.preferences import Preferences
 from notifier.web.requests import OPERATORS, notifier
@@ -13,18 +13,47 @@ from notifier.web.requests import OPERATORS, notifier
 # Seconds. `/readyz` answers within a second, even if PostgreSQL hangs.
 READINESS_WAIT = 0.75
 
+OVERVIEW = {
+    "service": "notifier",
+    "version": __version__,
+    "purpose": "delivers notifications to buyers by email, and to sellers by email and push",
+    "endpoints": {
+        "POST /api/v1.0/recipient/<recipient>/notify": "send a notification to a buyer or seller",
+        "GET /healthz": "liveness",
+        "GET /readyz": "readiness",
+        "GET /metrics": "metrics for Prometheus",
+    },
+    # Paths in the repository.
+    "documents": {
+        "README.md": "start here",
+        "docs/api.md": "requests, replies and errors",
+        "docs/providers.md": "add and change providers",
+        "docs/settings.md": "environment variables",
+        "docs/operations.md": "start, stop, upgrade",
+        "docs/monitoring.md": "metrics, alerts and logs",
+        "docs/troubleshooting.md": "from a symptom to its cause",
+    },
+}
+
 blueprint = Blueprint(OPERATORS, __name__)
+
+
+# Not strict: a caller may send a URL without a path, and must not get a redirect to HTML.
+@blueprint.get("/", strict_slashes=False, provide_automatic_options=False)
+def overview() -> Response:
+    """Return what the service is, its endpoints, and where to read on."""
+    return jsonify(OVERVIEW)
 
 
 @blueprint.get("/healthz", provide_automatic_options=False)
 def healthz() -> Response:
-    """Say that this process answers; no I/O."""
+    """Answer without I/O: the process is alive."""
     return jsonify(message="server is running")
 
 
 @blueprint.get("/readyz", provide_automatic_options=False)
 def readyz() -> tuple[Response, int]:
-    """Report, check by check, whether this process should get requests."""
+    """Return each check, and 200 only if this process should get requests."""
     checks = {
         "preferences": _check_preferences(notifier().preferences),
         "shutdown": _check_shutdown(stopping=notifier().stopping()),

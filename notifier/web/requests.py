@@ -14,10 +14,11 @@ from notifier import metrics
 from notifier.logs import request_id
 from notifier.notifications import Notifier
 
-# RFC 9110's and PATCH. A caller may send any word as a method.
+# RFC 9110's, and PATCH. A caller may send any word as a method, which a metric must not show.
 METHODS = frozenset(HTTPMethod)
 
-# The blueprint whose requests are operators': counted, but not as work, and logged at DEBUG.
+# The blueprint of the operators' endpoints: their requests are counted and logged at DEBUG, but are
+# no work in progress.
 OPERATORS = "ops"
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ _USABLE_REQUEST_ID = re.compile(r"[\x20-\x7e]{1,128}")
 
 @dataclass(slots=True)
 class CurrentRequest:
-    """What is known of the request that this thread is answering.
+    """The request that this thread is answering.
 
     `began` is on `time.monotonic()`; `log_fields` go into the request's log line.
     """
@@ -38,7 +39,7 @@ class CurrentRequest:
 
 
 def current_request() -> CurrentRequest:
-    """Return the one under way in this thread."""
+    """Return the request that this thread is answering."""
     return cast("CurrentRequest", g.current)
 
 
@@ -92,7 +93,7 @@ def _end(response: Response) -> Response:
 def _level(current: CurrentRequest, status: int) -> int:
     if current.is_operators:
         return logging.DEBUG
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:  # nothing is broken, and there may be many
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:  # overload is no failure, and may be frequent
         return logging.WARNING
     return logging.ERROR if status >= HTTPStatus.INTERNAL_SERVER_ERROR else logging.INFO
 

@@ -13,9 +13,10 @@ import psutil
 
 ADMITTED = "breaker admits"
 FAILED = "attempt failed"
+SKIPPED = "provider skipped"
 CHANGED = "circuit breaker changed state"
 UNREAD = "preferences unavailable"
-MESSAGES = frozenset({ADMITTED, FAILED, CHANGED, UNREAD})
+MESSAGES = frozenset({ADMITTED, FAILED, SKIPPED, CHANGED, UNREAD})
 
 
 class Reply(NamedTuple):
@@ -124,11 +125,11 @@ class Evidence:
 
     def refusals(self) -> int:
         """Return how many attempts a breaker has refused, the last second's perhaps left out."""
-        return sum(line.times or 1 for line in self.lines_with(FAILED) if line.reason == "breaker")
+        return sum(line.times or 1 for line in self.lines_with(SKIPPED))
 
     def fallbacks(self) -> int:
         """Return how many notifications were delivered although an attempt had failed."""
-        failed = {line.request_id for line in self.lines_with(FAILED) if line.reason != "breaker"}
+        failed = {line.request_id for line in self.lines_with(FAILED)}
         delivered = (one for one in self.replies if one.status == HTTPStatus.OK)
         return sum(reply.request_id in failed for reply in delivered)
 

@@ -144,7 +144,7 @@ def _sandbox(stack: ExitStack, settings: Settings, mocks: Sequence[Mock]) -> San
     try:
         return stack.enter_context(Sandbox(places, _url(settings.http_server_port)))
     except OSError as error:
-        raise CannotRun(f"the sandbox cannot start: {error}") from None
+        raise CannotRun(f"the sandbox cannot start: {error.strerror}") from None
 
 
 def _start_service(

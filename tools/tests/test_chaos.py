@@ -19,6 +19,7 @@ from tools.chaos.evidence import (
     ADMITTED,
     CHANGED,
     FAILED,
+    SKIPPED,
     Absence,
     Delivery,
     Evidence,
@@ -76,6 +77,10 @@ def fails(request_id: str, host: str, at: float, reason: str) -> Line:
     return Line("worker-1", at, FAILED, request_id, host, reason)
 
 
+def refuses(request_id: str, host: str, at: float, times: int = 1) -> Line:
+    return Line("worker-1", at, SKIPPED, request_id, host, "open", times=times)
+
+
 def opens(host: str, at: float, worker: str = "worker-1") -> Line:
     return Line(worker, at, CHANGED, None, host, to_state="open")
 
@@ -112,7 +117,7 @@ SOUND = Evidence(
         admits("c", "mail:1", 24.0),
         admits("d", "mail:1", 30.0),
         opens("mail:1", 30.5),
-        fails("x", "mail:1", 31.0, "breaker"),
+        refuses("x", "mail:1", 31.0),
         admits("f", "mail:2", 101.0),
     ],
     absences=[ABSENT],
@@ -354,8 +359,7 @@ def test_of_a_killed_workers_log_the_line_that_it_did_not_end_is_left_out(tmp_pa
 
 
 def test_a_line_of_refusals_counts_for_all_that_it_stands_for_and_for_no_fallback() -> None:
-    refused = fails("a", "mail:1", 2.0, "breaker")._replace(times=4)
-    with_refusals = replace(SOUND, lines=[*SOUND.lines, refused])
+    with_refusals = replace(SOUND, lines=[*SOUND.lines, refuses("a", "mail:1", 2.0, times=4)])
     assert with_refusals.refusals() == SOUND.refusals() + 4
     assert with_refusals.fallbacks() == SOUND.fallbacks()
 

@@ -1,0 +1,250 @@
+"""Joins the log lines, the form's requests and the providers' messages into notifications.
+
+Each of them may come first, or never. The request id joins them; where a caller gives several
+notifications the same id, the time decides.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Any
+
+from tools.dev.mock_provider import Message
+
+# The clocks' precision is a millisecond, on each side.
+SLACK = 0.002
+
+_CHANNELS = {"PushNotification": "Push"}
+_FAULTS = {
+    "dns": "host not found",
+    "connect": "no connection",
+    "tls": "TLS failed",
+    "timeout": "no answer in time",
+    "reset": "connection lost",
+    "protocol": "malformed answer",
+    "deadline": "cut short by the deadline",
+}
+_SKIPS = {"open": "breaker open", "deadline": "no time left", "url": "URL cannot be used"}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A notification's `request` line in the service's log; `began` is a POSIX time."""
+
+    request_id: str
+    began: float
+    recipient: str | None
+    status: int
+    reason: str | None
+    channels: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A request of the page's form; `status` is None until the service has answered."""
+
+    request_id: str
+    began: float
+    recipient: str
+    to: str
+    title: str
+    message: str
+    status: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A message that a provider received."""
+
+    provider: str
+    message: Message
+
+    @property
+    def at(self) -> float:
+        return datetime.fromisoformat(self.message.received_at).timestamp()
+
+    @property
+    def content(self) -> tuple[str, str, str]:
+        return self.message.to, self.message.title, self.message.message
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What happened at one provider; `tone` is good, bad, quiet or wait."""
+
+    provider: str
+    text: str
+    tone: str
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """The providers of one channel, in the order in which the service tried them."""
+
+    channel: str
+    steps: tuple[Step, ...]
+
+
+@dataclass(slots=True)
+class Notification:
+    """All that is known of one notification."""
+
+    request_id: str
+    began: float
+    line: Line | None = None
+    sent: Sent | None = None
+    seen: list[Seen] = field(default_factory=list)
+
+    def takes(self, seen: Seen) -> bool:
+        """Return whether a message can belong here: a notification asks a provider only once."""
+        return self.began <= seen.at + SLACK and all(
+            other.provider != seen.provider and other.content == seen.content for other in self.seen
+        )
+
+    def ways(self) -> list[Way]:
+        """Return one way for each channel: the log's if it tells them, else the providers'."""
+        if self.line and all("providers" in channel for channel in self.line.channels):
+            return [_logged_way(channel) for channel in self.line.channels]
+        return _seen_ways(self.seen)
+
+    def result(self) -> tuple[str, str]:
+        """Return the result in words, and its tone."""
+        status = self._status()
+        if status is not None:
+            return _result(status)
+        last = {way.steps[-1].tone for way in self.ways()}
+        if self.sent or "wait" in last:
+            return "under way", "wait"
+        return ("accepted", "good") if last == {"good"} else ("not accepted", "bad")
+
+    def _status(self) -> int | None:
+        known = self.line or self.sent
+        return known.status if known else None
+
+    def shown(self, key: str) -> dict[str, Any]:
+        """Return what the page shows; `key` stays the same while more becomes known."""
+        content = self.sent or (self.seen[0].message if self.seen else None)
+        known = self.line or self.sent
+        result, tone = self.result()
+        return {
+            "key": key,
+            "request_id": self.request_id,
+            "at": datetime.fromtimestamp(self.began, UTC).isoformat(timespec="milliseconds"),
+            "recipient": known.recipient if known else None,
+            "to": content.to if content else None,
+            "title": content.title if content else None,
+            "message": content.message if content else None,
+            "result": result,
+            "tone": tone,
+            "status": self._status(),
+            "reason": self.line.reason if self.line else None,
+            "is_logged": self.line is not None,
+            "ways": [asdict(way) for way in self.ways()],
+            "received": [
+                {
+                    "provider": seen.provider,
+                    "at": seen.message.received_at,
+                    "secret_key": seen.message.secret_key,
+                    "answer": seen.message.answer,
+                }
+                for seen in self.seen
+            ],
+        }
+
+
+def parse_line(entry: Mapping[str, Any]) -> Line | None:
+    """Return a notification's `request` line; None for any other line of the log."""
+    if entry.get("message") != "request" or not str(entry.get("route")).endswith("/notify"):
+        return None
+    ended = datetime.fromisoformat(entry["timestamp"]).timestamp()
+    return Line(
+        request_id=entry["request_id"],
+        began=ended - entry["duration_ms"] / 1000,
+        recipient=entry.get("recipient"),
+        status=entry["status"],
+        reason=entry.get("reason"),
+        channels=entry.get("channels", ()),
+    )
+
+
+def joined(
+    lines: Iterable[Line], sent: Iterable[Sent], seen: Iterable[Seen], most: int
+) -> list[dict[str, Any]]:
+    """Return the `most` newest notifications as the page shows them, newest first."""
+    by_id: dict[str, list[Notification]] = defaultdict(list)
+    for line in sorted(lines, key=lambda line: line.began):
+        by_id[line.request_id].append(Notification(line.request_id, line.began, line=line))
+    for request in sent:  # each has an id of its own
+        known = by_id[request.request_id]
+        if not known:
+            known.append(Notification(request.request_id, request.began))
+        known[0].sent = request
+    for message in sorted(seen, key=lambda seen: seen.at):
+        _add(by_id[message.message.request_id], message)
+    return _newest(by_id, most)
+
+
+def _add(same_id: list[Notification], seen: Seen) -> None:
+    """Add a message to the latest notification that it can belong to, or to a new one."""
+    request_id = seen.message.request_id
+    fitting = [known for known in same_id if request_id and known.takes(seen)]
+    if not fitting:
+        fitting = [Notification(request_id, seen.at)]
+        same_id.append(fitting[-1])
+    fitting[-1].seen.append(seen)
+
+
+def _newest(by_id: Mapping[str, list[Notification]], most: int) -> list[dict[str, Any]]:
+    with_keys = [
+        (notification, f"{number} {request_id}")
+        for request_id, same_id in by_id.items()
+        for number, notification in enumerate(same_id)
+    ]
+    with_keys.sort(key=lambda each: each[0].began, reverse=True)
+    return [notification.shown(key) for notification, key in with_keys[:most]]
+
+
+def _result(status: int) -> tuple[str, str]:
+    if status == HTTPStatus.OK:
+        return "delivered", "good"
+    # The service answers 503 when it has no room for the notification.
+    if status < HTTPStatus.INTERNAL_SERVER_ERROR or status == HTTPStatus.SERVICE_UNAVAILABLE:
+        return "refused", "wait"
+    return "failed", "bad"
+
+
+def _logged_way(channel: Mapping[str, Any]) -> Way:
+    steps = tuple(_logged_step(tried) for tried in channel["providers"])
+    if not steps:
+        none = channel["outcome"] == "no_provider"
+        steps = (Step("", "no provider" if none else "the providers could not be read", "bad"),)
+    return Way(_CHANNELS.get(channel["channel"], channel["channel"]), steps)
+
+
+def _logged_step(tried: Mapping[str, Any]) -> Step:
+    outcome, reason = tried["outcome"], str(tried.get("reason", ""))
+    if outcome == "accepted":
+        return Step(tried["provider"], "accepted", "good")
+    if outcome == "skipped":
+        return Step(tried["provider"], f"skipped, {_SKIPS.get(reason, reason)}", "quiet")
+    return Step(tried["provider"], _FAULTS.get(reason, reason or outcome), "bad")
+
+
+def _seen_ways(seen: Iterable[Seen]) -> list[Way]:
+    """Return the ways as the providers saw them; "email 1" and "email 2" are of one channel."""
+    by_channel: dict[str, list[Step]] = defaultdict(list)
+    for each in seen:
+        channel = each.provider.partition(" ")[0].capitalize()
+        by_channel[channel].append(Step(each.provider, *_answer(each.message.answer)))
+    return [Way(channel, tuple(steps)) for channel, steps in sorted(by_channel.items())]
+
+
+def _answer(answer: str) -> tuple[str, str]:
+    if answer.startswith("200 OK"):
+        return f"accepted{answer.removeprefix('200 OK')}", "good"
+    if answer.startswith("waiting"):
+        return "waiting", "wait"
+    status = answer.partition(" ")[0]
+    return (status if status.isdecimal() else answer.removeprefix("no answer: ")), "bad"
