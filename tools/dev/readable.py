@@ -45,7 +45,7 @@ def text(entry: Entry, *, colour: bool) -> str:
     left_out = _COMMON | _REQUEST if is_request else _COMMON
     blocks = []
     for name, value in entry.items():
-        if name in left_out or (name, value) == ("times", 1):
+        if name in left_out or value is None or (name, value) == ("times", 1):
             continue
         if isinstance(value, str) and "\n" in value:
             blocks += [f"    {_printable(line)}" for line in value.splitlines()]

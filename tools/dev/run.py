@@ -33,6 +33,10 @@ READY_WITHIN = 30.0
 
 EXAMPLE = '{"to": "seller@example.com", "title": "Sold", "message": "Your bicycle is sold."}'
 
+FAREWELL = (
+    "stopped; the database keeps the providers, the sandbox forgets its messages and switches"
+)
+
 # Lets the other variables be checked before a server is started.
 _ANY_DATABASE = dict.fromkeys(("DB_HOST", "DB_NAME", "DB_USERNAME", "DB_PASSWORD"), "later") | {
     "DB_PORT": "5432"
@@ -60,7 +64,7 @@ def main() -> int:
     try:
         with ExitStack() as stack:
             run(stack, output, stopping, began)
-        output.say("stopped; the database keeps the providers, the sandbox forgets its messages")
+        output.say(FAREWELL)
     except _EXPLAINED as error:
         problem = str(error)
     except psycopg.Error as error:

@@ -44,9 +44,13 @@ def test_a_line_has_local_time_level_message_and_fields() -> None:
     assert line == f"{TIME} WARNING breaker host=127.0.0.1:9090 to_state=open"
 
 
-def test_a_value_with_spaces_is_quoted_and_a_single_occurrence_is_not_counted() -> None:
-    assert shown(provider="email 1", empty="", times=1).endswith(' provider="email 1" empty=""')
-    assert shown(times=2).endswith(" times=2")
+def test_a_value_with_spaces_is_quoted() -> None:
+    assert shown(provider="email 1", empty="").endswith(' provider="email 1" empty=""')
+
+
+def test_a_field_that_tells_nothing_is_left_out() -> None:
+    assert shown(detail=None, times=1).endswith(" listening")
+    assert shown(times=2).endswith(" listening times=2")
 
 
 def test_a_request_shows_status_recipient_duration_and_each_channels_way() -> None:
