@@ -1,4 +1,5 @@
--- The type may be there: from the Go service, or from a run that was killed before it was marked.
+-- The type may exist already: from the Go service, or from a run that was killed before yoyo
+-- recorded it.
 DO $$
 BEGIN
     CREATE TYPE notification_provider_type AS ENUM ('Email', 'PushNotification');

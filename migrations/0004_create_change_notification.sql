@@ -1,5 +1,5 @@
--- A provider that moves to another channel is told to both. What is told twice in one transaction
--- arrives once.
+-- A provider that moves to another channel notifies for both channels. PostgreSQL delivers equal
+-- notifications of one transaction once.
 CREATE OR REPLACE FUNCTION notify_of_notification_preferences() RETURNS trigger
 SET search_path FROM CURRENT AS $$
 BEGIN

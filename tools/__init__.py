@@ -1,4 +1,4 @@
-"""What developers run beside the service; the image never contains it."""
+"""Tools that developers run beside the service; the image does not contain them."""
 
 from pathlib import Path
 

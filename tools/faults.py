@@ -1,4 +1,4 @@
-"""Ways for a PostgreSQL of our own to be away while a block of the caller's runs."""
+"""Outages of a PostgreSQL that we started; each lasts while the caller's block runs."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from tools.rig import owner, wait_until
 
 @contextmanager
 def stopped(server: postgres.Server) -> Iterator[None]:
-    """Let connections be refused."""
+    """Stop the server: connections are refused."""
     cluster.stop(server.base)
     try:
         yield
@@ -27,7 +27,7 @@ def stopped(server: postgres.Server) -> Iterator[None]:
 
 @contextmanager
 def restarted(server: postgres.Server) -> Iterator[None]:
-    """Let every connection end; new ones are soon taken again."""
+    """Restart the server: every connection ends, and new ones are soon accepted."""
     with stopped(server):
         pass
     yield
@@ -35,7 +35,7 @@ def restarted(server: postgres.Server) -> Iterator[None]:
 
 @contextmanager
 def killed(server: postgres.Server) -> Iterator[None]:
-    """Let connections be refused, and the server then recover from a crash."""
+    """Kill the server: connections are refused, and the server then recovers from the crash."""
     postmaster = _postmaster(server)
     for process in [postmaster, *postmaster.children()]:
         with suppress(psutil.NoSuchProcess):
@@ -48,9 +48,9 @@ def killed(server: postgres.Server) -> Iterator[None]:
 
 @contextmanager
 def hanging(server: postgres.Server) -> Iterator[None]:
-    """Let nothing be answered: the kernel takes connections, and nobody reads what comes on them.
+    """Suspend the server: the kernel accepts connections, and no process reads from them.
 
-    Whatever becomes of us, the shell lets the processes go on when its standard input ends.
+    A shell resumes the processes when its standard input ends, even if we are killed.
     """
     with subprocess.Popen(
         ["/bin/sh", "-c", "kill -CONT $(cat)"],
@@ -60,7 +60,7 @@ def hanging(server: postgres.Server) -> Iterator[None]:
     ) as shell:
         postmaster = _postmaster(server)
         print(postmaster.pid, file=shell.stdin, flush=True)
-        postmaster.suspend()  # first: from now on it has no new children
+        postmaster.suspend()  # first, so that it forks no more children
         for process in postmaster.children():
             print(process.pid, file=shell.stdin, flush=True)
             process.suspend()
@@ -69,7 +69,7 @@ def hanging(server: postgres.Server) -> Iterator[None]:
 
 @contextmanager
 def not_accepting(server: postgres.Server) -> Iterator[None]:
-    """Let the server end every connection to the database, and take no new one."""
+    """End every connection to the database, and refuse new ones."""
     name = server.env["DB_NAME"]
     with owner(server, DB_NAME="postgres").connect() as elsewhere:
         _allow_connections(elsewhere, name, "false")
@@ -81,8 +81,8 @@ def not_accepting(server: postgres.Server) -> Iterator[None]:
 
 
 def _start_again(server: postgres.Server) -> None:
-    """Return once it takes connections again: on its old port, and as no child of ours."""
-    postgres.acquire(server.base).close()  # we still have our share
+    """Start the server on its old port, not as our child; return once it accepts connections."""
+    postgres.acquire(server.base).close()  # `server` is still our share in it
 
 
 def _postmaster(server: postgres.Server) -> psutil.Process:
@@ -96,7 +96,10 @@ def _allow_connections(elsewhere: Connection, name: str, allowed: LiteralString)
 
 
 def _end_sessions(elsewhere: Connection, name: str) -> int:
-    """Do what pg_terminate_backend may only for one's own role; return how many there were."""
+    """Terminate all sessions of the database; return how many there were.
+
+    It sends signals, because pg_terminate_backend() ends only sessions of the caller's own role.
+    """
     query = "SELECT pid FROM pg_stat_activity WHERE datname = %s"
     sessions = elsewhere.execute(query, (name,)).fetchall()
     for (pid,) in sessions:

@@ -1,8 +1,8 @@
-"""`make measure`: how late a change of providers is seen, and what an outage of PostgreSQL costs.
+"""`make measure`: how late workers see a change of providers, and what PostgreSQL's outages cost.
 
-Starts a PostgreSQL, mock providers and a service of three workers, all of its own and on loopback,
-and prints two tables. The exit code is 1 if a notification failed, or missed a provider that all
-workers knew of. The tests make the same outages, shorter.
+Starts its own PostgreSQL, mock providers and a service with three workers, all on loopback, and
+prints two tables. The exit code is 1 if a notification failed, or if an email missed a provider
+that all workers had read. The tests make the same outages, but shorter ones.
 """
 
 import platform
@@ -30,25 +30,36 @@ from notifier.store.db import Database
 from tools import faults, rig
 from tools.dev import postgres
 from tools.dev.mock_provider import MockProvider
-from tools.rig import MESSAGE, REFRESHED, Service, all_hear, at_once, owner, path_of, wait_until
+from tools.rig import (
+    MESSAGE,
+    REFRESHED,
+    Service,
+    all_hear,
+    concurrent_calls,
+    owner,
+    path_of,
+    wait_until,
+)
 
 WORKERS = 3
 CHANGES = 200
 OUTAGE = 5.0
 
-# After each so many changes so many messages show where they go; that many reach all workers.
+# After each CHANGES_PER_TRIAL changes, TRIAL emails show which provider they reach.
+# They are enough to reach every worker.
 CHANGES_PER_TRIAL, TRIAL = 20, 60
 
-CALLERS, CALLERS_PAUSE = 4, 0.03  # seconds from a reply to the next request
+CALLERS, CALLERS_PAUSE = 4, 0.03  # seconds between a reply and the next request
 
 
-# --- how late a change is seen
+# --- staleness
 
 
 def replace_provider(database: Database, url: str) -> float:
-    """Let the e-mail provider be at `url`; return the time just before the commit was sent.
+    """Change the email provider's URL; return the time just before the commit was sent.
 
-    Not the time after it: who listens may hear of the change before we hear of the commit.
+    The time after it would be too late: a listener may hear of the change before we hear of the
+    commit.
     """
     with database.connect() as connection, connection.transaction():
         connection.execute(
@@ -58,7 +69,7 @@ def replace_provider(database: Database, url: str) -> float:
 
 
 class Change(NamedTuple):
-    """A provider that took another's place, as all workers knew after so many seconds."""
+    """A provider that replaced another, and the seconds until all workers had read it."""
 
     provider: MockProvider
     seconds: float
@@ -67,10 +78,10 @@ class Change(NamedTuple):
 def changes(
     running: Service, server: postgres.Server, providers: Sequence[MockProvider], count: int
 ) -> Iterator[Change]:
-    """Let the providers replace each other, so many times.
+    """Let the providers replace each other `count` times.
 
-    When a worker has read is in the file that it counts into. The page of metrics shows the oldest
-    of these times, the fastest worker's, and would keep a worker busy.
+    The time at which a worker read the change comes from its metrics file. `/metrics` shows only
+    the oldest of these times, which is the fastest worker's, and polling it would load a worker.
     """
     gauges = _gauges(running.pid)
 
@@ -85,7 +96,7 @@ def changes(
 
 
 def _gauges(pid: int) -> list[str]:
-    """Return the files that hold the workers' gauges of that kind, one for each worker."""
+    """Return the metrics files with the workers' `livemin` gauges, one file per worker."""
     descendants = psutil.Process(pid).children(recursive=True)
     opened = {file.path for process in descendants for file in process.open_files()}
     return [path for path in opened if Path(path).name.startswith("gauge_livemin_")]
@@ -97,7 +108,7 @@ def _value(file: str, name: str) -> float:
 
 
 def astray(url: str, provider: MockProvider, messages: int = TRIAL) -> int:
-    """Send so many e-mails over new connections; return how many did not reach `provider`."""
+    """Send emails over new connections; return how many did not reach `provider`."""
     before = provider.total
     with ThreadPoolExecutor(2 * CALLERS) as pool:
         [*pool.map(lambda _: _notify(requests, url, "buyer"), range(messages))]
@@ -108,7 +119,7 @@ def astray(url: str, provider: MockProvider, messages: int = TRIAL) -> int:
 
 
 class Reply(NamedTuple):
-    """How a notification ended; the status is 0 if it got no answer."""
+    """The status and duration of a notification; the status is 0 without an answer."""
 
     status: int
     seconds: float
@@ -116,16 +127,16 @@ class Reply(NamedTuple):
 
 @contextmanager
 def load(url: str) -> Iterator[list[Reply]]:
-    """Notify buyers and sellers, over kept and over new connections; the list gets every reply."""
+    """Notify over kept and over new connections during the block; yield the growing replies."""
     replies: list[Reply] = []
-    enough = threading.Event()
+    stop = threading.Event()
 
     def call(recipient: str, keep: bool) -> None:
         with requests.Session() as session:
-            while not enough.wait(CALLERS_PAUSE):
+            while not stop.wait(CALLERS_PAUSE):
                 replies.append(_notify(session if keep else requests, url, recipient))
 
-    with at_once(CALLERS, call, enough):
+    with concurrent_calls(CALLERS, call, stop):
         yield replies
 
 
@@ -140,7 +151,7 @@ def _notify(session: Any, url: str, recipient: str) -> Reply:
 
 
 class Fault(NamedTuple):
-    """A way to be away, as the table calls it."""
+    """A kind of outage, and its name in the table."""
 
     name: str
     begin: Callable[[postgres.Server], AbstractContextManager[None]]
@@ -149,23 +160,23 @@ class Fault(NamedTuple):
 
 FAULTS = (
     Fault("stopped: connections are refused", faults.stopped),
-    Fault("killed, and then recovers from the crash", faults.killed),
-    Fault("hangs: every process has a SIGSTOP", faults.hanging),
+    Fault("killed, then recovers from the crash", faults.killed),
+    Fault("hangs: every process is stopped by SIGSTOP", faults.hanging),
     Fault("does not accept connections", faults.not_accepting),
     Fault("restarted", faults.restarted, seconds=0.0),
 )
 
 
 class Outage(NamedTuple):
-    """What an outage cost; times are in seconds."""
+    """The cost of an outage; times are in seconds."""
 
     lasted: float
     replies: list[Reply]
-    until_heard: float  # from its end until all workers had read a change, and hear of the next
+    until_heard: float  # from its end until all workers had read a change and listened again
 
     @property
     def failed(self) -> int:
-        """How many notifications were not delivered."""
+        """The number of notifications that were not delivered."""
         return sum(reply.status != HTTPStatus.OK for reply in self.replies)
 
 
@@ -176,10 +187,7 @@ def outage(
     provider: MockProvider,
     meanwhile: Callable[[], None],
 ) -> Outage:
-    """Make an outage under load, for as long as `meanwhile` takes.
-
-    Then there is a change at once: to `provider`.
-    """
+    """Cause an outage under load while `meanwhile` runs, then change to `provider` at once."""
     with load(url) as replies:
         wait_until(lambda: len(replies) > CALLERS)
         began = time.monotonic()
@@ -201,7 +209,7 @@ def main() -> int:
 
 
 def measure() -> int:
-    """Print both tables; return 1 if a notification was lost or went astray."""
+    """Print both tables; return 1 if a notification failed or missed its provider."""
     with ExitStack() as stack:
         server = postgres.acquire(ephemeral=True)
         stack.callback(server.close)
@@ -217,12 +225,12 @@ def measure() -> int:
 
 
 def service(server: postgres.Server, **variables: str) -> AbstractContextManager[Service]:
-    """Run the service that is measured, which logs next to nothing."""
+    """Run the service to be measured, with almost no logging."""
     return rig.service(server.env | {"LOG_LEVEL": "FATAL"} | variables, WORKERS)
 
 
 def provide(server: postgres.Server, email: str, push: str) -> None:
-    """Bring the schema up to date and add a provider for each channel, at these URLs."""
+    """Migrate the database, and add a provider for each channel."""
     migrations.migrate(Settings.from_env(server.env))
     rig.add_providers(owner(server), [(Channel.EMAIL, 0, email), (Channel.PUSH, 0, push)])
 
@@ -235,7 +243,7 @@ def _machine(server: postgres.Server) -> str:
 
 
 def show_staleness(running: Service, server: postgres.Server, email: Sequence[MockProvider]) -> int:
-    """Print the table; return how many e-mails missed a provider that all workers knew of."""
+    """Print the table; return how many emails missed a provider that all workers had read."""
     _head(f"from COMMIT until all workers have read it, {CHANGES} changes", "median", "p99", "max")
     quiet, lost = [], 0
     for number, change in enumerate(changes(running, server, email, CHANGES), 1):
@@ -247,9 +255,9 @@ def show_staleness(running: Service, server: postgres.Server, email: Sequence[Mo
     with load(running.url) as replies:
         busy = [change.seconds for change in changes(running, server, email, CHANGES)]
     rate = len(replies) / (time.monotonic() - began)
-    _row(f"with {rate:.0f} notifications a second", *_spread(busy))
+    _row(f"with {rate:.0f} notifications per second", *_spread(busy))
     sent = CHANGES // CHANGES_PER_TRIAL * TRIAL
-    print(f"\nOf {sent} e-mails sent at once after changes {lost} missed the new provider.")
+    print(f"\nOf {sent} emails sent right after a change, {lost} missed the new provider.")
     return lost
 
 
@@ -261,9 +269,9 @@ def _spread(seconds: list[float]) -> list[str]:
 
 
 def show_outages(running: Service, server: postgres.Server, email: Sequence[MockProvider]) -> int:
-    """Print the table; return how many notifications failed, or missed a provider."""
+    """Print the table; return how many notifications failed or missed a provider."""
     lost = 0
-    _head("PostgreSQL", "away", "requests", "failed", "slowest", "changes heard again after")
+    _head("PostgreSQL", "outage", "requests", "failed", "slowest", "changes seen again after")
     for fault in FAULTS:
         wait = partial(time.sleep, fault.seconds)
         result = outage(fault, server, running.url, email[1], meanwhile=wait)

@@ -1,6 +1,6 @@
-"""Shared parts of bench, chaos and measure: processes, the service, its database, its callers.
+"""Shared by bench, chaos and measure: processes, the service, its database and its callers.
 
-Everything is on loopback, belongs to whoever starts it, and ends with it.
+Everything runs on loopback, belongs to the tool that started it, and stops with that tool.
 """
 
 import os
@@ -30,8 +30,8 @@ from notifier.store.db import Database
 from tools import HOST, ROOT
 from tools.dev import guard, postgres
 
-PATIENCE = 60.0
-POLLING = 0.05
+TIMEOUT = 60.0
+POLL_INTERVAL = 0.05
 
 REFRESHED = "preference_last_refresh_timestamp_seconds"
 LISTENING = "preference_listener_connected"
@@ -44,14 +44,14 @@ Result = TypeVar("Result")
 
 
 class CannotMeasure(Exception):
-    """Why there are no figures, in one line."""
+    """Measuring failed; the message says why in one line."""
 
 
-# Why there is nothing to report.
+# The errors that end a tool with one line instead of a traceback.
 FAILURES = (
     CannotMeasure,
     PackageNotFoundError,
-    OSError,  # those of requests, and TimeoutError, too
+    OSError,  # includes TimeoutError and the errors of requests
     subprocess.SubprocessError,
     postgres.PostgresError,
     psycopg.Error,
@@ -59,8 +59,8 @@ FAILURES = (
 
 
 def exit_code(name: str, work: Callable[[], int]) -> int:
-    """Return what `work` returns; if it fails say why, in one line, and return 1."""
-    os.environ["no_proxy"] = "*"  # nothing here leaves the machine
+    """Run `work` and return its exit code; if it fails, print why in one line and return 1."""
+    os.environ["no_proxy"] = "*"  # every connection stays on this machine
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return work()
@@ -72,65 +72,67 @@ def exit_code(name: str, work: Callable[[], int]) -> int:
 
 
 def wait_until(condition: Callable[[], Result]) -> Result:
-    """Return what `condition` returns once that is true; it is asked gently, and not at once.
+    """Poll `condition` until its result is true, and return that result.
+
+    The first poll comes after one interval.
 
     Raises:
-        TimeoutError: it takes too long.
+        TimeoutError: the result was not true within `TIMEOUT`.
     """
-    give_up = time.monotonic() + PATIENCE
+    give_up = time.monotonic() + TIMEOUT
     while time.monotonic() < give_up:
-        time.sleep(POLLING)
+        time.sleep(POLL_INTERVAL)
         if result := condition():
             return result
-    raise TimeoutError(f"the expected state did not come within {PATIENCE:g} s")
+    raise TimeoutError(f"the expected state was not reached within {TIMEOUT:g} s")
 
 
 # --- processes
 
 
 class Guarded(NamedTuple):
-    """A command that ends with us: the process from which its own descend, and its output."""
+    """A command that stops when this process ends: the process id of its guard, and its output."""
 
     pid: int
     output: IO[bytes]
 
     def alive(self) -> bool:
-        """Return True.
+        """Return True while the command runs.
 
         Raises:
-            CannotMeasure: the command has ended.
+            CannotMeasure: the command has exited.
         """
         if psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE:
             return True
         self.output.seek(0)
         lines = self.output.read().decode(errors="replace").splitlines()
         last = [line for line in lines if line][-1:]
-        raise CannotMeasure(f"a process that was started has ended by itself: {' '.join(last)}")
+        raise CannotMeasure(f"a started process has exited by itself: {' '.join(last)}")
 
 
 @contextmanager
 def guarded(
     command: Sequence[str], variables: Environment, folder: Path = ROOT
 ) -> Iterator[Guarded]:
-    """Run a Python module in a folder; the guard, always ours, stops it should we be killed."""
+    """Run a Python module in a folder; this checkout's guard stops it if we are killed."""
     python = [sys.executable, "-m"]
     with (
         TemporaryFile() as output,
         subprocess.Popen(
             [sys.executable, guard.__file__, *python, *command],
             cwd=folder,
-            env=path_and(variables),
-            stdin=subprocess.PIPE,  # closed at the end of the block, which ends the command
+            env=with_path(variables),
+            stdin=subprocess.PIPE,  # closing it at the end of the block stops the command
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # out of reach of the terminal's Ctrl-C
+            start_new_session=True,  # the terminal's Ctrl-C must not reach it
         ) as process,
     ):
         yield Guarded(process.pid, output)
 
 
-def path_and(variables: Environment) -> Environment:
-    """Return these variables and our PATH: nothing else of our environment."""
+def with_path(variables: Environment) -> Environment:
+    """Return these variables and our PATH, without the rest of our environment."""
     return {"PATH": os.environ.get("PATH", os.defpath)} | variables
 
 
@@ -144,7 +146,7 @@ def free_port() -> int:
 
 
 class Service(NamedTuple):
-    """A running service: where it is, and the process from which its own descend."""
+    """A running service: its URL, and the process id of its guard."""
 
     url: str
     pid: int
@@ -154,7 +156,7 @@ class Service(NamedTuple):
 def service(
     environment: Environment, workers: int, app: str = "", folder: Path = ROOT
 ) -> Iterator[Service]:
-    """Run the service of a folder as operators do, and wait until all workers hear of changes."""
+    """Run a checkout's service as operators do, and wait until all workers listen for changes."""
     bind = f"{HOST}:{free_port()}"
     command = ["gunicorn", *([app] if app else []), "--bind", bind]
     variables = postgres.serving(environment) | {"WEB_CONCURRENCY": str(workers)}
@@ -165,15 +167,15 @@ def service(
 
 
 def series(url: str) -> dict[str, float]:
-    """Return every series without labels that the service shows on its page of metrics."""
+    """Return every series without labels that the service's `/metrics` shows."""
     page = requests.get(f"{url}/metrics", timeout=10).text
     return {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", page, re.MULTILINE)}
 
 
 def all_hear(url: str, since: float = 0.0, workers: int = 1) -> bool:
-    """Say whether all workers have read the providers since a time, and hear of the next change.
+    """Return whether all workers listen for changes and have read the providers after `since`.
 
-    At least so many `workers` must have started by then.
+    At least `workers` workers must have started.
     """
     try:
         shown = series(url)
@@ -187,12 +189,12 @@ def all_hear(url: str, since: float = 0.0, workers: int = 1) -> bool:
 
 
 def owner(server: postgres.Server, **variables: str) -> Database:
-    """Return the database as the role that may change rows and that takes connections."""
+    """Return the database, connected as the role that owns it and may change rows."""
     return Database.migrating(Settings.from_env(server.env | variables))
 
 
 def add_providers(database: Database, rows: Iterable[tuple[Channel, int, str]]) -> None:
-    """Add a provider for each channel, priority and URL."""
+    """Insert a provider for each channel, priority and URL."""
     with database.connect() as connection:
         connection.cursor().executemany(
             "INSERT INTO notification_preferences"
@@ -206,12 +208,13 @@ def add_providers(database: Database, rows: Iterable[tuple[Channel, int, str]]) 
 
 
 @contextmanager
-def at_once(
-    count: int, call: Callable[[str, bool], None], enough: threading.Event
+def concurrent_calls(
+    count: int, call: Callable[[str, bool], None], stop: threading.Event
 ) -> Iterator[None]:
-    """Let `count` threads call, for a recipient and over kept connections or not, until `enough`.
+    """Run `call(recipient, keep)` in `count` threads, with every combination of arguments.
 
-    That is set at the end of the block, which raises what any of them has raised.
+    `keep` says whether to keep the connection. The end of the block sets `stop`, waits for the
+    threads, and raises what a thread has raised.
     """
     kinds = product(("buyer", "seller"), (True, False))
     with ThreadPoolExecutor(count) as pool:
@@ -219,11 +222,11 @@ def at_once(
         try:
             yield
         finally:
-            enough.set()
+            stop.set()
     for done in calls:
         done.result()
 
 
 def path_of(recipient: str) -> str:
-    """Return where the service takes notifications for a recipient."""
+    """Return the path that takes notifications for a recipient."""
     return f"/api/v1.0/recipient/{recipient}/notify"

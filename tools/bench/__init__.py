@@ -1,1 +1,1 @@
-"""`make bench`: what the service costs, beside stacks that do the same with less care."""
+"""`make bench`: the cost of the service compared with simpler stacks that do the same."""

@@ -1,7 +1,7 @@
-"""`make bench`: what the service costs, beside comparable stacks, as text, JSON and a plot.
+"""`make bench`: compare the service's cost with other stacks, as text, JSON and a plot.
 
-Starts all it needs, on loopback and in processes of its own. The exit code is 0 unless something
-could not be measured or a reply was wrong; whether the goals are met is in the report.
+Starts everything that it needs, on loopback and in separate processes. The exit code is 1 if a
+measurement failed or a reply was wrong. The report says which goals are met.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.bench")
-    parser.add_argument("--quick", action="store_true", help="do less; the figures mean less")
+    parser.add_argument("--quick", action="store_true", help="measure less, and less precisely")
     parser.add_argument(
         "--only",
         action="append",
@@ -50,15 +50,15 @@ def _arguments() -> argparse.Namespace:
         "--beside",
         type=_checkout,
         metavar="CHECKOUT",
-        help="compare one worker with that of another checkout; unless --only says more, only that",
+        help="compare one worker with that of another checkout; other parts run only with --only",
     )
     parser.add_argument(
         "--to",
         type=Path,
         metavar="FOLDER",
         help=(
-            "where to write bench.json and bench.png, or beside.json; by default docs, and nowhere "
-            "with --quick, --only or --beside"
+            "write bench.json and bench.png, or beside.json, to this folder; "
+            "default: docs, or none with --quick, --only or --beside"
         ),
     )
     arguments = parser.parse_args()
@@ -77,7 +77,7 @@ def _checkout(text: str) -> Path:
 
 
 def run(bench: Bench, names: list[str], folder: Path | None) -> None:
-    """Measure these parts, and tell of each as soon as it is done."""
+    """Measure these parts, and print each as soon as it is done."""
     about = report.machine()
     if bench.beside:
         about += f"; {report.compared(bench.beside)}"
@@ -97,7 +97,7 @@ def run(bench: Bench, names: list[str], folder: Path | None) -> None:
         name = "beside.json" if bench.beside else "bench.json"
         report.write(folder / name, measured, goals, about)
         if {"main", "scaling"} <= measured.keys():
-            from tools.bench import plot  # noqa: PLC0415 needs more than the rest
+            from tools.bench import plot  # noqa: PLC0415 needs matplotlib
 
             plot.draw(folder / "bench.png", measured["main"], measured["scaling"])
         print(f"\nwritten to {folder}")

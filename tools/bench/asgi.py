@@ -1,4 +1,4 @@
-"""What many would pick instead: FastAPI, with one httpx client for the app's lifetime."""
+"""A popular alternative: FastAPI, with one httpx client for the app's lifetime."""
 
 import os
 from collections.abc import AsyncIterator
@@ -32,7 +32,7 @@ app = FastAPI(lifespan=lifespan)
 
 @app.post("/notify")
 async def notify(notification: Notification, request: Request) -> dict[str, str]:
-    """Send what has come on to the provider."""
+    """Forward the notification to the provider."""
     response = await request.app.state.client.post(URL, json=notification.model_dump())
     response.raise_for_status()
     return {"message": "notification sent successfully"}

@@ -1,4 +1,4 @@
-"""The floor of this stack: Flask, one prepared request, one adapter, and nothing else."""
+"""The bare stack, the floor of the costs: Flask, a prepared request, an adapter, nothing else."""
 
 import os
 
@@ -14,7 +14,7 @@ app = Flask(__name__, static_folder=None)
 
 @app.post("/notify")
 def notify() -> dict[str, str]:
-    """Send what has come on to the provider."""
+    """Forward the notification to the provider."""
     prepared = Request("POST", URL, json=request.get_json()).prepare()
-    ADAPTER.send(prepared, timeout=5).content  # noqa: B018 reading it frees the connection
+    ADAPTER.send(prepared, timeout=5).content  # noqa: B018 returns the connection to the pool
     return {"message": "notification sent successfully"}

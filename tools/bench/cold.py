@@ -1,4 +1,4 @@
-"""The service with a cache that holds nothing: each look-up is the first one after a start."""
+"""The service with a cache that stays empty: each look-up is like the first one after a start."""
 
 from unittest.mock import patch
 
@@ -10,10 +10,10 @@ from notifier.store.preferences import Preferences
 
 
 class ColdPreferences(Preferences):
-    """Asks PostgreSQL at every look-up, as a worker does that has just been started."""
+    """Preferences that query PostgreSQL at every look-up, as a new worker does at its first."""
 
     def for_channel(self, channel: Channel, deadline: float) -> tuple[Provider, ...]:
-        """Return the active providers of `channel`, asked of PostgreSQL now."""
+        """Return the active providers of `channel`, freshly read from PostgreSQL."""
         return Preferences(self._database, self.lifetime).for_channel(channel, deadline)
 
 

@@ -1,6 +1,6 @@
-"""Counters of processes: CPU time, context switches, and system calls.
+"""Counters of processes: CPU time, context switches and system calls.
 
-Only the standard library: the load generator imports this, and has to start quickly.
+It imports only the standard library, because the load generator uses it and has to start quickly.
 """
 
 import platform
@@ -15,16 +15,16 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import NamedTuple
 
-ATTACHED_WITHIN = 10.0  # seconds; strace stops each thread for a moment
+ATTACH_TIMEOUT = 10.0  # seconds; strace stops each thread for a moment to attach
 
 _SWITCHES = re.compile(r"^(?:non)?voluntary_ctxt_switches:\s*(\d+)", re.MULTILINE)
 _TRACER = re.compile(r"^TracerPid:\s*(\d+)", re.MULTILINE)
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:
-    """Return the CPU time that processes have used, user and system, ended threads included."""
+    """Return the CPU time of processes, user and system, including their ended threads."""
     if platform.system() == "Linux":
-        # clock_getcpuclockid(3), which Python lacks. In nanoseconds, where /proc has ticks.
+        # clock_getcpuclockid(3), which Python lacks. It has nanoseconds; /proc has only ticks.
         return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)
     import psutil  # noqa: PLC0415 not needed on Linux
 
@@ -32,14 +32,14 @@ def cpu_seconds(pids: Sequence[int]) -> float:
 
 
 class Switches(NamedTuple):
-    """Context switches: the thread waited for something, or the kernel interrupted it."""
+    """Context switches: because the thread waited, or because the kernel preempted it."""
 
     voluntary: int = 0
     involuntary: int = 0
 
 
 def switches(pids: Sequence[int]) -> dict[str, Switches]:
-    """Return the switches of each thread of the processes; nothing where there is no /proc."""
+    """Return the context switches of each thread; empty where there is no /proc."""
     return {
         thread: Switches(*map(int, _SWITCHES.findall(status)))
         for thread, status in _threads(pids)
@@ -48,7 +48,7 @@ def switches(pids: Sequence[int]) -> dict[str, Switches]:
 
 
 def growth(before: dict[str, Switches], after: dict[str, Switches]) -> Switches:
-    """Return the switches between two readings; a thread that ended between them is left out."""
+    """Return the switches between two readings, without those of threads that ended in between."""
     none = Switches()
     grown = [
         (now.voluntary - then.voluntary, now.involuntary - then.involuntary)
@@ -58,7 +58,7 @@ def growth(before: dict[str, Switches], after: dict[str, Switches]) -> Switches:
 
 
 def _threads(pids: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """Yield id and status of each thread; the status is empty if the thread has just ended."""
+    """Yield the id and status of each thread; the status of a thread that just ended is empty."""
     for pid in pids:
         for thread in Path(f"/proc/{pid}/task").glob("*"):
             try:
@@ -68,7 +68,7 @@ def _threads(pids: Sequence[int]) -> Iterator[tuple[str, str]]:
 
 
 class Calls:
-    """The system calls that were counted; `problem` says why there are none."""
+    """Counted system calls; `problem` says why there are none."""
 
     def __init__(self) -> None:
         self.by_name: dict[str, int] = {}
@@ -79,12 +79,12 @@ class Calls:
 def system_calls(pids: Sequence[int]) -> Iterator[Calls]:
     """Count the system calls that the processes make during the block, with strace.
 
-    strace stops a thread at each call: never measure time or switches meanwhile. Without a process
-    nothing is counted.
+    strace stops a thread at each call, so do not measure time or switches in the block. Without
+    processes nothing is counted.
     """
     counted = Calls()
     if pids and not shutil.which("strace"):
-        counted.problem = "no strace"
+        counted.problem = "strace is not installed"
     if not pids or counted.problem:
         yield counted
         return
@@ -98,7 +98,7 @@ def system_calls(pids: Sequence[int]) -> Iterator[Calls]:
         ) as strace,
     ):
         if not _attached(strace, pids):
-            counted.problem = "strace may not attach"
+            counted.problem = "strace cannot attach"
         try:
             yield counted
         finally:
@@ -108,8 +108,8 @@ def system_calls(pids: Sequence[int]) -> Iterator[Calls]:
 
 
 def _attached(strace: "subprocess.Popen[bytes]", pids: Sequence[int]) -> bool:
-    """Wait until every thread is traced; return False if that does not come."""
-    give_up = time.monotonic() + ATTACHED_WITHIN
+    """Wait until strace traces every thread; return False if it exits or takes too long."""
+    give_up = time.monotonic() + ATTACH_TIMEOUT
     while strace.poll() is None and time.monotonic() < give_up:
         tracers = [_TRACER.search(status) for _, status in _threads(pids)]
         if all(found and int(found[1]) for found in tracers):
@@ -119,7 +119,7 @@ def _attached(strace: "subprocess.Popen[bytes]", pids: Sequence[int]) -> bool:
 
 
 def _parsed(summary: str) -> dict[str, int]:
-    """Return how often each call was made, as the table of `strace -c` has it."""
+    """Return the number of calls by name from the table that `strace -c` writes."""
     lines = [line.split() for line in summary.splitlines()]
     rows = [line for line in lines if len(line) in (5, 6) and line[0][0].isdigit()]
     return {row[-1]: int(row[3]) for row in rows if row[-1] != "total"}

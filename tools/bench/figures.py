@@ -1,4 +1,4 @@
-"""What the turns say: medians over rounds, ratios within a round, and the goals."""
+"""The figures of turns: medians over rounds, ratios within a round, and the goals."""
 
 import math
 import statistics
@@ -7,20 +7,20 @@ from typing import NamedTuple
 
 from tools.bench.turns import Turn
 
-# A machine that is busier limits the throughput by itself.
+# Above this share of busy CPUs, the machine itself limits the throughput.
 CPU_LIMIT = 0.9
 
 
 class Figures(NamedTuple):
-    """A turn in the units of the tables."""
+    """A turn's figures, in the units of the tables."""
 
-    cpu: float  # microseconds a reply
-    rate: float  # replies a second
+    cpu: float  # microseconds per reply
+    rate: float  # replies per second
     p50: float  # milliseconds
     p99: float
     refused: int
-    busy: float  # the share of the machine's CPUs that anybody used
-    voluntary: float = 0.0  # context switches a reply; none where they cannot be counted
+    busy: float  # the share of the machine's CPUs that all processes used
+    voluntary: float = 0.0  # context switches per reply; 0 where they cannot be counted
     involuntary: float = 0.0
 
 
@@ -34,7 +34,7 @@ PERCENTILES: dict[str, Callable[[Figures], float]] = {
 
 
 class Point(NamedTuple):
-    """Figures, and what was under which load; providers answer after `delay` milliseconds."""
+    """A stack's figures under a load; providers answer after `delay` milliseconds."""
 
     stack: str
     workers: int
@@ -43,13 +43,13 @@ class Point(NamedTuple):
     callers: int = 0
     figures: Figures = NO_FIGURES
 
-    def measured(self, callers: int, what: Figures) -> "Point":
-        """Return the point with figures."""
-        return self._replace(callers=callers, figures=what)
+    def measured(self, callers: int, result: Figures) -> "Point":
+        """Return the point with its callers and figures."""
+        return self._replace(callers=callers, figures=result)
 
 
 class Spread(NamedTuple):
-    """A median between its quartiles."""
+    """A median and its quartiles."""
 
     low: float
     median: float
@@ -57,15 +57,15 @@ class Spread(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """Ratios of CPU: their median and quartiles, and between what their true median lies."""
+    """Ratios of CPU: their median and quartiles, and the median's confidence interval."""
 
     ratio: Spread
-    between: tuple[float, float]  # with 95 percent certainty
+    between: tuple[float, float]  # the true median, with 95 percent confidence
     rounds: int
 
 
 class Memory(NamedTuple):
-    """Megabytes of a service after so many notifications."""
+    """A service's megabytes after a number of notifications."""
 
     notifications: int
     workers: float
@@ -73,7 +73,7 @@ class Memory(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """A line of the main table: medians, CPU as a multiple of the bare stack's, megabytes."""
+    """A row of the main table: medians, CPU relative to the bare stack's, and megabytes."""
 
     figures: Figures
     to_bare: Spread
@@ -81,7 +81,7 @@ class Summary(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """A bound, and what was measured; None if it could not be."""
+    """A bound and the measured value, which is None if it could not be measured."""
 
     name: str
     bound: float
@@ -90,7 +90,7 @@ class Goal(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Say in a word or two whether the goal is met."""
+        """The verdict in a word or two."""
         if self.measured is None:
             return "not measured"
         within = self.measured >= self.bound if self.at_least else self.measured <= self.bound
@@ -98,7 +98,7 @@ class Goal(NamedTuple):
 
 
 def figures(turn: Turn, busy: float = 0.0) -> Figures:
-    """Return what a turn with at least one reply says."""
+    """Return the figures of a turn with at least one reply."""
     replies = len(turn.latencies)
     return Figures(
         cpu=1e6 * turn.cpu / replies,
@@ -113,12 +113,12 @@ def figures(turn: Turn, busy: float = 0.0) -> Figures:
 
 
 def percentile(values: Sequence[float], rank: int) -> float:
-    """Return the smallest of the values that at least `rank` percent of them do not exceed."""
+    """Return the smallest value that at least `rank` percent of the values do not exceed."""
     return sorted(values)[-(-rank * len(values) // 100) - 1]
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Return median and quartiles."""
+    """Return the median and the quartiles of the values."""
     ordered = sorted(values)
     if len(ordered) == 1:
         return Spread(*(3 * ordered))
@@ -130,15 +130,15 @@ def ratio(
     theirs: Sequence[Figures],
     of: Callable[[Figures], float] = lambda one: one.cpu,
 ) -> Spread:
-    """Compare two rows round by round: what slows the machine down slows both."""
+    """Compare two rows round by round: other load on the machine slows both alike."""
     return spread(of(one) / of(other) for one, other in zip(ours, theirs, strict=True))
 
 
 def compared(ours: Sequence[Figures], theirs: Sequence[Figures]) -> Compared:
-    """Compare the CPU of two rows round by round, and say how certain the median is."""
+    """Compare the CPU of two rows round by round, with a confidence interval of the median."""
     ordered = sorted(one.cpu / other.cpu for one, other in zip(ours, theirs, strict=True))
     count = len(ordered)
-    # The binomial distribution of how many of the ratios are below the true median.
+    # The number of ratios below the true median has a binomial distribution.
     least = max(0, math.floor((count - 1.96 * math.sqrt(count)) / 2))
     return Compared(spread(ordered), (ordered[least], ordered[-1 - least]), count)
 
@@ -149,7 +149,7 @@ def median(rounds: Iterable[Figures]) -> Figures:
 
 
 def main_goals(rows: Mapping[str, Sequence[Figures]]) -> list[Goal]:
-    """Judge what a notification costs."""
+    """Judge the CPU of a notification."""
     bounds = (
         ("notifier, buyer", "bare", 1.10),
         ("notifier, buyer", "naive", 0.70),
@@ -165,7 +165,7 @@ def main_goals(rows: Mapping[str, Sequence[Figures]]) -> list[Goal]:
 
 
 def capacity_goals(points: Iterable[Point]) -> list[Goal]:
-    """Judge the worst of the throughputs that the machine's CPUs did not limit."""
+    """Judge the lowest throughput that the machine's CPUs did not limit."""
     shares = [
         point.figures.rate * point.delay / 1000 / (point.threads * point.workers)
         for point in points
@@ -176,7 +176,7 @@ def capacity_goals(points: Iterable[Point]) -> list[Goal]:
 
 
 def latency_goals(points: Mapping[str, Point]) -> list[Goal]:
-    """Judge what a seller waits longer than a buyer, for the slower channel alone; and the tail."""
+    """Judge a seller's latency beyond a buyer's at the slower channel, and the tail latency."""
     seller, buyer, many = (points[name].figures for name in ("seller", "buyer", "buyers"))
     return [
         *(
@@ -188,9 +188,13 @@ def latency_goals(points: Mapping[str, Point]) -> list[Goal]:
 
 
 def memory_goals(samples: Sequence[Memory]) -> list[Goal]:
-    """Judge the last sample, and what was added in the second half."""
+    """Judge the last sample, and the growth in the second half."""
     half, last = samples[len(samples) // 2], samples[-1]
     return [
-        Goal(f"memory of two workers after {last.notifications}, MB", 90.0, last.workers),
+        Goal(
+            f"memory of two workers after {last.notifications} notifications, MB",
+            90.0,
+            last.workers,
+        ),
         Goal(f"the same / after {half.notifications}", 1.02, last.workers / half.workers),
     ]

@@ -1,4 +1,4 @@
-"""What a hurried developer writes."""
+"""The naive stack: Flask and `requests.post`, which opens a connection for each message."""
 
 import os
 
@@ -12,6 +12,6 @@ app = Flask(__name__)
 
 @app.post("/notify")
 def notify() -> dict[str, str]:
-    """Send what has come on to the provider."""
+    """Forward the notification to the provider."""
     requests.post(URL, json=request.get_json(), timeout=5).raise_for_status()
     return {"message": "notification sent successfully"}

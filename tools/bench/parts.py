@@ -1,4 +1,4 @@
-"""What is measured, part by part."""
+"""The parts of the bench: what each one measures."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,7 +20,7 @@ COMPARED = {
 }
 
 CALLERS = 8
-DELAY = 100  # milliseconds, of the slow provider
+DELAY = 100  # milliseconds that the slow provider takes
 
 LATENCY_ROUNDS = 3
 
@@ -28,14 +28,14 @@ LATENCY_ROUNDS = 3
 EVEN, SATURATED = 0.5, 0.85
 
 COLD = "tools.bench.cold:create_app()"
-COLD_SHARE = 0.2  # of the replies that other rows get: each takes so long
+COLD_SHARE = 0.2  # of the other rows' number of replies, because each reply takes long
 
 
 # --- the main table
 
 
 class Row(NamedTuple):
-    """A line of the main table."""
+    """A row of the main table."""
 
     stack: Stack
     path: str = BUYER
@@ -43,16 +43,16 @@ class Row(NamedTuple):
 
 
 class Main(NamedTuple):
-    """The figures of each row, round by round, and each stack's megabytes."""
+    """The figures of each row in each round, and each stack's megabytes."""
 
     rounds: dict[str, list[Figures]]
     memory: dict[str, float]
 
 
 def measure_main(bench: Bench) -> Main:
-    """Let all stacks run, idle but for the one whose turn it is.
+    """Run all stacks at once; in each turn one has callers and the others are idle.
 
-    Each round begins one row later; what comes first is not counted.
+    Each round begins one row later. The first round is a warm-up and is not counted.
     """
     with ExitStack() as stack:
         rows = _rows(bench, stack)
@@ -85,9 +85,10 @@ def _rows(bench: Bench, stack: ExitStack) -> dict[str, Row]:
 
 
 def _open_breakers(stack: Stack) -> None:
-    """Call until the provider that fails has failed in every worker: one may get all callers.
+    """Call until the failing provider's breaker is open in every worker.
 
-    No more callers than later: threads that have begun stay, and more of them cost more.
+    It takes several turns, as one worker may get all callers. There are no more callers than in
+    later turns: each would leave a thread that stays for a while and adds cost.
     """
     for _ in range(20):
         take(stack, BUYER, CALLERS, 0, count=4 * CALLERS)
@@ -111,7 +112,7 @@ def _turn_of(row: Row, count: int) -> Figures:
 
 
 def measure_scaling(bench: Bench) -> list[Point]:
-    """Vary workers, callers and the provider's delay; beside it the bare stack once."""
+    """Vary workers, callers and the provider's delay; the bare stack has one number of workers."""
     points = []
     for (provider, delay), workers in product((("fast", 0), ("slow", DELAY)), bench.plan.workers):
         with bench.service(provider, provider, workers=workers) as stack:
@@ -133,7 +134,7 @@ def _over_callers(bench: Bench, stack: Stack, at: Point) -> list[Point]:
 def measure_capacity(bench: Bench) -> list[Point]:
     """Keep all threads of all workers waiting for a slow provider.
 
-    There are twice as many callers: the kernel deals connections out unevenly.
+    There are twice as many callers as threads, because the kernel distributes connections unevenly.
     """
     points = []
     for threads, workers in product((16, 32), bench.plan.workers):
@@ -150,9 +151,10 @@ def measure_capacity(bench: Bench) -> list[Point]:
 
 
 def measure_latency(bench: Bench) -> dict[str, Point]:
-    """Let few callers wait for a slow provider, and half as many as there are threads.
+    """Call a slow provider with few callers, and with half as many callers as there are threads.
 
-    The few wait for it by itself, behind the service, and beside a fast one. Medians of rounds.
+    The few callers call the provider itself, the service, and the service with a fast provider for
+    the other channel. The figures are medians over rounds.
     """
     few, half = 4, WORKERS * THREADS // 2
     with bench.service("slow", "slow") as slow, bench.service("fast", "slow") as mixed:
@@ -174,7 +176,7 @@ def measure_latency(bench: Bench) -> dict[str, Point]:
 
 
 def measure_memory(bench: Bench) -> list[Memory]:
-    """Notify buyers and sellers in turn; look at the memory after each fifth."""
+    """Notify buyers and sellers in turn; sample the memory after each fifth."""
     samples = []
     each = bench.plan.notifications // 10
     with bench.service("fast", "fast") as stack:

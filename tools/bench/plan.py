@@ -1,4 +1,4 @@
-"""How much is measured, and a turn: callers at one stack, all others idle."""
+"""How much to measure; and a turn, in which one stack has callers and all others are idle."""
 
 import sys
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ BUYER, SELLER = path_of("buyer"), path_of("seller")
 
 
 class Plan(NamedTuple):
-    """How much is done."""
+    """How much to measure."""
 
     rounds: int = 19
-    replies: int = 800  # for each row and round
-    seconds: float = 2.0  # of the other turns
+    replies: int = 800  # per row and round of the main table
+    seconds: float = 2.0  # per turn of the other parts
     workers: tuple[int, ...] = (1, 2, 4)
     callers: tuple[int, ...] = (1, 4, 16, 64, 256)
     notifications: int = 100_000
-    starts: int = 8  # of the services that have one worker
-    bursts: int = 12  # for each case and start
+    starts: int = 8  # of the one-worker services
+    bursts: int = 12  # per case and start
 
 
 QUICK = Plan(
@@ -46,7 +46,7 @@ QUICK = Plan(
 
 @dataclass(frozen=True)
 class Bench:
-    """What all parts use; `beside` is another checkout of the project, to compare ours with."""
+    """Shared by all parts; `beside` is another checkout of the project, to compare ours with."""
 
     plan: Plan
     server: postgres.Server
@@ -54,11 +54,11 @@ class Bench:
     beside: Path | None = None
 
     def database(self, email: str, push: str, checkout: Path = ROOT) -> Environment:
-        """Make a checkout's database with one provider for each channel; return its `DB_*`."""
+        """Create a checkout's database with one provider per channel; return its `DB_*`."""
         return stacks.database(self.server, [self.urls[email]], self.urls[push], checkout)
 
     def service(self, email: str, push: str, **how: Any) -> Any:
-        """Run the service with one provider for each channel."""
+        """Run the service with one provider per channel."""
         return stacks.service(self.database(email, push), **how)
 
 
@@ -66,29 +66,29 @@ def take(stack: Stack, path: str, callers: int, warm_up: int, **bounds: Any) -> 
     """Take a turn and return its figures.
 
     Raises:
-        CannotMeasure: a reply was wrong, or none came.
+        CannotMeasure: a reply was wrong, or there was none.
     """
     psutil.cpu_percent()
-    turn = right_turn(stack, path, callers, warm_up, **bounds)
+    turn = checked_turn(stack, path, callers, warm_up, **bounds)
     return figures(turn, busy=psutil.cpu_percent() / 100)
 
 
-def right_turn(stack: Stack, path: str, callers: int, warm_up: int, **bounds: Any) -> Turn:
+def checked_turn(stack: Stack, path: str, callers: int, warm_up: int, **bounds: Any) -> Turn:
     """Take a turn; `bounds` are the other fields of its `Order`.
 
     Raises:
-        CannotMeasure: a reply was wrong, or none came.
+        CannotMeasure: a reply was wrong, or there was none.
     """
     turn = take_turn(Order(stack.port, path, callers, warm_up, **{"pids": stack.pids()} | bounds))
     _check([turn])
     return turn
 
 
-def right_bursts(orders: Sequence[Order], rounds: int) -> list[list[Figures]]:
-    """Return the figures of each order's bursts, which come in turn.
+def checked_bursts(orders: Sequence[Order], rounds: int) -> list[list[Figures]]:
+    """Run bursts of the orders in turn; return the figures of each order's bursts.
 
     Raises:
-        CannotMeasure: a reply was wrong, or none came.
+        CannotMeasure: a reply was wrong, or there was none.
     """
     bursts = take_turns(orders, rounds)
     _check([turn for turns in bursts for turn in turns])
@@ -99,5 +99,5 @@ def _check(turns: Sequence[Turn]) -> None:
     for turn in turns:
         if turn.errors or not turn.latencies:
             replies = len(turn.latencies)
-            raise CannotMeasure(f"{replies} replies were right, and wrong {turn.errors}")
+            raise CannotMeasure(f"{replies} replies were correct; errors: {turn.errors}")
     print(".", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The picture: what a notification costs, and how many a second there are."""
+"""The plot: CPU per notification, and notifications per second."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ OURS, THEIRS, INK = "#2563a8", "#9aa3ad", "#24292f"
 
 
 def draw(path: Path, main: Main, scaling: Sequence[Point]) -> None:
-    """Write a PNG of 1200 by 500 pixels; its ground is white, for dark pages as well."""
+    """Write a PNG of 1200 by 500 pixels; its background is white, even on dark pages."""
     mpl.rcParams.update({"font.size": 11, "text.color": INK, "axes.labelcolor": INK})
     figure = Figure(figsize=(12, 5), dpi=100, facecolor="white", layout="constrained")
     cost, scale = figure.subplots(1, 2, width_ratios=(5, 6))
@@ -47,7 +47,7 @@ def _lines(axes: Any, scaling: Sequence[Point]) -> None:
             marker="os^D"[workers.bit_length() - 1],
             linestyle="--" if stack == "bare" else "-",
         )
-    axes.set_title(f"Notifications a second, providers at {DELAY} ms")
+    axes.set_title(f"Notifications per second, providers at {DELAY} ms")
     axes.set_xlabel("callers")
     axes.set_xscale("log", base=4)
     axes.set_yscale("log")

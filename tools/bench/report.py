@@ -1,4 +1,4 @@
-"""What was measured, as text and as JSON."""
+"""The measured figures, as text and as JSON."""
 
 import json
 import platform
@@ -31,12 +31,12 @@ from tools.bench.worker import Work, Works, ratios, worker_goals
 
 Text = Sequence[str]
 
-OFTEN = 6  # kinds of system calls that the table names
+NAMED_CALLS = 6  # the number of system calls that the table names
 
 
 def machine() -> str:
-    """Return where it is measured, with what, and how much others use of it."""
-    others = f"others use {psutil.cpu_percent(interval=1):.0f} % of them"
+    """Describe the machine, the CPU that other processes use now, and the software."""
+    others = f"{psutil.cpu_percent(interval=1):.0f} % used by others"
     packages = ("gunicorn", "flask", "requests", "fastapi", "httpx", "uvicorn")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     cpus = f"{available_cpus()} CPUs{_model()}, {others}"
@@ -44,13 +44,13 @@ def machine() -> str:
 
 
 def compared(folder: Path) -> str:
-    """Return which commits a comparison with the checkout in `folder` is of."""
+    """Name both commits of a comparison with the checkout in `folder`."""
     return f"this tree {_commit(ROOT)}, beside {folder} {_commit(folder)}"
 
 
 def _commit(folder: Path) -> str:
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
-    with suppress(OSError):  # no git
+    with suppress(OSError):  # git is not installed
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         return done.stdout.strip()
     return ""
@@ -64,13 +64,13 @@ def _model() -> str:
 
 
 def table(head: Text, rows: Iterable[Text]) -> str:
-    """Return a table in Markdown: the first column is text, the others are figures."""
+    """Return a Markdown table whose first column is text; the others are figures."""
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def summarised(main: Main) -> dict[str, Summary]:
-    """Return the main table's lines by name."""
+    """Return the main table's rows by name."""
     bare = main.rounds["bare"]
     return {
         name: Summary(median(rounds), ratio(rounds, bare), main.memory[name])
@@ -98,14 +98,14 @@ def main_table(main: Main) -> str:
 
 
 def works_table(works: Works) -> str:
-    """Show what each checkout's worker did for a notification, and how ours compares."""
+    """Show a notification's cost in each checkout's worker, and compare ours with the other."""
     head = ("one worker", "CPU µs", "voluntary switches", "involuntary", "system calls")
     rows = [
         (f"{case}: {side}" if len(sides) > 1 else case, *_work_cells(work))
         for case, sides in works.items()
         for side, work in sides.items()
     ]
-    text = table((*head, "most often"), rows)
+    text = table((*head, "most frequent"), rows)
     lines = [
         (
             case,
@@ -117,7 +117,7 @@ def works_table(works: Works) -> str:
         for case, one in ratios(works).items()
     ]
     if lines:
-        head = ("CPU: this tree / beside", "median", "95 % certain", "quartiles", "bursts")
+        head = ("CPU: this tree / beside", "median", "95 % confidence", "quartiles", "bursts")
         text += f"\n\n{table(head, lines)}"
     return text
 
@@ -129,13 +129,13 @@ def _work_cells(work: Work) -> Text:
         switches = ("not measured", "not measured")
     if work.problem:
         return (f"{usual.cpu:.0f}", *switches, f"not measured: {work.problem}", "")
-    often = sorted(work.calls.items(), key=lambda one: -one[1])[:OFTEN]
-    names = ", ".join(f"{name} {calls:.1f}" for name, calls in often)
+    frequent = sorted(work.calls.items(), key=lambda one: -one[1])[:NAMED_CALLS]
+    names = ", ".join(f"{name} {calls:.1f}" for name, calls in frequent)
     return (f"{usual.cpu:.0f}", *switches, f"{sum(work.calls.values()):.1f}", names)
 
 
 def points_table(points: Iterable[tuple[str, Point]]) -> str:
-    """Show each point under its name."""
+    """Show each point in a row with its name."""
     head = ("", "workers", "threads", "provider", "callers", "per second", "p50 ms", "p99 ms")
     rows = [
         (
@@ -157,13 +157,13 @@ def points_table(points: Iterable[tuple[str, Point]]) -> str:
 
 
 def memory_table(samples: Iterable[Memory]) -> str:
-    """Show the samples."""
+    """Show the samples of memory."""
     rows = [(str(one[0]), f"{one.workers:.1f}", f"{one.total:.1f}") for one in samples]
     return table(("notifications", "two workers, MB", "with the master, MB"), rows)
 
 
 def goals_table(goals: Iterable[Goal]) -> str:
-    """Say what is met."""
+    """Show each goal's bound, measured value and verdict."""
     rows = [
         (
             goal.name,
@@ -178,7 +178,7 @@ def goals_table(goals: Iterable[Goal]) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """How what a part has measured is shown and judged."""
+    """How a part's figures are shown and judged."""
 
     title: str
     show: Callable[[Any], str]
@@ -187,33 +187,35 @@ class Part:
 
 PARTS = {
     "main": Part(
-        "Providers at 0 ms, 8 callers; with a cold cache each look-up asks PostgreSQL, whose own "
+        "Providers at 0 ms, 8 callers; with a cold cache each look-up queries PostgreSQL, whose "
         "CPU is not counted; memory is PSS while all stacks run",
         main_table,
         lambda main: main_goals(main.rounds),
     ),
     "worker": Part(
-        "One worker, for a notification; the system calls are those other than futex",
+        "One worker, per notification; system calls without futex",
         works_table,
         worker_goals,
     ),
     "scaling": Part(
-        "How it scales",
+        "Scaling",
         lambda points: points_table((point.stack, point) for point in points),
         lambda _: [],
     ),
     "capacity": Part(
-        "Twice as many callers as threads",
+        "Capacity, with twice as many callers as threads",
         lambda points: points_table((point.stack, point) for point in points),
         capacity_goals,
     ),
-    "latency": Part("Below saturation", lambda points: points_table(points.items()), latency_goals),
+    "latency": Part(
+        "Latency below saturation", lambda points: points_table(points.items()), latency_goals
+    ),
     "memory": Part("Memory (PSS), while no other stack runs", memory_table, memory_goals),
 }
 
 
 def write(path: Path, measured: Mapping[str, Any], goals: Sequence[Goal], about: str) -> None:
-    """Write all figures as JSON."""
+    """Write all figures to a JSON file."""
     content = {
         "machine": about,
         **{name: _plain(value) for name, value in measured.items()},
@@ -224,7 +226,7 @@ def write(path: Path, measured: Mapping[str, Any], goals: Sequence[Goal], about:
 
 
 def _plain(value: Any) -> Any:
-    """Turn named tuples into objects; figures keep four digits."""
+    """Convert named tuples to dictionaries, and round figures to four significant digits."""
     if isinstance(value, Main):
         value = summarised(value)
     if isinstance(value, Work):

@@ -1,8 +1,8 @@
-"""Providers that cost next to nothing: one thread, fixed answers, kept connections.
+"""Mock providers that use almost no CPU: one thread, fixed answers, kept connections.
 
     python -m tools.bench.sink
 
-prints one line of JSON, the port of each kind, and serves until standard input ends.
+Prints one line of JSON with the port of each kind, then serves until standard input ends.
 """
 
 import json
@@ -18,7 +18,7 @@ from tools import HOST
 
 
 class Kind(NamedTuple):
-    """How a provider answers: with which status, after how many seconds."""
+    """A provider's answer: its status, and its delay in seconds."""
 
     status: int = 200
     delay: float = 0.0
@@ -26,12 +26,12 @@ class Kind(NamedTuple):
 
 KINDS = {"fast": Kind(), "slow": Kind(delay=0.1), "failing": Kind(status=500)}
 
-# An answer may leave so much before its time: epoll waits for whole milliseconds, and rounds up.
+# An answer may be sent this many seconds early: epoll rounds its wait up to whole milliseconds.
 EARLY = 0.0005
 
 
 class Connection:
-    """One caller's connection, with what has arrived of its request."""
+    """A caller's connection, with the received part of its request."""
 
     def __init__(self, sock: socket.socket, listener: "Listener") -> None:
         self.sock = sock
@@ -39,7 +39,7 @@ class Connection:
         self._received = b""
 
     def request_is_complete(self, data: bytes) -> bool:
-        """Take more of the request; the next one begins after its end."""
+        """Add received data; return True once the request is complete."""
         self._received += data
         head, end, body = self._received.partition(b"\r\n\r\n")
         if not end or len(body) < content_length(head):
@@ -48,12 +48,12 @@ class Connection:
         return True
 
     def answer(self) -> None:
-        with suppress(OSError):  # the caller has left, which the selector will tell
+        with suppress(OSError):  # the caller has disconnected; the selector will report it
             self.sock.send(self.listener.reply)
 
 
 class Listener:
-    """A port, what is answered there, and the answers whose time is to come, in that order."""
+    """A listening port, its fixed answer, and the delayed answers in the order of their time."""
 
     def __init__(self, kind: Kind) -> None:
         self.sock = socket.create_server((HOST, 0), backlog=1024)
@@ -66,7 +66,7 @@ class Listener:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port it listens on."""
         return int(self.sock.getsockname()[1])
 
     def answer_due(self, now: float) -> None:
@@ -75,13 +75,13 @@ class Listener:
 
 
 def content_length(head: bytes) -> int:
-    """Return what a head announces, 0 if it says nothing of it."""
+    """Return a head's Content-Length, 0 if it has none."""
     _, found, rest = head.lower().partition(b"\r\ncontent-length:")
     return int(rest.partition(b"\r\n")[0]) if found else 0
 
 
 class Sink:
-    """Serves all listeners in one thread, until there is something to read at `end`."""
+    """Serves all listeners in one thread, until the file descriptor `end` is readable."""
 
     def __init__(self, listeners: list[Listener], end: int) -> None:
         self._listeners = listeners
@@ -92,7 +92,7 @@ class Sink:
             self._selector.register(listener.sock, selectors.EVENT_READ, listener)
 
     def run(self) -> None:
-        """Serve."""
+        """Serve until the end."""
         while True:
             for key, _ in self._selector.select(self._wait()):
                 if key.fd == self._end:
@@ -131,7 +131,7 @@ class Sink:
 
 
 def main() -> None:
-    """Serve all kinds."""
+    """Serve all kinds of providers."""
     listeners = {name: Listener(kind) for name, kind in KINDS.items()}
     print(json.dumps({name: one.port for name, one in listeners.items()}), flush=True)
     Sink([*listeners.values()], sys.stdin.fileno()).run()

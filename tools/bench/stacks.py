@@ -1,4 +1,4 @@
-"""What is measured: each stack as it is started, ready, in processes whose cost can be told."""
+"""The stacks to measure; each runs in processes of its own, whose cost can be measured."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from psycopg import sql
 from notifier.models import Channel
 from tools import HOST, ROOT, rig
 from tools.dev import postgres
-from tools.rig import CannotMeasure, Environment, free_port, owner, path_and, wait_until
+from tools.rig import CannotMeasure, Environment, free_port, owner, wait_until, with_path
 
 WORKERS, THREADS = 2, 32
 
@@ -31,7 +31,7 @@ OPENED = re.compile(r'^circuit_breaker_state_changes_total{.*to_state="open"} (\
 
 
 class App(NamedTuple):
-    """An app to compare with: its module in this package, and how its server is told to run it."""
+    """An app to compare with: its module in this package, and the options of its server."""
 
     module: str
     options: tuple[str, ...]
@@ -40,21 +40,21 @@ class App(NamedTuple):
 
 BARE, NAIVE = App("bare", GTHREAD), App("naive", GTHREAD)
 
-# As `pip install uvicorn` has it, and with what its extra `standard` adds.
+# uvicorn as `pip install uvicorn` has it, and with the packages of its extra `standard`.
 QUIET = ("--log-level", "warning", "--no-access-log")
 ASGI = App("asgi", ("--loop", "asyncio", "--http", "h11", *QUIET), by_uvicorn=True)
 ASGI_UVLOOP = App("asgi", ("--loop", "uvloop", "--http", "httptools", *QUIET), by_uvicorn=True)
 
 
-class Use(NamedTuple):
-    """Megabytes of the workers, and with the master."""
+class MemoryUse(NamedTuple):
+    """Megabytes of the workers alone, and with the master."""
 
     workers: float
     total: float
 
 
 class Stack(NamedTuple):
-    """A running stack: its port, and the process whose descendants it is, if it counts."""
+    """A running stack: its port, and its guard's process id, or None if no cost is counted."""
 
     port: int
     guard: int | None = None
@@ -64,20 +64,20 @@ class Stack(NamedTuple):
         return [*psutil.Process(self.guard).children(recursive=True)] if self.guard else []
 
     def pids(self) -> list[int]:
-        """Return the processes whose CPU counts."""
+        """Return the ids of the processes whose CPU is counted."""
         return [process.pid for process in self.processes()]
 
     def workers(self) -> list[int]:
-        """Return the workers alone."""
+        """Return the ids of the workers, without the master."""
         (master,) = psutil.Process(self.guard).children()
         return [process.pid for process in master.children()]
 
-    def memory(self) -> Use:
-        """Return the megabytes that the processes use now; what several share counts in part."""
+    def memory(self) -> MemoryUse:
+        """Return the memory in use; each process counts its part of shared memory (PSS)."""
         processes = self.processes()
         masters = psutil.Process(self.guard).children()
         total, master = (sum(map(_megabytes, some)) for some in (processes, masters))
-        return Use(total - master, total)
+        return MemoryUse(total - master, total)
 
 
 def _megabytes(process: psutil.Process) -> float:
@@ -87,13 +87,13 @@ def _megabytes(process: psutil.Process) -> float:
 
 @contextmanager
 def sink() -> Iterator[dict[str, str]]:
-    """Run the providers; yield the URL of each kind."""
+    """Run the mock providers; yield the URL of each kind."""
     with subprocess.Popen(
         [sys.executable, "-m", "tools.bench.sink"],
         cwd=ROOT,
-        stdin=subprocess.PIPE,  # closed at the end of the block, which ends it
+        stdin=subprocess.PIPE,  # closing it at the end of the block stops the process
         stdout=subprocess.PIPE,
-        start_new_session=True,  # out of reach of the terminal's Ctrl-C
+        start_new_session=True,  # the terminal's Ctrl-C must not reach it
     ) as process:
         ports = json.loads(process.stdout.readline()) if process.stdout else {}
         yield {name: f"http://{HOST}:{port}/send" for name, port in ports.items()}
@@ -101,7 +101,7 @@ def sink() -> Iterator[dict[str, str]]:
 
 @contextmanager
 def compared(app: App, url: str, workers: int = WORKERS, threads: int = THREADS) -> Iterator[Stack]:
-    """Run `app`, which posts to `url`."""
+    """Run `app` with the provider at `url`."""
     variables = {"PROVIDER_URL": url, "THREADS": str(threads)}
     port = free_port()
     target = f"tools.bench.{app.module}:app"
@@ -124,10 +124,10 @@ def service(
     threads: int = THREADS,
     checkout: Path = ROOT,
 ) -> Iterator[Stack]:
-    """Run the service of a checkout on `database` as operators do, its log going to a file."""
+    """Run a checkout's service on `database` as operators do, with its log in a file."""
     variables = {
         "WEB_THREADS": str(threads),
-        # Should it be open, it stays so.
+        # A breaker that opens stays open while the stack is measured.
         "CIRCUIT_BREAKER_OPEN_STATE_TIMEOUT": "1h",
     }
     with rig.service(database | variables, workers, app, checkout) as running:
@@ -135,12 +135,12 @@ def service(
 
 
 def provider(url: str) -> Stack:
-    """Return a provider as if it were a stack; what it costs does not count."""
+    """Return a provider as a stack whose cost is not counted."""
     return Stack(port_of(url))
 
 
 def port_of(url: str) -> int:
-    """Return the port of a URL that names it."""
+    """Return the port of a URL that names one."""
     return urlsplit(url).port or 0
 
 
@@ -161,9 +161,9 @@ def _answers(port: int) -> bool:
 def database(
     server: postgres.Server, email: Sequence[str], push: str, checkout: Path = ROOT
 ) -> Environment:
-    """Make a database with providers at these URLs, e-mail's in order; return its `DB_*`.
+    """Create a database with providers at these URLs, email's in order; return its `DB_*`.
 
-    Its schema is that of the checkout.
+    Its schema is the checkout's.
     """
     name = f"bench_{uuid.uuid4().hex[:8]}"
     with owner(server).connect() as connection:
@@ -180,7 +180,7 @@ def _migrate(environment: Environment, checkout: Path) -> None:
         [sys.executable, "-m", "flask", "--app", "notifier.app", "migrate"],
         check=False,
         cwd=checkout,
-        env=path_and(environment),
+        env=with_path(environment),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,4 +1,4 @@
-"""An order to callers, the turn that came of it, and the process that carries it out."""
+"""An order for the load generator, the resulting turn, and the process that executes it."""
 
 import json
 import subprocess
@@ -9,19 +9,20 @@ from typing import Any
 
 from tools import ROOT
 
-# Nothing for so long, and the turn ends.
-PATIENCE = 20.0
+# Seconds for connecting, for a warm-up, and for the last replies of a turn.
+TIMEOUT = 20.0
 
 
 @dataclass(frozen=True)
 class Order:
-    """What to do: where, by how many callers, until `count` replies or for `seconds`.
+    """The load to generate; the turn ends after `count` replies or `seconds`.
 
-    `warm_up` replies come first and are not counted. `pids` are the processes whose CPU is.
+    The first `warm_up` replies are not counted. `pids` are the processes whose CPU is counted.
 
-    Workers race for connections; measured with 8 callers and 2 workers, in one of five turns one
-    worker got all, and a reply cost 40 percent more. So, if possible, each of `workers` processes
-    has, of what an equal share of the warm-up's CPU would be, at least `evenness`.
+    Workers race for connections. Measured with 8 callers and 2 workers, in one of five turns a
+    worker got all callers, and a reply cost 40 percent more. So callers reconnect, a limited number
+    of times, until each of `workers` processes uses at least `evenness` times an equal share of the
+    warm-up's CPU.
     """
 
     port: int
@@ -33,12 +34,12 @@ class Order:
     pids: Sequence[int] = ()
     workers: int = 1
     evenness: float = 0.0
-    trace: bool = False  # count system calls, which slows the processes down
+    trace: bool = False  # whether to count system calls, which slows the processes down
 
 
 @dataclass
 class Turn:
-    """What came of it; every other status than 200 and 503 is an error, during the warm-up too."""
+    """The result of an order; any status but 200 and 503 is an error, even in the warm-up."""
 
     seconds: float = 0.0
     cpu: float = 0.0  # seconds
@@ -47,25 +48,25 @@ class Turn:
     errors: dict[str, int] = field(default_factory=dict)
     voluntary: int = 0  # context switches
     involuntary: int = 0
-    calls: dict[str, int] = field(default_factory=dict)  # system calls, if they were to be counted
-    problem: str = ""  # why they were not
+    calls: dict[str, int] = field(default_factory=dict)  # system calls, if the order says `trace`
+    problem: str = ""  # why they were not counted
 
 
 def take_turn(order: Order) -> Turn:
-    """Carry out an order in a process of its own.
+    """Execute an order in a process of its own.
 
     Raises:
-        subprocess.SubprocessError: it could not, or took too long.
+        subprocess.SubprocessError: the process failed or took too long.
     """
     (turn,) = _in_process([order], 0, order.seconds)
     return Turn(**turn)
 
 
 def take_turns(orders: Sequence[Order], rounds: int) -> list[list[Turn]]:
-    """Let orders have bursts in turn, in a process that is theirs; return those of each.
+    """Run `rounds` bursts of the orders in turn, in one process; return each order's bursts.
 
     Raises:
-        subprocess.SubprocessError: it could not, or took too long.
+        subprocess.SubprocessError: the process failed or took too long.
     """
     seconds = rounds * sum(order.seconds for order in orders)
     bursts = _in_process(orders, rounds, seconds)
@@ -73,14 +74,14 @@ def take_turns(orders: Sequence[Order], rounds: int) -> list[list[Turn]]:
 
 
 def _in_process(orders: Sequence[Order], rounds: int, seconds: float) -> list[Any]:
-    what = json.dumps({"orders": [asdict(order) for order in orders], "rounds": rounds})
+    arguments = json.dumps({"orders": [asdict(order) for order in orders], "rounds": rounds})
     done = subprocess.run(
-        [sys.executable, "-m", "tools.bench.load", what],
+        [sys.executable, "-m", "tools.bench.load", arguments],
         cwd=ROOT,
         check=True,
         stdout=subprocess.PIPE,
-        start_new_session=True,  # out of reach of the terminal's Ctrl-C
-        timeout=seconds + 3 * PATIENCE,
+        start_new_session=True,  # the terminal's Ctrl-C must not reach it
+        timeout=seconds + 3 * TIMEOUT,
     )
     answer: list[Any] = json.loads(done.stdout)
     return answer

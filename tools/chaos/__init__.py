@@ -1,1 +1,1 @@
-"""`make chaos`: what holds while everything around the service fails, under load."""
+"""`make chaos`: check invariants under load while everything around the service fails."""

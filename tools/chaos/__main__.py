@@ -1,4 +1,4 @@
-"""Run the chaos, and print what came of it; the exit code is 1 if an invariant was violated."""
+"""Run the chaos and print the report; the exit code is 1 if an invariant was violated."""
 
 import argparse
 import random

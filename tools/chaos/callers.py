@@ -1,4 +1,4 @@
-"""Callers that notify buyers and sellers all the time, and record every reply."""
+"""Callers that notify buyers and sellers continuously, and record every reply."""
 
 import itertools
 import threading
@@ -9,28 +9,28 @@ from contextlib import contextmanager
 import requests
 
 from tools.chaos.evidence import Reply
-from tools.rig import MESSAGE, at_once, path_of
+from tools.rig import MESSAGE, concurrent_calls, path_of
 
-CALLERS = 8  # no more than a worker has threads: none has to wait for one
-PAUSE = 0.06  # seconds from a reply to the next request
-GIVE_UP = 20.0
+CALLERS = 8  # at most the threads of a worker, so that no request waits for one
+PAUSE = 0.06  # seconds between a reply and the next request
+TIMEOUT = 20.0
 
 
 @contextmanager
 def load(url: str) -> Iterator[list[Reply]]:
-    """Notify over kept and over new connections while the block runs; the list gets every reply."""
+    """Notify over kept and over new connections during the block; yield the growing replies."""
     replies: list[Reply] = []
-    enough = threading.Event()
+    stop = threading.Event()
     numbers = itertools.count(1)
 
     def call(recipient: str, keep: bool) -> None:
         with requests.Session() as session:
             session.trust_env = False
             session.headers["Connection"] = "keep-alive" if keep else "close"
-            while not enough.wait(PAUSE):
+            while not stop.wait(PAUSE):
                 replies.append(_notify(session, url, recipient, f"chaos-{next(numbers)}"))
 
-    with at_once(CALLERS, call, enough):
+    with concurrent_calls(CALLERS, call, stop):
         yield replies
 
 
@@ -41,7 +41,7 @@ def _notify(session: requests.Session, url: str, recipient: str, request_id: str
             url + path_of(recipient),
             json=MESSAGE,
             headers={"X-Request-Id": request_id},
-            timeout=GIVE_UP,
+            timeout=TIMEOUT,
         )
     except requests.Timeout:
         return Reply(request_id, recipient, began, time.monotonic() - clock, 0)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: what callers and providers saw, and what the workers logged."""
+"""The evidence of a run: the records of callers and providers, and the workers' logs."""
 
 import json
 from collections import Counter, defaultdict
@@ -20,7 +20,7 @@ MESSAGES = frozenset({ADMITTED, FAILED, SKIPPED, CHANGED, UNREAD})
 
 
 class Reply(NamedTuple):
-    """What a caller got; the status is 0 without an answer, `cut` if the connection ended."""
+    """A caller's reply; the status is 0 without an answer, and `cut` if the connection broke."""
 
     request_id: str
     recipient: str
@@ -33,12 +33,12 @@ class Reply(NamedTuple):
 
     @property
     def ended(self) -> float:
-        """When the answer was complete, or the connection gone."""
+        """When the answer was complete, or the connection broke."""
         return self.began + self.seconds
 
 
 class Delivery(NamedTuple):
-    """A request that a provider has read to its end; `accepted` once a 2xx status line was sent."""
+    """A request that a provider read completely; `accepted` if it sent a whole 2xx status line."""
 
     channel: str
     host: str
@@ -58,11 +58,11 @@ class Line(NamedTuple):
     host: str | None = None
     reason: str | None = None  # why an attempt failed
     to_state: str | None = None
-    times: int | None = None  # what the line stands for
+    times: int | None = None  # how many events the line stands for
 
 
 class Absence(NamedTuple):
-    """A time in which no active row had the host."""
+    """A period in which no active row had the host."""
 
     host: str
     began: float
@@ -70,17 +70,17 @@ class Absence(NamedTuple):
 
 
 class Size(NamedTuple):
-    """How many workers there are, and the most that one of them has."""
+    """The number of workers, and the maximum of each resource over the workers."""
 
     workers: int
     threads: int
-    files: int  # the connections to providers left out
-    to_providers: int  # connections
-    memory: int  # bytes of its own
+    files: int  # without connections to providers
+    to_providers: int  # connections to providers
+    memory: int  # bytes that no other process shares
 
 
 class Period(NamedTuple):
-    """A time in which nothing was made to fail, and the workers' size at its end."""
+    """A period without faults, and the workers' size at its end."""
 
     began: float
     ended: float
@@ -89,21 +89,21 @@ class Period(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the run was to keep to; times in seconds."""
+    """The limits that a run must keep; times are in seconds."""
 
     deadline: float
-    margin: float  # what a loaded machine may add to it
+    margin: float  # that a loaded machine may add to the deadline
     open_seconds: float
-    threads: int  # requests at a time per worker
+    threads: int  # concurrent requests per worker
     callers: int
     hosts: int
     kinds: frozenset[str]  # of faults
-    requests: int
+    requests: int  # at least
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that the invariants are checked against."""
+    """All records against which the invariants are checked."""
 
     limits: Limits
     replies: list[Reply]
@@ -116,39 +116,39 @@ class Evidence:
     after: Period
 
     def lines_with(self, message: str) -> Iterator[Line]:
-        """Yield the log lines with that message."""
+        """Return the log lines with a message."""
         return (line for line in self.lines if line.message == message)
 
     def openings(self) -> list[Line]:
-        """Return the lines that say that a breaker has opened."""
+        """Return the log lines about breakers that opened."""
         return [line for line in self.lines_with(CHANGED) if line.to_state == "open"]
 
     def refusals(self) -> int:
-        """Return how many attempts a breaker has refused, the last second's perhaps left out."""
+        """Return how many attempts breakers refused, perhaps without those of the last second."""
         return sum(line.times or 1 for line in self.lines_with(SKIPPED))
 
     def fallbacks(self) -> int:
-        """Return how many notifications were delivered although an attempt had failed."""
+        """Return how many notifications were delivered after an attempt had failed."""
         failed = {line.request_id for line in self.lines_with(FAILED)}
         delivered = (one for one in self.replies if one.status == HTTPStatus.OK)
         return sum(reply.request_id in failed for reply in delivered)
 
     def accepted(self) -> dict[str, list[Delivery]]:
-        """Return by request what was accepted."""
+        """Return the accepted deliveries of each request."""
         accepted = defaultdict(list)
         for delivery in self.deliveries:
             if delivery.accepted:
                 accepted[delivery.request_id].append(delivery)
         return accepted
 
-    def known_of(self, request_id: str) -> list[str]:
-        """Describe what everybody saw of one request."""
-        records = (self.replies, self.deliveries, self.lines)
-        return [str(one) for seen_by in records for one in seen_by if one.request_id == request_id]
+    def records_of(self, request_id: str) -> list[str]:
+        """Return all records of one request as text."""
+        sources = (self.replies, self.deliveries, self.lines)
+        return [str(one) for source in sources for one in source if one.request_id == request_id]
 
 
 def read_logs(folder: Path) -> list[Line]:
-    """Return what the workers have logged that matters here, each worker's lines in their order."""
+    """Return the relevant lines of all workers' logs; each worker's lines are in order."""
     return [line for path in sorted(folder.glob("worker-*.log")) for line in _read_log(path)]
 
 
@@ -162,7 +162,7 @@ def _read_log(path: Path) -> Iterator[Line]:
 
 
 def size(workers: list[psutil.Process], hosts: Container[str]) -> Size:
-    """Measure the workers, which call `hosts`."""
+    """Measure the workers; `hosts` are the providers that they call."""
     threads, files, to_providers, memory = zip(
         *(_size(worker, hosts) for worker in workers), strict=True
     )

@@ -1,6 +1,6 @@
-"""The service's gunicorn.conf.py, except that each process logs into a file of its own.
+"""The service's gunicorn.conf.py, except that each process logs to a file of its own.
 
-gunicorn loads it in the repository's root. The folder for the files is in CHAOS_LOGS.
+gunicorn loads it in the repository's root. CHAOS_LOGS names the folder for the logs.
 """
 
 import os
@@ -23,6 +23,6 @@ _log_to("master")
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    """Begin the worker's own log."""
+    """Redirect the worker's output to its own log."""
     _log_to(f"worker-{os.getpid()}")
     shipped["post_fork"](server, worker)

@@ -1,4 +1,4 @@
-"""What has to hold whatever fails, checked request by request."""
+"""The invariants, which must hold whatever fails; most are checked request by request."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -13,56 +13,58 @@ CODES: dict[int, str] = {
     HTTPStatus.SERVICE_UNAVAILABLE: "E106",
 }
 
-# Seconds between what happens in a worker and the line about it: its threads take turns.
+# Seconds between an event in a worker and its log line: the worker's threads take turns.
 LOGGED_WITHIN = 0.25
-CUT_WITHIN = 2.0  # seconds that a killed process's connections may take to end
+CUT_WITHIN = 2.0  # seconds between a kill and the end of the process's connections
 
-# How an attempt fails with a provider that has accepted: the answer came too late.
-UNHEARD = frozenset({"timeout", "deadline"})
+# The reasons of failed attempts whose provider may have accepted, but too late.
+TOO_LATE = frozenset({"timeout", "deadline"})
 
-# So many times `threads`: the pools of threads, for requests, those that wait, and second channels.
+# How many times `threads` a worker may add, in pools for requests, for waiting requests and for
+# second channels.
 POOLS = 4
-MEMORY = 1.5  # so many times as much as before
+MEMORY = 1.5  # the memory that a worker may have, as a multiple of that before the chaos
 
 
 class Violation(NamedTuple):
-    """What does not hold, and of which request, if it is about one."""
+    """The violation of an invariant, and the id of its request if it concerns a single one."""
 
-    what: str
+    problem: str
     request_id: str | None = None
 
 
-def delivered_as_said(seen: Evidence) -> Iterator[Violation]:
-    """A 200 was accepted by exactly one provider of each channel, an error not by one of each."""
-    unheard = {
-        (line.request_id, line.host) for line in seen.lines_with(FAILED) if line.reason in UNHEARD
+def replies_match_deliveries(seen: Evidence) -> Iterator[Violation]:
+    """A reply is 200 if, and only if, exactly one provider of each channel accepted in time."""
+    late = {
+        (line.request_id, line.host) for line in seen.lines_with(FAILED) if line.reason in TOO_LATE
     }
     accepted = seen.accepted()
     for reply in seen.replies:
-        heard = [
+        in_time = [
             delivery.channel
             for delivery in accepted.get(reply.request_id, [])
-            if (reply.request_id, delivery.host) not in unheard
+            if (reply.request_id, delivery.host) not in late
         ]
-        wanted = Counter(CHANNELS[reply.recipient])
-        if reply.status and (reply.status == HTTPStatus.OK) != (Counter(heard) == wanted):
-            yield Violation(f"{reply.status}, accepted for {sorted(heard)}", reply.request_id)
+        expected = Counter(CHANNELS[reply.recipient])
+        if reply.status and (reply.status == HTTPStatus.OK) != (Counter(in_time) == expected):
+            problem = f"{reply.status}, but accepted in time on {sorted(in_time)}"
+            yield Violation(problem, reply.request_id)
 
 
 def replied_in_time(seen: Evidence) -> Iterator[Violation]:
-    """Every reply came within the deadline, and every error with its envelope."""
+    """Every reply came within the deadline, and every error in the error envelope."""
     most = seen.limits.deadline + seen.limits.margin
     for reply in seen.replies:
         if reply.cut:
             continue
         if not reply.status or reply.seconds > most:
             yield Violation(
-                f"{reply.status or 'nothing'} after {reply.seconds:.2f} s", reply.request_id
+                f"{reply.status or 'no reply'} after {reply.seconds:.2f} s", reply.request_id
             )
         elif reply.headers.get("X-Request-Id") != reply.request_id:
             yield Violation("the reply has another request's id", reply.request_id)
         elif reply.status != HTTPStatus.OK and not _has_envelope(reply):
-            yield Violation(f"{reply.status} with {reply.body}", reply.request_id)
+            yield Violation(f"{reply.status} with the body {reply.body}", reply.request_id)
 
 
 def _has_envelope(reply: Reply) -> bool:
@@ -73,24 +75,24 @@ def _has_envelope(reply: Reply) -> bool:
     return False
 
 
-def cut_by_kills_only(seen: Evidence) -> Iterator[Violation]:
-    """Connections end without a reply when a worker is killed, at most as many as it serves."""
+def only_kills_cut(seen: Evidence) -> Iterator[Violation]:
+    """Connections break only when a worker is killed, and at most as many as it serves."""
     cut = [reply for reply in seen.replies if reply.cut]
     for reply in cut:
         if not any(0 <= reply.ended - kill <= CUT_WITHIN for kill in seen.kills):
-            yield Violation("cut, and no worker had been killed", reply.request_id)
+            yield Violation("cut although no worker had been killed", reply.request_id)
     if len(cut) > (most := seen.limits.threads * len(seen.kills)):
-        yield Violation(f"{len(cut)} connections were cut, {most} at most by kills")
+        yield Violation(f"{len(cut)} connections were cut; kills explain at most {most}")
 
 
 def open_breakers_refuse(seen: Evidence) -> Iterator[Violation]:
-    """What reached a provider had been admitted, and not while the worker's breaker was open."""
+    """Every delivery was admitted by the worker's breaker, while that was not open."""
     admitted = {(line.host, line.request_id): line for line in seen.lines_with(ADMITTED)}
     times_open = _times_open(seen)
     for delivery in seen.deliveries:
         line = admitted.get((delivery.host, delivery.request_id))
         if not line or line.at > delivery.received + LOGGED_WITHIN:
-            yield Violation(f"{delivery.host} was not asked for", delivery.request_id)
+            yield Violation(f"no breaker had admitted {delivery.host}", delivery.request_id)
             continue
         for began, ended in times_open[line.worker, delivery.host]:
             if began < line.at < ended:
@@ -99,10 +101,10 @@ def open_breakers_refuse(seen: Evidence) -> Iterator[Violation]:
 
 
 def _times_open(seen: Evidence) -> defaultdict[tuple[str, str | None], list[tuple[float, float]]]:
-    """Return by worker and host when nothing may be admitted, whatever the log's delay.
+    """Return, by worker and host, the periods in which a breaker must not admit any attempt.
 
-    A host whose row goes loses its breaker, and has a new one from then on: in a worker that reads
-    the rows, or that serves a request which knows older ones.
+    They are shortened by the log's delay. They end when the host's row is removed: the host then
+    loses its breaker, and a request that still has the old rows may create a new one.
     """
     times = defaultdict(list)
     for line in seen.openings():
@@ -117,7 +119,7 @@ def _times_open(seen: Evidence) -> defaultdict[tuple[str, str | None], list[tupl
 
 
 def delivered_once(seen: Evidence) -> Iterator[Violation]:
-    """No provider has received the same notification twice."""
+    """No provider received the same notification twice."""
     times = Counter((delivery.host, delivery.request_id) for delivery in seen.deliveries)
     for (host, request_id), count in times.items():
         if count > 1:
@@ -125,7 +127,7 @@ def delivered_once(seen: Evidence) -> Iterator[Violation]:
 
 
 def nothing_leaks(seen: Evidence) -> Iterator[Violation]:
-    """Afterwards the workers are as many and about as large as they were before."""
+    """After the chaos there are as many workers as before, of about the same size."""
     before, after, limits = seen.before.size, seen.after.size, seen.limits
     most = Size(
         workers=before.workers,
@@ -136,49 +138,49 @@ def nothing_leaks(seen: Evidence) -> Iterator[Violation]:
     )
     for name, bound in most._asdict().items():
         if (has := getattr(after, name)) > bound:
-            yield Violation(f"{has} {name} afterwards, {bound} at most")
+            yield Violation(f"{has} {name} after the chaos, at most {bound} allowed")
     if after.workers < before.workers:
-        yield Violation(f"{after.workers} workers afterwards, {before.workers} before")
+        yield Violation(f"{after.workers} workers after the chaos, {before.workers} before")
 
 
-def all_is_well_when_nothing_fails(seen: Evidence) -> Iterator[Violation]:
-    """Before the chaos and soon after it every notification is delivered."""
+def calm_delivers_everything(seen: Evidence) -> Iterator[Violation]:
+    """Before the chaos and soon after it, every notification is delivered."""
     for began, ended, _ in (seen.before, seen.after):
         replies = [one for one in seen.replies if began <= one.began and one.ended <= ended]
         if not replies:
-            yield Violation("nobody called")
+            yield Violation("no requests while nothing failed")
         for reply in replies:
             if reply.status != HTTPStatus.OK:
                 yield Violation(f"{reply.status} although nothing failed", reply.request_id)
 
 
-def run_means_something(seen: Evidence) -> Iterator[Violation]:
-    """Every fault was made and met, and there was a load."""
-    met = {delivery.behaviour for delivery in seen.deliveries} | {*+seen.faults}
-    for kind in sorted(seen.limits.kinds - met):
-        yield Violation(f"{kind}: never")
-    enough = {
+def everything_happened(seen: Evidence) -> Iterator[Violation]:
+    """Every kind of fault happened and met requests, and there was enough load."""
+    happened = {delivery.behaviour for delivery in seen.deliveries} | {*+seen.faults}
+    for kind in sorted(seen.limits.kinds - happened):
+        yield Violation(f"never happened: {kind}")
+    required = {
         f"{seen.limits.requests} requests": len(seen.replies) >= seen.limits.requests,
         "a fallback": seen.fallbacks(),
         "a breaker that opens": seen.openings(),
         "an attempt that an open breaker refuses": seen.refusals(),
     }
-    for what, happened in enough.items():
-        if not happened:
-            yield Violation(f"{what}: never")
+    for event, occurred in required.items():
+        if not occurred:
+            yield Violation(f"never happened: {event}")
 
 
 Invariant = Callable[[Evidence], Iterator[Violation]]
 
 INVARIANTS: dict[str, Invariant] = {
-    "a 200 was accepted by one provider of each channel, an error was not": delivered_as_said,
-    "replies come within the deadline, errors in their envelope": replied_in_time,
-    "connections are cut by kills only, as many as threads times kills": cut_by_kills_only,
+    "a reply is 200 if and only if one provider of each channel accepted": replies_match_deliveries,
+    "replies come within the deadline, errors in the error envelope": replied_in_time,
+    "only kills cut connections, at most threads times kills": only_kills_cut,
     "nothing reaches a provider whose breaker is open": open_breakers_refuse,
     "nothing is delivered twice through the same provider": delivered_once,
     "no worker leaks threads, files or memory": nothing_leaks,
-    "before and afterwards every notification is delivered": all_is_well_when_nothing_fails,
-    "the run means something": run_means_something,
+    "every notification before and after the chaos is delivered": calm_delivers_everything,
+    "every kind of fault happened, under load": everything_happened,
 }
 
 

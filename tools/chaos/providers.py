@@ -1,4 +1,4 @@
-"""Providers on real sockets that are as hostile as they are told, and record what reached them."""
+"""Providers on real sockets that misbehave as they are told, and record the requests they get."""
 
 import socket
 import struct
@@ -19,15 +19,15 @@ OK = b"HTTP/1.1 200 OK\r\n"
 ANSWER = OK + b"Content-Length: 2\r\n\r\n{}"
 REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 2\r\n\r\n{}"
 
-BYTES_APART = 0.1  # seconds between the bytes of who drips
+BYTES_APART = 0.1  # seconds between dripped bytes
 FLAPPING = 0.15
 IDLE = 0.02
 SLOW, LATE = 0.2, 1.0
-GIVE_UP = 20.0  # whoever called has left by then, or is broken
+TIMEOUT = 20.0  # by then a caller has disconnected, or is broken
 
 
 class Peer:
-    """The provider's end of a connection, for one request."""
+    """The provider's side of a connection, for one request."""
 
     def __init__(self, sock: socket.socket, stopping: threading.Event) -> None:
         self.accepted = False
@@ -35,26 +35,26 @@ class Peer:
         self._stopping = stopping
 
     def send(self, data: bytes, after: float = 0.0) -> None:
-        """Send bytes, not at once; those that begin with a whole 2xx status line accept."""
+        """Send data after `after` seconds; a whole 2xx status line accepts the message."""
         self._stopping.wait(after)
         self._sock.sendall(data)
         self.accepted = self.accepted or data.startswith(OK)
 
     def drip(self, beginning: bytes, byte: bytes) -> None:
-        """Send a beginning and then a byte again and again, until the caller leaves."""
-        give_up = time.monotonic() + GIVE_UP
+        """Send `beginning` and then `byte` repeatedly, until the caller disconnects."""
+        give_up = time.monotonic() + TIMEOUT
         self.send(beginning)
         while time.monotonic() < give_up and not self._stopping.wait(BYTES_APART):
             self.send(byte)
         raise ConnectionAbortedError
 
     def flap(self) -> None:
-        """Accept for a moment, refuse for the next."""
+        """Accept for a moment, and refuse for the next."""
         self.send(ANSWER if int(time.monotonic() / FLAPPING) % 2 else REFUSAL)
 
     def hang(self) -> None:
-        """Say nothing until the caller leaves."""
-        self._sock.settimeout(GIVE_UP)
+        """Send nothing until the caller disconnects."""
+        self._sock.settimeout(TIMEOUT)
         self._sock.recv(1)
         raise ConnectionAbortedError
 
@@ -64,7 +64,7 @@ class Peer:
         raise ConnectionAbortedError
 
     def accept_and_close(self) -> None:
-        """Accept, announce nothing, and close the idle connection soon after."""
+        """Accept, and soon close the idle connection without having announced it."""
         self.send(ANSWER)
         self._stopping.wait(IDLE)
         raise ConnectionAbortedError
@@ -88,8 +88,8 @@ BEHAVIOURS: dict[str, Callable[[Peer], None]] = {
 class Provider:
     """Listens on a free port; `behaviour` is one of BEHAVIOURS, and may be set at any time.
 
-    Shared between the threads of its connections: `deliveries`, which is only appended to, and the
-    open sockets, each put in and taken out by one thread.
+    The threads of its connections share `deliveries`, to which they only append, and the open
+    sockets, of which one thread adds and one thread removes each.
     """
 
     def __init__(self, channel: Channel, deliveries: list[Delivery]) -> None:
@@ -105,7 +105,7 @@ class Provider:
         self._accepting.start()
 
     def stop(self) -> None:
-        """End the listener and every connection; what was received is recorded then."""
+        """Close the listener and all connections; on return every delivery is recorded."""
         self._stopping.set()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # closing alone does not wake accept()
@@ -142,7 +142,7 @@ class Provider:
 
 
 def _read_request(reader: BufferedReader) -> str | None:
-    """Return the id of the next request once all of it is there; None if it does not come."""
+    """Return the id of the next request once it is complete; None if that does not happen."""
     if not reader.readline():
         return None
     headers = {}

@@ -1,4 +1,4 @@
-"""The report: short tables, and what is known of what should not have been."""
+"""The report: short tables, and the records of violations."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ SHOWN = 3  # of each invariant's violations
 
 
 def report(seen: Evidence, violations: Mapping[str, list[Violation]]) -> str:
-    """Return the tables, and what is known of the first violations."""
+    """Return the tables, and all records of the first violations."""
     lines = ["| | |", "|---|---|"]
     lines += [f"| {name} | {figure} |" for name, figure in _figures(seen).items()]
     lines += ["", "| invariant | violations |", "|---|---|"]
     lines += [f"| {name} | {len(found)} |" for name, found in violations.items()]
     for name, found in violations.items():
         for violation in found[:SHOWN]:
-            lines += ["", f"{name}: {violation.request_id or ''} {violation.what}"]
-            lines += seen.known_of(violation.request_id) if violation.request_id else []
+            lines += ["", f"{name}: {violation.request_id or ''} {violation.problem}"]
+            lines += seen.records_of(violation.request_id) if violation.request_id else []
     return "\n".join(lines)
 
 
@@ -31,23 +31,23 @@ def _figures(seen: Evidence) -> dict[str, object]:
     hostile = [one.behaviour for one in seen.deliveries if one.behaviour in limits.kinds]
     return {
         "requests": len(seen.replies),
-        "answered 200; the slowest": f"{len(delivered)}; {_slowest(delivered)}",
-        "answered otherwise": _counts(Counter(str(one.status) for one in errors)),
-        "of them without having read any provider": len(
+        "200 replies; the slowest": f"{len(delivered)}; {_slowest(delivered)}",
+        "other replies": _counts(Counter(str(one.status) for one in errors)),
+        "other replies by workers that had read no providers": len(
             {one.request_id for one in seen.lines_with(UNREAD)}
         ),
-        "the slowest of them": f"{_slowest(errors)}; the deadline is {limits.deadline:g} s",
-        "allowed for what the machine adds": f"{limits.margin:g} s",
-        "connections cut; kills can explain": f"{cut}; {limits.threads * len(seen.kills)}",
+        "the slowest other reply; the deadline": f"{_slowest(errors)}; {limits.deadline:g} s",
+        "margin for a loaded machine": f"{limits.margin:g} s",
+        "connections cut; kills explain at most": f"{cut}; {limits.threads * len(seen.kills)}",
         "deliveries to providers": len(seen.deliveries),
-        "notifications that two providers of a channel accepted, one too late": _twice(seen),
+        "notifications accepted by two providers of a channel, one too late": _twice(seen),
         "notifications delivered after a failed attempt": seen.fallbacks(),
         "breakers opened": len(seen.openings()),
-        "attempts that a breaker refused": seen.refusals(),
+        "attempts refused by a breaker": seen.refusals(),
         "faults": _counts(seen.faults),
         "hostile answers": _counts(Counter(hostile)),
-        "largest worker before": _size(seen.before.size),
-        "largest worker afterwards": _size(seen.after.size),
+        "largest worker before the chaos": _size(seen.before.size),
+        "largest worker after the chaos": _size(seen.after.size),
     }
 
 

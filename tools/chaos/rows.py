@@ -1,4 +1,4 @@
-"""The rows of providers, and how they change while the service reads them."""
+"""The rows of providers, and their changes while the service reads them."""
 
 import random
 import time
@@ -14,12 +14,12 @@ from tools.chaos.providers import Provider
 from tools.dev import postgres
 from tools.rig import owner
 
-# Of a channel's providers so many have a row at first, and at least.
-AT_FIRST, FEWEST = 3, 2
+# How many providers of a channel have a row: at the start, and at least.
+AT_START, AT_LEAST = 3, 2
 
 
 class Rows:
-    """The providers of each channel, as PostgreSQL has them. Used by one thread at a time."""
+    """The providers of each channel that have a row. One thread at a time uses it."""
 
     def __init__(self, server: postgres.Server, providers: list[Provider]) -> None:
         self.changed = 0.0  # time.time() before the last change
@@ -32,12 +32,12 @@ class Rows:
         self._absences: list[Absence] = []
         migrations.migrate(Settings.from_env(server.env))
         for channel in Channel:
-            for _ in range(AT_FIRST):
+            for _ in range(AT_START):
                 self._add(channel)
 
     def change(self, kind: str, choice: float) -> bool:
-        """Make a change of that kind; return False if there is none to be made."""
-        rng = random.Random(choice)  # noqa: S311 to be repeated
+        """Make a change of a kind; return False if none is possible now."""
+        rng = random.Random(choice)  # noqa: S311 must be repeatable
         channel = rng.choice([*Channel])
         changes: dict[str, Callable[[], None]] = {
             "reorder rows": partial(self._reorder, channel, rng),
@@ -45,7 +45,7 @@ class Rows:
             "add a row": partial(self._add, channel),
             "replace a URL": partial(self._replace, channel, rng),
         }
-        if kind == "remove a row" and len(self._active[channel]) <= FEWEST:
+        if kind == "remove a row" and len(self._active[channel]) <= AT_LEAST:
             return False
         if kind in {"add a row", "replace a URL"} and not self._spare[channel]:
             return False
@@ -53,10 +53,10 @@ class Rows:
         return True
 
     def absences(self) -> list[Absence]:
-        """Return when which host had no row, since it had its first."""
-        present = time.time()
-        missing = [Absence(host, since, present) for host, since in self._absent_since.items()]
-        return [*self._absences, *missing]
+        """Return the periods in which a host had no row after it had had one."""
+        now = time.time()
+        still_absent = [Absence(host, since, now) for host, since in self._absent_since.items()]
+        return [*self._absences, *still_absent]
 
     def _reorder(self, channel: Channel, rng: random.Random) -> None:
         active = self._active[channel]
@@ -69,7 +69,7 @@ class Rows:
 
     def _remove(self, channel: Channel, rng: random.Random) -> None:
         provider = rng.choice(self._active[channel])
-        self._leaves(provider)
+        self._begin_absence(provider)
         self._execute(
             "UPDATE notification_preferences SET deleted_at = now()"
             " WHERE deleted_at IS NULL AND host = %s",
@@ -83,24 +83,24 @@ class Rows:
             " VALUES (%s, %s, %s)",
             *(channel, provider.host, provider.url),
         )
-        self._comes(provider)
+        self._end_absence(provider)
 
     def _replace(self, channel: Channel, rng: random.Random) -> None:
         old, new = rng.choice(self._active[channel]), self._spare[channel][0]
-        self._leaves(old)
+        self._begin_absence(old)
         self._execute(
             "UPDATE notification_preferences SET host = %s WHERE deleted_at IS NULL AND host = %s",
             *(new.url, old.url),
         )
-        self._comes(new)
+        self._end_absence(new)
 
-    def _leaves(self, provider: Provider) -> None:
-        """Note it before it is committed: a worker may know it first."""
+    def _begin_absence(self, provider: Provider) -> None:
+        """Record it before the commit, because a worker may read the change before we return."""
         self._active[provider.channel].remove(provider)
         self._spare[provider.channel].append(provider)
         self._absent_since[provider.host] = time.time()
 
-    def _comes(self, provider: Provider) -> None:
+    def _end_absence(self, provider: Provider) -> None:
         self._spare[provider.channel].remove(provider)
         self._active[provider.channel].append(provider)
         if since := self._absent_since.pop(provider.host, None):

@@ -1,4 +1,4 @@
-"""What fails, when and for how long: the same for the same seed."""
+"""The schedule of faults; the same seed makes the same schedule."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -19,24 +19,24 @@ HOSTILE = tuple(name for name in BEHAVIOURS if name != ACCEPTS)
 
 
 class Fault(NamedTuple):
-    """What fails, at which second of the chaos, for how many seconds; `choice` says which one."""
+    """A fault: its time in the chaos, its kind, its duration, and the random choice of a target."""
 
-    at: float
+    at: float  # seconds from the start of the chaos
     kind: str
     seconds: float
-    choice: float  # from 0 up to, and without, 1
+    choice: float  # at least 0, less than 1
 
 
 @dataclass(frozen=True, slots=True)
 class Kinds:
-    """What may fail."""
+    """The kinds of faults that may happen."""
 
     processes: Sequence[str] = PROCESSES
     database: Sequence[str] = (*DATABASE, *ROWS)
     providers: Sequence[str] = HOSTILE
 
     def all(self) -> frozenset[str]:
-        """Return all of them."""
+        """Return all kinds."""
         return frozenset((*self.processes, *self.database, *self.providers))
 
 
@@ -44,33 +44,34 @@ EVERYTHING = Kinds()
 
 
 class Pace(NamedTuple):
-    """Shortest and longest: seconds between the faults of a track, and how long one lasts."""
+    """The least and most seconds between the faults of a track, and of a fault's duration."""
 
     pause: tuple[float, float]
-    lasting: tuple[float, float]
+    duration: tuple[float, float]
 
 
 PROCESSES_PACE = Pace((2.0, 8.0), (0.0, 0.0))
 DATABASE_PACE = Pace((0.5, 2.0), (0.5, 3.5))
 PROVIDER_PACE = Pace((0.5, 3.0), (0.5, 2.5))
 
-# Of the time. What is left is for the last workers: a new one has leaked nothing.
+# Workers are killed and reloaded only in this share of the time. The last ones then live for long
+# enough to show a leak.
 PROCESSES_SHARE = 2 / 3
 
 Track = tuple[Fault, ...]
 
 
 class Schedule(NamedTuple):
-    """Tracks that run at the same time: a fault of one begins when its last one has ended."""
+    """Tracks that run concurrently; the faults of one track do not overlap."""
 
     processes: Track
     database: Track
-    providers: tuple[Track, ...]  # each provider's
+    providers: tuple[Track, ...]  # one track per provider
 
 
 def plan(seed: int, seconds: float, providers: int, kinds: Kinds) -> Schedule:
-    """Return what fails within so many seconds."""
-    rng = random.Random(seed)  # noqa: S311 it is to be repeated, not to be a secret
+    """Return the schedule for a chaos of `seconds`."""
+    rng = random.Random(seed)  # noqa: S311 must be repeatable, not secret
 
     def track(kinds: Sequence[str], pace: Pace, share: float = 1.0) -> Track:
         return tuple(_track(rng, share * seconds, kinds, pace))
@@ -83,13 +84,13 @@ def plan(seed: int, seconds: float, providers: int, kinds: Kinds) -> Schedule:
 
 
 def _track(rng: random.Random, seconds: float, kinds: Sequence[str], pace: Pace) -> Iterator[Fault]:
-    """Yield every kind once, in any order, then again, until the time is over."""
+    """Yield every kind once in random order, then again, until the time is over."""
     at = 0.0
     while kinds:
         for kind in rng.sample(kinds, len(kinds)):
             at += rng.uniform(*pace.pause)
-            lasts = rng.uniform(*pace.lasting)
-            if at + lasts > seconds:
+            duration = rng.uniform(*pace.duration)
+            if at + duration > seconds:
                 return
-            yield Fault(at, kind, lasts, rng.random())
-            at += lasts
+            yield Fault(at, kind, duration, rng.random())
+            at += duration

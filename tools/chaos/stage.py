@@ -1,4 +1,4 @@
-"""Who takes part in a run, how each fault is made, and the run itself."""
+"""The stage of a run: the service and its surroundings, how each fault is made, and the run."""
 
 import shlex
 import signal
@@ -24,11 +24,11 @@ from tools.chaos.schedule import EVERYTHING, ROWS, Fault, Kinds, Schedule, Track
 from tools.dev import postgres
 
 WARM_UP, CALM = 5.0, 10.0  # seconds of load before the chaos, and after it
-PROVIDERS = 4  # of a channel
+PROVIDERS = 4  # per channel
 WORKERS, THREADS = 3, 8
 ATTEMPT, DEADLINE, OPEN = 0.6, 1.8, 2.0
-MARGIN = 1.0  # seconds that a reply may take on its way to and from a loaded machine's workers
-LEAST_RATE = 10  # requests a second
+MARGIN = 1.0  # seconds that a loaded machine may add to a reply
+MIN_RATE = 10  # requests per second
 
 VARIABLES = {
     "WEB_THREADS": str(THREADS),
@@ -51,7 +51,7 @@ FAULTS = {
 
 
 class Stage:
-    """A service with all that surrounds it; `faults` counts what has been made to fail."""
+    """A service with its surroundings; `faults` counts the faults made."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Stage:
         self._stopping = threading.Event()
 
     def run(self, schedule: Schedule) -> None:
-        """Make every fault of the schedule; afterwards all is well again."""
+        """Make every fault of the schedule; on return all of them have ended."""
         tracks = [(schedule.processes, self._process), (schedule.database, self._database)]
         for provider, track in zip(self._providers, schedule.providers, strict=True):
             tracks.append((track, partial(self._provider, provider)))
@@ -85,7 +85,7 @@ class Stage:
             done.result()
 
     def period(self, seconds: float) -> Period:
-        """Let the load go on for so many seconds."""
+        """Let the load run for `seconds` without faults, then measure the workers."""
         began = time.time()
         time.sleep(seconds)
         return Period(began, time.time(), size(self._workers(), self._hosts))
@@ -132,7 +132,7 @@ class Stage:
 
 @contextmanager
 def stage(deliveries: list[Delivery], logs: Path, **variables: str) -> Iterator[Stage]:
-    """Start everything, on loopback and of its own; the workers' logs go to the folder `logs`."""
+    """Start everything on loopback; the workers' logs go to the folder `logs`."""
     server = postgres.acquire(ephemeral=True)
     providers = [Provider(channel, deliveries) for channel in Channel for _ in range(PROVIDERS)]
     try:
@@ -153,7 +153,7 @@ def run(
     warm_up: float = WARM_UP,
     calm: float = CALM,
 ) -> Evidence:
-    """Start everything, make chaos for so many seconds, and return what was seen."""
+    """Start everything, make chaos for `seconds`, and return the evidence."""
     deliveries: list[Delivery] = []
     with tempfile.TemporaryDirectory(prefix="notifier-chaos-") as folder:
         logs = Path(folder)
@@ -164,7 +164,7 @@ def run(
             before = here.period(warm_up)
             here.run(plan(seed, seconds, PROVIDERS * len(Channel), kinds))
             rig.wait_until(lambda: rig.all_hear(here.service.url, here.rows.changed))
-            time.sleep(ATTEMPT + OPEN + ATTEMPT)  # the last breakers open, and close again
+            time.sleep(ATTEMPT + OPEN + ATTEMPT)  # the last breakers open and close again
             after = here.period(calm)
         lines = read_logs(logs)
     return Evidence(
@@ -189,5 +189,5 @@ def _limits(seconds: float, kinds: Kinds) -> Limits:
         callers=callers.CALLERS,
         hosts=PROVIDERS * len(Channel),
         kinds=kinds.all(),
-        requests=int(LEAST_RATE * seconds),
+        requests=int(MIN_RATE * seconds),
     )

@@ -1,7 +1,7 @@
 """One PostgreSQL server and its directory: first start, start and stop.
 
-Nothing here decides when a server is needed, nor keeps two callers apart: `postgres.py` does, and
-calls `start` and `stop` under its lock. All of it may have been killed at any point before.
+`postgres.py` decides when a server is needed, and calls `start` and `stop` under its lock. Any
+earlier run may have been killed at any point.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from tools.dev import programs
 from tools.dev.programs import ELSEWHERE, PostgresError
 
 NAME = "notifier"  # of the database and of the role that owns it
-SERVING = "notifier_service"  # the role that the service has; a migration makes it
+SERVING = "notifier_service"  # the service's role; a migration creates it
 PARTIAL = "partial-"  # a data directory has this name until it is complete
 READY_SECONDS = 60.0
 NOBODYS_PID = "2147483646"
@@ -33,21 +33,19 @@ BUILTIN_LOCALES_SINCE = 17
 
 @contextlib.contextmanager
 def explained(base: Path) -> Iterator[None]:
-    """Turn what the system and psycopg raise into a PostgresError."""
+    """Turn errors of the system and of psycopg into a PostgresError."""
     try:
         yield
     except OSError as error:
         where = error.filename or base
-        raise PostgresError(
-            f"{where}: {error.strerror or error}: correct that, {ELSEWHERE}"
-        ) from error
+        raise PostgresError(f"{where}: {error.strerror or error}: fix that, {ELSEWHERE}") from error
     except psycopg.Error as error:
         problem = f"the server in {base} fails: {_one_line(str(error))}"
         raise PostgresError(f"{problem}; see {base / 'server.log'}") from error
 
 
 def environment(base: Path) -> dict[str, str]:
-    """The DB_* variables of the server in `base`."""
+    """Return the DB_* variables of the server in `base`."""
     where = {"DB_HOST": HOST, "DB_PORT": (base / "port").read_text(), "DB_NAME": NAME}
     serving = {"DB_USERNAME": SERVING, "DB_PASSWORD": (base / "service-password").read_text()}
     owner = {
@@ -58,9 +56,9 @@ def environment(base: Path) -> dict[str, str]:
 
 
 def start(base: Path, *, unsafe: bool) -> None:
-    """Start the server in `base` if it does not run, and make sure of the project's database.
+    """Start the server in `base` if it does not run, and create the project's database if missing.
 
-    An unsafe server is fast and loses its data in a power cut. Raises PostgresError.
+    An unsafe server is fast, but loses its data in a power cut. Raises PostgresError.
     """
     with explained(base):
         password = _password(base)
@@ -70,7 +68,7 @@ def start(base: Path, *, unsafe: bool) -> None:
 
 
 def stop(base: Path) -> None:
-    """Shut the server down, less and less politely if it takes long; return when it is gone."""
+    """Shut the server down, with stronger signals if it takes long; return when it has ended."""
     for number, seconds in ((signal.SIGINT, 60), (signal.SIGQUIT, 10), (signal.SIGKILL, 10)):
         running = _running(base / "data")
         if running is None:
@@ -94,18 +92,17 @@ def _start_stopped(base: Path, password: str, unsafe: bool) -> int:
     if made_by != str(version):
         raise PostgresError(
             f"{data} was made by PostgreSQL {made_by}, but PostgreSQL {version} is installed: "
-            f"install {made_by}, remove {base} with all that is stored there, {ELSEWHERE}"
+            f"install {made_by}, remove {base} with all its data, {ELSEWHERE}"
         )
     _replace_stale_pid(data / "postmaster.pid")
     log.unlink(missing_ok=True)
     for pause in (0.0, 0.2, 1.0):
-        time.sleep(pause)  # the port was taken meanwhile, or backends of a killed server still end
+        # A start fails if the port was just taken, or while backends of a killed server still run.
+        time.sleep(pause)
         if port := _launch(base, binaries, password, unsafe):
             return port
     problem = _one_line(log.read_text(errors="replace"))
-    raise PostgresError(
-        f"PostgreSQL did not start: {problem}; correct that (see {log}), {ELSEWHERE}"
-    )
+    raise PostgresError(f"PostgreSQL did not start: {problem}; fix that (see {log}), {ELSEWHERE}")
 
 
 def _launch(base: Path, binaries: Path, password: str, unsafe: bool) -> int | None:
@@ -124,13 +121,13 @@ def _launch(base: Path, binaries: Path, password: str, unsafe: bool) -> int | No
 def _port_when_ready(
     base: Path, password: str, process: subprocess.Popen[bytes] | None = None
 ) -> int | None:
-    """Wait until the directory's server, or the one that `process` becomes, takes connections.
+    """Wait until the directory's server, or the one that `process` becomes, accepts connections.
 
-    Returns its port, or None if there is no such server. One that is there but does not answer in
-    READY_SECONDS raises PostgresError, for a second one on its data would destroy them.
+    Returns its port, or None if there is no such server. A server that does not answer within
+    READY_SECONDS raises PostgresError, because a second server would destroy its data.
     """
     deadline = time.monotonic() + READY_SECONDS
-    problem = "it is silent"
+    problem = "it does not answer"
     while time.monotonic() < deadline:
         if running := _running(base / "data"):
             try:
@@ -145,7 +142,7 @@ def _port_when_ready(
 
 
 def _running(data: Path) -> tuple[int, int] | None:
-    """The process id and port of the directory's server; a postmaster.pid alone proves nothing."""
+    """Return the process id and port of the directory's server; postmaster.pid may be stale."""
     try:
         lines = (data / "postmaster.pid").read_text().splitlines()
         pid, port = int(lines[0]), int(lines[3])
@@ -155,7 +152,7 @@ def _running(data: Path) -> tuple[int, int] | None:
 
 
 def _serves(pid: int, data: Path) -> bool:
-    """Whether the process is the directory's server: its id may be a zombie's, or used again."""
+    """Return whether the process is the directory's server, not a zombie or one that got its id."""
     if Path("/proc/self/cmdline").exists():
         try:
             command = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).replace("\0", " ")
@@ -168,11 +165,11 @@ def _serves(pid: int, data: Path) -> bool:
 
 
 def _replace_stale_pid(file: Path) -> None:
-    """Keep PostgreSQL from taking a zombie, or whoever has the id now, for a running server.
+    """Keep PostgreSQL from taking a zombie, or another process with the id, for a running server.
 
-    Only the id is replaced, by one that cannot exist: the file's shared memory key has to stay, for
-    by it PostgreSQL notices backends that outlived their server. An empty file, from a crash before
-    it was filled, has no key, and PostgreSQL would refuse to start.
+    Only the id is replaced, by one that cannot exist. The file's shared memory key has to stay:
+    PostgreSQL uses it to notice backends that outlived their server. An empty file, from a crash
+    before it was filled, has no key; PostgreSQL would refuse to start with it.
     """
     if not file.exists():
         return
@@ -183,19 +180,19 @@ def _replace_stale_pid(file: Path) -> None:
 
 
 def _free_port(saved: Path) -> int:
-    """The last port if it is free, so that saved addresses keep working, else any."""
+    """Return the last port if it is free, so that saved addresses keep working, else any port."""
     for wanted in (saved.read_text() if saved.exists() else "0", "0"):
         with socket.socket() as probe, contextlib.suppress(OSError, ValueError, OverflowError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((HOST, int(wanted)))
             return int(probe.getsockname()[1])
-    raise PostgresError(f"no port of {HOST} is free: end some programs")
+    raise PostgresError(f"no port of {HOST} is free: stop some programs")
 
 
 def _password(base: Path) -> str:
-    """The one password of the superuser and of the project's role, made before anything else.
+    """Return the password of the superuser and the project's role; create it before anything else.
 
-    The password of the role that serves can be made at any time: each migration sets it.
+    The password of the service's role can be created at any time, because each migration sets it.
     """
     file = base / "password"
     if not file.exists() and (base / "data").exists():
@@ -205,7 +202,7 @@ def _password(base: Path) -> str:
 
 
 def _kept_secret(file: Path) -> str:
-    """What the file holds; one that is not there is made, and has its name once it is complete."""
+    """Return the file's secret; create a missing file, which gets its name once it is complete."""
     if not file.exists():
         new = file.with_name(f"{file.name}.new")
         new.touch(0o600)
@@ -216,18 +213,18 @@ def _kept_secret(file: Path) -> str:
 
 
 def _initialise(base: Path, binaries: Path, version: int) -> None:
-    """Make the data directory; it gets its name when complete, so that a half one is never used."""
+    """Create the data directory; it gets its name once it is complete."""
     fresh = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=base))
     programs.give_to_account(fresh)
     command = [str(binaries / "initdb"), "-D", str(fresh), "-U", "postgres", "-A", "scram-sha-256"]
     command += [f"--pwfile={base / 'password'}", "--encoding=UTF8", "--locale=C"]
-    command += ["--no-sync"]  # many seconds on some disks, for data that nobody has put in yet
+    command += ["--no-sync"]  # a sync takes many seconds on some disks, and there is no data yet
     if version >= BUILTIN_LOCALES_SINCE:
         command += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
     done = subprocess.run(command, check=False, capture_output=True, **programs.as_account(base))
     if done.returncode:
         problem = _one_line(os.fsdecode(done.stderr))
-        raise PostgresError(f"initdb failed: {problem}; correct that, {ELSEWHERE}")
+        raise PostgresError(f"initdb failed: {problem}; fix that, {ELSEWHERE}")
     fresh.rename(base / "data")
 
 
@@ -238,7 +235,7 @@ def _connect(port: int, password: str) -> psycopg.Connection:
 
 
 def _provide_database(port: int, password: str) -> None:
-    """Make the project's role and database, unless they are there already."""
+    """Create the project's role and database, unless they exist already."""
     names = {"name": sql.Identifier(NAME), "password": sql.Literal(password)}
     role = sql.SQL("CREATE ROLE {name} LOGIN CREATEDB CREATEROLE PASSWORD {password}")
     database = sql.SQL("CREATE DATABASE {name} OWNER {name}")
@@ -250,5 +247,5 @@ def _provide_database(port: int, password: str) -> None:
 
 
 def _one_line(text: str) -> str:
-    """The end of a text of several lines."""
+    """Return the last lines of a text as one line."""
     return " | ".join(line.strip() for line in text.strip().splitlines()[-6:])

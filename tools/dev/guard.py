@@ -1,9 +1,9 @@
-"""Runs a command that must not outlive whoever holds the other end of standard input.
+"""Runs a command that must not outlive the process at the other end of standard input.
 
     python -m tools.dev.guard COMMAND [ARG ...]
 
-When standard input ends, because its writer closed it or died in any way at all, the command gets a
-SIGTERM. A SIGINT or SIGTERM to the guard is passed on. The exit code is the command's.
+The command gets a SIGTERM when standard input ends, because its writer closed it or ended in any
+way. The guard forwards SIGINT and SIGTERM to the command, and exits with its exit code.
 """
 
 import os

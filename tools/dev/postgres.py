@@ -3,15 +3,15 @@
     python -m tools.dev.postgres COMMAND [ARG...]   # COMMAND finds the server in DB_*
     with postgres.server(ephemeral=True) as env: ...   # the same for a test session
 
-Everything lies in one directory: data, password, port, server.log and three lock files:
+Everything is in one directory: data, passwords, port, server.log and three lock files:
 
-    users.lock   shared by every process that uses the server; exclusive to whoever stops it
+    users.lock   shared by every process that uses the server; exclusive for the one that stops it
     start.lock   exclusive while the server is being started or stopped; taken after users.lock
-    watch.lock   held by the one watcher
+    watch.lock   held by the only watcher
 
-The kernel drops a file lock with the last process that has the file open, however that process
-ended. So a detached process, the watcher, starts the server, waits until users.lock is free, and
-then stops it: no user has to live long enough to clean up, not even while it is starting.
+The kernel releases a file lock when the last process that has the file open ends, however it ends.
+So a detached process, the watcher, starts the server, waits until users.lock is free, and then
+stops the server. No user has to clean up, even if it is killed while the server starts.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ READY = "ready"
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A share in a running server; `close()`, dropping it and the end of the process give it up."""
+    """A share in a running server, until `close()`, its garbage collection or the process's end."""
 
     env: dict[str, str] = field(repr=False)  # DB_HOST, DB_PORT and so on, with the passwords
     base: Path
@@ -47,23 +47,23 @@ class Server:
     lock: IO[bytes]  # users.lock; a process that inherits the open file has a share as well
 
     def close(self) -> None:
-        """Give the share up; unless there are others, the server has stopped on return."""
+        """Give up the share; if it was the last one, the server has stopped on return."""
         _release(self.base, self.lock, self.ephemeral)
 
 
 def acquire(base: Path | None = None, *, ephemeral: bool = False) -> Server:
     """Start or join the server in directory `base`, by default the project's own.
 
-    An ephemeral server gets a directory of its own, which is removed after it; it is fast rather
-    than safe from power cuts. Raises PostgresError.
+    An ephemeral server gets a directory of its own, which is removed when it stops. It is fast, but
+    loses its data in a power cut. Raises PostgresError.
     """
     if base and ephemeral:
-        raise ValueError("an ephemeral server takes no directory, for it would remove it")
+        raise ValueError("an ephemeral server takes no directory, because it would remove it")
     base = base or _default_directory(ephemeral)
     with cluster.explained(base):
         base = base.resolve()
         _prepare(base)
-        users = _lock(base / "users.lock", fcntl.LOCK_SH)  # waits for a server being stopped
+        users = _lock(base / "users.lock", fcntl.LOCK_SH)  # waits while a server is being stopped
         try:
             _start_watcher(base, ephemeral)
             return Server(cluster.environment(base), base, ephemeral, users)
@@ -74,7 +74,7 @@ def acquire(base: Path | None = None, *, ephemeral: bool = False) -> Server:
 
 @contextlib.contextmanager
 def server(base: Path | None = None, *, ephemeral: bool = False) -> Iterator[dict[str, str]]:
-    """Yield the DB_* variables of a server (see `acquire`); os.environ stays as it is."""
+    """Yield the DB_* variables of a server (see `acquire`), without a change to os.environ."""
     share = acquire(base, ephemeral=ephemeral)
     try:
         yield share.env
@@ -118,12 +118,12 @@ def main(arguments: list[str]) -> int:
 
 
 def without_database(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return a copy of `environment` that says nothing of any database."""
+    """Return a copy of `environment` without the DB_* variables."""
     return {name: value for name, value in environment.items() if not name.startswith("DB_")}
 
 
 def serving(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return a copy of `environment` without the role that migrates: what the service may have."""
+    """Return a copy of `environment` without the migrating role, as the service should have it."""
     return {n: value for n, value in environment.items() if not n.startswith("DB_MIGRATION_")}
 
 
@@ -133,7 +133,10 @@ def _complain(message: str, status: int) -> int:
 
 
 def _default_directory(ephemeral: bool) -> Path:
-    """Root's is where the server's account can go: root's TMPDIR and home may be closed to it."""
+    """Return the default directory; root's is one that the server's account can enter.
+
+    Root's TMPDIR and home may be closed to that account.
+    """
     root = programs.account() is not None
     if ephemeral:
         shared = "/tmp" if root else None  # noqa: S108 - mkdtemp makes a private directory in it
@@ -147,7 +150,7 @@ def _default_directory(ephemeral: bool) -> Path:
 
 
 def _prepare(base: Path) -> None:
-    """Make the directory, closed to everybody but root's server account, which passes through."""
+    """Create the directory, closed to all others; root's server account may only pass through."""
     if base.exists() and any(base.iterdir()) and not (base / "users.lock").exists():
         raise PostgresError(f"{base} holds other files: empty it, {ELSEWHERE}")
     base.mkdir(parents=True, exist_ok=True)
@@ -159,7 +162,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _lock(path: Path, kind: int) -> IO[bytes]:
-    """Open the file and lock it, for as long as it stays open."""
+    """Open the file and lock it until it is closed."""
     file = _open(path)
     try:
         fcntl.flock(file, kind)
@@ -170,24 +173,24 @@ def _lock(path: Path, kind: int) -> IO[bytes]:
 
 
 def _start_watcher(base: Path, ephemeral: bool) -> None:
-    """Return once the server takes connections and a watcher, no child of ours, looks after it."""
+    """Start the server and its watcher, not as our children; return once it accepts connections."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
     done = subprocess.run(
         [sys.executable, "-m", "tools.dev.postgres", "--watch", base, "1" if ephemeral else "0"],
         check=False,
         env=inherited | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,  # ends when the watcher lets go of it, after its reply
+        stdout=subprocess.PIPE,  # ends when the watcher closes it, after its reply
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # out of reach of the terminal's Ctrl-C
+        start_new_session=True,  # the terminal's Ctrl-C must not reach it
     )
-    reply = os.fsdecode(done.stdout).splitlines() or ["the start was cut off: try again"]
+    reply = os.fsdecode(done.stdout).splitlines() or ["the start was interrupted: try again"]
     if reply[-1] != READY:
         raise PostgresError(reply[-1])
 
 
 def _watch(base: Path, ephemeral: bool) -> None:
-    """Start the server, reply to whoever reads standard output, stop the server when unused."""
+    """Start the server, write a reply to standard output, and stop the server when unused."""
     if os.fork():
         os._exit(0)
     os.umask(0o077)
@@ -201,13 +204,13 @@ def _watch(base: Path, ephemeral: bool) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the ended server leaves no zombie
     if watch:
         fcntl.flock(users, fcntl.LOCK_EX)
-        # Before stopping: who finds watch.lock taken, while holding start.lock, relies on our stop.
+        # Before the stop: a process that holds start.lock and finds watch.lock taken relies on us.
         watch.close()
         _shut_down(base, users, ephemeral)
 
 
 def _try_start(base: Path, ephemeral: bool) -> str:
-    """Start the server; return READY or, in one line, what went wrong."""
+    """Start the server; return READY, or the problem in one line."""
     try:
         cluster.start(base, unsafe=ephemeral)
     except PostgresError as error:
@@ -216,8 +219,8 @@ def _try_start(base: Path, ephemeral: bool) -> str:
 
 
 def _say_last(reply: str) -> None:
-    """Write to standard output and let go of it."""
-    with contextlib.suppress(BrokenPipeError):  # whoever asked may have been killed meanwhile
+    """Write to standard output and close it."""
+    with contextlib.suppress(BrokenPipeError):  # the reader may have been killed
         os.write(sys.stdout.fileno(), os.fsencode(f"{reply}\n"))
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, sys.stdout.fileno())
@@ -226,23 +229,23 @@ def _say_last(reply: str) -> None:
 
 
 def _release(base: Path, users: IO[bytes], ephemeral: bool) -> None:
-    """Give up a share of users.lock; the last one stops the server and need not wait for it."""
+    """Give up a share of users.lock; the last user stops the server itself."""
     with users:
         try:
             fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fcntl.flock(users, fcntl.LOCK_SH)  # at once beside others; else when it has stopped
+            fcntl.flock(users, fcntl.LOCK_SH)  # at once beside others; else after the stop
         else:
             _shut_down(base, users, ephemeral)
         finally:
-            fcntl.flock(users, fcntl.LOCK_UN)  # for copies in forked children as well
+            fcntl.flock(users, fcntl.LOCK_UN)  # also for copies in forked children
 
 
 def _shut_down(base: Path, users: IO[bytes], ephemeral: bool) -> None:
     """Stop the server; the caller has `users` locked exclusively."""
     lock = base / "users.lock"
     if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(users.fileno())):
-        return  # the directory was removed, and what may be there now is another's
+        return  # the directory was removed; a new one belongs to other users
     with _lock(base / "start.lock", fcntl.LOCK_EX):
         cluster.stop(base)
         if ephemeral:

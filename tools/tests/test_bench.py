@@ -1,4 +1,4 @@
-"""`make bench`, as far as it can be tried without what it alone installs."""
+"""Tests of `make bench` that do not need the packages which only it installs."""
 
 import importlib
 import json
@@ -76,7 +76,7 @@ def connected(url: str) -> socket.socket:
     return socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=5)
 
 
-def test_the_sink_answers_on_a_kept_connection_each_request_once_it_is_complete(
+def test_the_sink_keeps_a_connection_and_answers_each_request_once_it_is_complete(
     providers: dict[str, str],
 ) -> None:
     with connected(providers["fast"]) as connection:
@@ -92,7 +92,7 @@ def test_the_sink_answers_on_a_kept_connection_each_request_once_it_is_complete(
             assert reply.endswith(b"\r\nContent-Length: 2\r\n\r\n{}")
 
 
-def test_the_slow_provider_answers_those_who_wait_together_together(
+def test_the_slow_provider_delays_concurrent_requests_concurrently(
     providers: dict[str, str],
 ) -> None:
     with ExitStack() as stack, within(1.9):
@@ -105,18 +105,18 @@ def test_the_slow_provider_answers_those_who_wait_together_together(
             assert time.monotonic() - began > 0.09
 
 
-def test_the_failing_provider_fails(providers: dict[str, str]) -> None:
+def test_the_failing_provider_answers_500(providers: dict[str, str]) -> None:
     assert requests.post(providers["failing"], json={}, timeout=5).status_code == 500
 
 
-def test_the_sink_outlives_a_caller_who_leaves_before_the_answer(providers: dict[str, str]) -> None:
+def test_the_sink_survives_a_caller_that_disconnects_early(providers: dict[str, str]) -> None:
     with connected(providers["slow"]) as connection:
         connection.sendall(HEAD + b"12345")
     assert requests.post(providers["slow"], json={}, timeout=5).ok
 
 
 @pytest.mark.usefixtures("processes")
-def test_the_sink_ends_with_its_block() -> None:
+def test_the_sink_stops_at_the_end_of_its_block() -> None:
     with stacks.sink() as urls:
         pass
     with pytest.raises(ConnectionRefusedError):
@@ -127,13 +127,13 @@ def test_the_sink_ends_with_its_block() -> None:
 
 
 def in_turn(*scripts: Script) -> Script:
-    """Return a script that does these one after the other, and the last for ever."""
-    following = chain(scripts, repeat(scripts[-1]))
+    """Return a script that plays one script per request, and repeats the last one."""
+    remaining = chain(scripts, repeat(scripts[-1]))
 
-    def following_one(peer: Peer, received: Received) -> None:
-        next(following)(peer, received)
+    def play_next(peer: Peer, received: Received) -> None:
+        next(remaining)(peer, received)
 
-    return following_one
+    return play_next
 
 
 def in_pieces(peer: Peer, _: Received) -> None:
@@ -142,18 +142,18 @@ def in_pieces(peer: Peer, _: Received) -> None:
         peer.pause(0.01)
 
 
-def last(peer: Peer, received: Received) -> None:
+def answer_and_close(peer: Peer, received: Received) -> None:
     answer(200, b"{}", "Connection: close")(peer, received)
     peer.close()
 
 
 @pytest.mark.usefixtures("processes")
-def test_callers_keep_their_connections_and_every_reply_is_counted(
+def test_callers_keep_their_connections_and_count_every_reply(
     make_provider: MakeProvider,
 ) -> None:
     provider = make_provider(answer())
     turn = take_turn(Order(provider.port, "/notify", callers=3, warm_up=5, count=20))
-    assert len(turn.latencies) in range(20, 23)  # replies that came together with the last
+    assert len(turn.latencies) in range(20, 23)  # others may come together with the last one
     assert (turn.errors, turn.refused) == ({}, 0)
     assert provider.connections == 3
     assert len(provider.received) in range(25, 33)
@@ -161,7 +161,7 @@ def test_callers_keep_their_connections_and_every_reply_is_counted(
 
 
 @pytest.mark.usefixtures("processes")
-def test_latencies_are_those_of_each_reply(make_provider: MakeProvider) -> None:
+def test_every_reply_has_its_own_latency(make_provider: MakeProvider) -> None:
     def slow(peer: Peer, received: Received) -> None:
         peer.pause(0.2)
         answer()(peer, received)
@@ -173,14 +173,14 @@ def test_latencies_are_those_of_each_reply(make_provider: MakeProvider) -> None:
 
 
 @pytest.mark.usefixtures("processes")
-def test_a_reply_may_come_in_pieces(make_provider: MakeProvider) -> None:
+def test_a_reply_can_arrive_in_pieces(make_provider: MakeProvider) -> None:
     turn = take_turn(Order(make_provider(in_pieces).port, "/", callers=1, warm_up=0, count=3))
     assert len(turn.latencies) == 3
     assert turn.errors == {}
 
 
 @pytest.mark.usefixtures("processes")
-def test_who_is_refused_waits_a_moment_and_comes_again(make_provider: MakeProvider) -> None:
+def test_a_caller_pauses_after_a_503_and_then_retries(make_provider: MakeProvider) -> None:
     provider = make_provider(in_turn(answer(), *[answer(503)] * 2, answer()))
     turn = take_turn(Order(provider.port, "/", callers=1, warm_up=1, count=4))
     assert (len(turn.latencies), turn.refused, turn.errors) == (4, 2, {})
@@ -191,7 +191,7 @@ def test_who_is_refused_waits_a_moment_and_comes_again(make_provider: MakeProvid
     ("script", "error"), [(answer(500), "500"), (answer(302), "302"), (close, "closed")]
 )
 @pytest.mark.usefixtures("processes")
-def test_any_other_reply_is_an_error_in_the_warm_up_too(
+def test_any_other_reply_is_an_error_even_in_the_warm_up(
     make_provider: MakeProvider, script: Script, error: str
 ) -> None:
     provider = make_provider(in_turn(script, answer(), answer(), script, answer()))
@@ -201,15 +201,15 @@ def test_any_other_reply_is_an_error_in_the_warm_up_too(
 
 
 @pytest.mark.usefixtures("processes")
-def test_a_connection_that_is_closed_after_a_reply_is_no_error(make_provider: MakeProvider) -> None:
-    provider = make_provider(in_turn(last, last, answer()))
+def test_a_connection_closed_after_a_reply_is_no_error(make_provider: MakeProvider) -> None:
+    provider = make_provider(in_turn(answer_and_close, answer_and_close, answer()))
     turn = take_turn(Order(provider.port, "/", callers=1, warm_up=0, count=5))
     assert (len(turn.latencies), turn.errors) == (5, {})
     assert provider.connections == 3
 
 
 @pytest.mark.usefixtures("processes")
-def test_a_turn_ends_in_time(make_provider: MakeProvider) -> None:
+def test_a_turn_ends_after_its_seconds(make_provider: MakeProvider) -> None:
     provider = make_provider(answer())
     with within(5):
         turn = take_turn(Order(provider.port, "/", callers=1, warm_up=0, seconds=0.2))
@@ -218,7 +218,7 @@ def test_a_turn_ends_in_time(make_provider: MakeProvider) -> None:
 
 
 @pytest.mark.usefixtures("processes")
-def test_a_turn_without_a_right_reply_or_with_a_wrong_one_measures_nothing(
+def test_a_turn_with_a_wrong_reply_fails_the_measurement(
     make_provider: MakeProvider,
 ) -> None:
     stack = stacks.Stack(make_provider(in_turn(answer(500), answer())).port)
@@ -230,15 +230,15 @@ def test_a_turn_without_a_right_reply_or_with_a_wrong_one_measures_nothing(
     ("used", "workers", "expected"),
     [([3, 0.1, 3], 2, 1), ([0.1, 2, 6], 2, 0.5), ([0, 8], 2, 0), ([4, 4, 4, 0], 4, 0), ([], 2, 1)],
 )
-def test_workers_share_evenly_what_each_uses_of_an_equal_share(
+def test_evenness_is_the_least_use_of_a_worker_relative_to_an_equal_share(
     used: list[float], workers: int, expected: float
 ) -> None:
     assert evenness(used, workers) == pytest.approx(expected)
 
 
 @pytest.mark.usefixtures("processes")
-def test_callers_connect_anew_while_a_worker_gets_none_of_them(make_provider: MakeProvider) -> None:
-    """We are the worker that gets all; the other is a process that does nothing."""
+def test_callers_reconnect_while_a_worker_gets_none_of_them(make_provider: MakeProvider) -> None:
+    """This process is the worker that gets all callers; the other worker is an idle process."""
     provider = make_provider(answer())
     order = Order(provider.port, "/", callers=2, warm_up=4, count=5, evenness=0.5)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as idle:
@@ -250,7 +250,7 @@ def test_callers_connect_anew_while_a_worker_gets_none_of_them(make_provider: Ma
     assert provider.connections == 2 * (ATTEMPTS + 2)
 
 
-def test_cpu_is_that_of_the_process_with_what_its_ended_threads_used() -> None:
+def test_cpu_seconds_include_all_threads_that_a_process_ever_had() -> None:
     assert cpu_seconds([os.getpid()]) == pytest.approx(time.process_time(), abs=0.05)
     assert cpu_seconds([os.getpid(), os.getpid()]) > 1.5 * time.process_time()
 
@@ -270,14 +270,14 @@ def test_a_stack_is_measured_and_stopped(providers: dict[str, str]) -> None:
 
 
 @pytest.mark.usefixtures("processes")
-def test_a_stack_that_cannot_start_is_told_with_its_last_words() -> None:
+def test_the_error_of_a_stack_that_cannot_start_has_its_last_line_of_output() -> None:
     with pytest.raises(CannotMeasure, match="HTTP_SERVER_PORT"):  # noqa: SIM117
         with stacks.service({"HTTP_SERVER_PORT": "none"}):
             pass
 
 
 @pytest.mark.parametrize("name", ["bare", "naive"])
-def test_what_is_compared_sends_the_notification_on(
+def test_the_compared_apps_forward_the_notification(
     name: str, make_provider: MakeProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     provider = make_provider(answer())
@@ -290,23 +290,23 @@ def test_what_is_compared_sends_the_notification_on(
     assert provider.connections == {"bare": 1, "naive": 2}[name]
 
 
-def test_a_cold_cache_asks_at_every_look_up() -> None:
-    class Away:
-        wait, asked = 2.0, 0
+def test_a_cold_cache_queries_postgresql_at_every_look_up() -> None:
+    class Unreachable:
+        wait, connects = 2.0, 0
 
         def connect(self) -> None:
-            self.asked += 1
+            self.connects += 1
             raise psycopg.OperationalError
 
-    database = Away()
+    database = Unreachable()
     preferences = ColdPreferences(cast(Database, database), lifetime=600)
     for _ in range(3):
         with pytest.raises(PreferencesUnavailable):
             preferences.for_channel(Channel.EMAIL, time.monotonic() + 2)
-    assert database.asked == 3
+    assert database.connects == 3
 
 
-def test_opened_breakers_are_counted_over_all_hosts_in_any_order(
+def test_opened_breakers_are_counted_over_all_hosts_and_former_states(
     make_provider: MakeProvider,
 ) -> None:
     lines = [
@@ -326,17 +326,17 @@ def test_opened_breakers_are_counted_over_all_hosts_in_any_order(
     ("values", "rank", "expected"),
     [([7], 50, 7), ([7], 99, 7), ([3, 1, 2], 50, 2), ([4, 3, 1, 2], 50, 2), (range(100), 99, 98)],
 )
-def test_percentiles(values: list[float], rank: int, expected: float) -> None:
+def test_percentiles_are_nearest_ranks(values: list[float], rank: int, expected: float) -> None:
     assert percentile(values, rank) == expected
 
 
-def test_figures_of_a_turn() -> None:
+def test_figures_are_per_reply_and_per_second() -> None:
     turn = Turn(seconds=2.0, cpu=0.004, latencies=[1.0, 2.0, 9.0, 3.0], refused=5)
     assert figures(turn, busy=0.5) == Figures(cpu=1000, rate=2, p50=2, p99=9, refused=5, busy=0.5)
 
 
 def test_the_ratio_is_the_median_of_the_rounds_ratios() -> None:
-    """A slow machine doubles both in the second round; the third round is an outlier."""
+    """In the second round a slow machine doubles both; the third round is an outlier."""
     ours = [some(cpu=11), some(cpu=24), some(cpu=90)]
     theirs = [some(cpu=10), some(cpu=20), some(cpu=10)]
     assert ratio(ours, theirs).median == pytest.approx(1.2)
@@ -344,7 +344,7 @@ def test_the_ratio_is_the_median_of_the_rounds_ratios() -> None:
         ratio(ours, theirs[:2])
 
 
-def test_medians_and_quartiles() -> None:
+def test_a_spread_has_quartiles_and_each_figure_has_its_own_median() -> None:
     assert spread([5, 1, 3, 2, 4]) == (2, 3, 4)
     assert spread([5]) == (5, 5, 5)
     assert median([some(cpu=1, p50=9), some(cpu=3, p50=8), some(cpu=2, p50=7)]) == some(
@@ -369,11 +369,11 @@ def verdicts(goals: list[Goal]) -> list[str]:
         (Goal("", 0.95, None), "not measured"),
     ],
 )
-def test_a_goal_is_met_on_its_bound(goal: Goal, verdict: str) -> None:
+def test_a_goal_is_met_at_its_bound(goal: Goal, verdict: str) -> None:
     assert goal.verdict == verdict
 
 
-def test_the_goals_of_cpu_compare_the_rows_that_they_name() -> None:
+def test_the_cpu_goals_compare_the_rows_that_they_name() -> None:
     cpu = {"bare": 100, "naive": 200, "FastAPI + httpx": 300, "FastAPI + httpx, uvloop": 200}
     ours = {"buyer": 150, "seller": 300, "breaker open": 153}
     rows = {name: [some(cpu=one)] for name, one in cpu.items()}
@@ -382,7 +382,7 @@ def test_the_goals_of_cpu_compare_the_rows_that_they_name() -> None:
     assert measured == pytest.approx([1.5, 0.75, 0.5, 0.75, 2.0, 1.02])
 
 
-def test_the_goal_of_throughput_takes_the_worst_that_the_cpus_did_not_limit() -> None:
+def test_the_throughput_goal_takes_the_worst_point_that_the_cpus_did_not_limit() -> None:
     def point(rate: float, busy: float) -> Point:
         return Point("notifier", 2, 16, 100, 64, some(rate=rate, busy=busy))
 
@@ -394,7 +394,7 @@ def test_the_goal_of_throughput_takes_the_worst_that_the_cpus_did_not_limit() ->
     assert verdicts(capacity_goals([limited])) == ["not measured"]
 
 
-def test_the_goals_of_latency_compare_with_the_slower_channel_alone() -> None:
+def test_the_latency_goals_compare_with_the_slower_channel_alone() -> None:
     def point(p50: float, p99: float) -> Point:
         return Point("notifier", 2, 32, 100, 4, some(p50=p50, p99=p99))
 
@@ -407,7 +407,7 @@ def test_the_goals_of_latency_compare_with_the_slower_channel_alone() -> None:
     assert verdicts(latency_goals(points)) == ["met", "NOT MET", "NOT MET"]
 
 
-def test_the_goals_of_memory_take_the_last_sample_and_the_middle_one() -> None:
+def test_the_memory_goals_take_the_last_sample_and_the_middle_one() -> None:
     samples = [Memory(20, 70, 95), Memory(40, 80, 99), Memory(60, 90, 105)]
     assert [goal.measured for goal in memory_goals(samples)] == pytest.approx([90, 1.125])
 
@@ -415,7 +415,7 @@ def test_the_goals_of_memory_take_the_last_sample_and_the_middle_one() -> None:
 # --- the report
 
 
-def test_the_main_table_in_markdown() -> None:
+def test_the_main_table_is_markdown() -> None:
     rounds = {
         "bare": [some(cpu=800, rate=2000, p50=3.04, p99=10), some(cpu=1000, rate=1000)],
         "ours": [some(cpu=880.4, rate=1500), some(cpu=1000)],
@@ -428,11 +428,11 @@ def test_the_main_table_in_markdown() -> None:
     assert {line.count("|") for line in shown} == {9}
 
 
-def test_every_part_that_is_measured_is_shown_and_judged() -> None:
+def test_every_measured_part_is_shown_and_judged() -> None:
     assert report.PARTS.keys() == parts.PARTS.keys()
 
 
-def test_the_tables_of_points_memory_and_goals_have_a_cell_for_each_head() -> None:
+def test_the_tables_of_points_memory_and_goals_have_a_cell_for_each_column() -> None:
     point = Point("notifier", 2, 32, 100, 64, some(cpu=850, rate=640, busy=0.5, refused=3))
     shown = [
         report.points_table([("notifier", point)]),

@@ -1,4 +1,4 @@
-"""What `make bench` counts of one worker, and how it compares two checkouts."""
+"""Tests of `make bench` with one worker: its counters, and the comparison of two checkouts."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from tools.bench import __main__ as command
 from tools.bench import counters, parts, report, stacks, worker
 from tools.bench.counters import Switches, growth, switches, system_calls
 from tools.bench.figures import Figures, compared
-from tools.bench.load import in_turns
+from tools.bench.load import run_bursts
 from tools.bench.plan import Bench, Plan
 from tools.bench.turns import Order, Turn
 from tools.bench.worker import OURS, THEIRS, Work, worker_goals
@@ -49,7 +49,7 @@ def some(**fields: float) -> Figures:
 # --- switches
 
 
-def test_switches_grow_by_what_each_thread_adds_and_a_new_one_has() -> None:
+def test_growth_sums_the_new_switches_of_all_threads_that_still_run() -> None:
     before = {"1": Switches(10, 1), "2": Switches(5, 5)}
     after = {"1": Switches(13, 2), "3": Switches(4, 0)}
     assert growth(before, after) == Switches(7, 1)
@@ -80,25 +80,25 @@ def test_the_switches_of_all_threads_are_read() -> None:
 
 @pytest.fixture
 def busy(processes: None) -> Iterator[int]:
-    """The id of a process that asks for its parent's again and again."""
-    asks = "import os, time\nwhile os.getppid(): time.sleep(0.0005)"
-    with subprocess.Popen([sys.executable, "-c", asks]) as process:
+    """The id of a process that calls getppid() repeatedly."""
+    code = "import os, time\nwhile os.getppid(): time.sleep(0.0005)"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
         try:
             yield process.pid
         finally:
             process.kill()
 
 
-def test_calls_are_read_from_the_summary_of_strace() -> None:
+def test_calls_are_parsed_from_the_summary_of_strace() -> None:
     assert counters._parsed(STRACE) == {"futex": 7308, "recvfrom": 120}
     assert counters._parsed("") == {}
 
 
-def test_without_strace_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_strace_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with system_calls([os.getpid()]) as calls:
         pass
-    assert (calls.by_name, calls.problem) == ({}, "no strace")
+    assert (calls.by_name, calls.problem) == ({}, "strace is not installed")
 
 
 def test_without_a_process_nothing_is_counted() -> None:
@@ -108,7 +108,7 @@ def test_without_a_process_nothing_is_counted() -> None:
 
 
 @linux
-def test_a_strace_that_ends_at_once_is_not_waited_for(
+def test_a_strace_that_exits_at_once_is_reported_without_waiting(
     busy: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = tmp_path / "strace"
@@ -117,11 +117,11 @@ def test_a_strace_that_ends_at_once_is_not_waited_for(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     with system_calls([busy]) as calls:
         pass
-    assert (calls.by_name, calls.problem) == ({}, "strace may not attach")
+    assert (calls.by_name, calls.problem) == ({}, "strace cannot attach")
 
 
 @linux
-def test_calls_are_counted_while_the_block_runs_or_it_is_said_why_not(busy: int) -> None:
+def test_calls_are_counted_during_the_block_or_the_problem_is_reported(busy: int) -> None:
     with system_calls([busy]) as calls:
         time.sleep(0.3)
     assert calls.problem or calls.by_name["getppid"] > 10
@@ -131,39 +131,39 @@ def test_calls_are_counted_while_the_block_runs_or_it_is_said_why_not(busy: int)
 # --- bursts
 
 
-def test_bursts_take_turns_over_connections_that_are_kept(make_provider: MakeProvider) -> None:
+def test_bursts_take_turns_over_kept_connections(make_provider: MakeProvider) -> None:
     providers = [make_provider(answer()) for _ in range(2)]
     orders = [Order(one.port, "/", callers=3, warm_up=6, count=10) for one in providers]
-    bursts = in_turns(orders, rounds=4)
+    bursts = run_bursts(orders, rounds=4)
     for provider, turns in zip(providers, bursts, strict=True):
         assert [turn.errors for turn in turns] == [{}] * 4
-        # With the tenth two more may come, and three are under way.
+        # Two more may come together with the tenth, and three are then in flight.
         assert [10 <= len(turn.latencies) <= 15 for turn in turns] == [True] * 4
-        # The replies of the warm-up are all that is not counted.
+        # Only the replies of the warm-up are not counted.
         assert 6 <= len(provider.received) - sum(len(turn.latencies) for turn in turns) <= 11
         assert provider.connections == 3
 
 
-def test_every_other_round_begins_with_the_last_order(make_provider: MakeProvider) -> None:
-    came: list[str] = []
+def test_every_other_round_runs_the_orders_in_reverse(make_provider: MakeProvider) -> None:
+    called: list[str] = []
 
-    def noted(name: str) -> Any:
+    def recording(name: str) -> Any:
         def script(peer: Any, received: Any) -> None:
-            came.append(name)
+            called.append(name)
             answer()(peer, received)
 
         return script
 
-    ports = [make_provider(noted(name)).port for name in "ab"]
-    in_turns([Order(port, "/", callers=1, warm_up=1, count=1) for port in ports], rounds=3)
-    # A burst is two requests here: the second is under way when the first has come.
-    assert "".join(came[-12:]) == "aabbbbaaaabb"
+    ports = [make_provider(recording(name)).port for name in "ab"]
+    run_bursts([Order(port, "/", callers=1, warm_up=1, count=1) for port in ports], rounds=3)
+    # A burst is two requests here: the second is in flight when the first reply arrives.
+    assert "".join(called[-12:]) == "aabbbbaaaabb"
 
 
 # --- the comparison
 
 
-def test_the_median_ratio_comes_with_what_it_is_certain_to_lie_between() -> None:
+def test_the_median_ratio_has_a_confidence_interval() -> None:
     ours = [some(cpu=cpu) for cpu in range(1, 41)]
     theirs = [some(cpu=10)] * 40
     result = compared(ours, theirs)
@@ -177,12 +177,12 @@ def both(ours: float, theirs: float, callers: int = 8) -> worker.Works:
     return {
         worker.Case("buyer", callers).name: {
             OURS: Work([some(cpu=ours, voluntary=2.4)], {"sendto": 2.0, "recvfrom": 3.06}),
-            THEIRS: Work([some(cpu=theirs)], {}, "no strace"),
+            THEIRS: Work([some(cpu=theirs)], {}, "strace is not installed"),
         }
     }
 
 
-def test_goals_are_judged_beside_another_checkout_only() -> None:
+def test_goals_are_judged_only_in_a_comparison_with_another_checkout() -> None:
     works = both(60, 100) | both(70, 100, 1)
     assert [(goal.bound, goal.verdict) for goal in worker_goals(works)] == [
         (0.65, "NOT MET"),
@@ -193,13 +193,13 @@ def test_goals_are_judged_beside_another_checkout_only() -> None:
     assert "this tree / beside" not in report.works_table(alone)
 
 
-def test_the_table_says_what_was_counted_and_what_could_not_be() -> None:
+def test_the_table_shows_the_counts_and_why_others_are_missing() -> None:
     first, compared_with = report.works_table(both(60, 100)).split("\n\n")
     for one in (first, compared_with):
         assert len({line.count("|") for line in one.splitlines()}) == 1
     ours, theirs = first.splitlines()[2:]
     assert ours.startswith("| buyer, 8 callers: this tree | 60 | 2.4 | 0.0 | 5.1 | recvfrom 3.1, ")
-    assert "| not measured | not measured | not measured: no strace |" in theirs
+    assert "| not measured | not measured | not measured: strace is not installed |" in theirs
     assert compared_with.splitlines()[2].startswith("| buyer, 8 callers | 0.600 | 0.600 to 0.600 |")
 
 
@@ -208,13 +208,14 @@ def test_the_json_has_medians_and_calls(tmp_path: Path) -> None:
     sides = json.loads((tmp_path / "beside.json").read_text())["worker"]["buyer, 8 callers"]
     assert sides[OURS]["figures"]["voluntary"] == 2.4
     assert sides[OURS]["calls_but_futex"] == 5.06
-    assert (sides[THEIRS]["calls_but_futex"], sides[THEIRS]["problem"]) == (None, "no strace")
+    assert sides[THEIRS]["calls_but_futex"] is None
+    assert sides[THEIRS]["problem"] == "strace is not installed"
 
 
-def test_two_checkouts_are_measured_in_turns(
+def test_two_checkouts_are_measured_run_bursts(
     server: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other is this one too: whatever is in a folder is started there."""
+    """This checkout is compared with itself."""
     monkeypatch.setattr(worker, "BOUNDS", {worker.Case("buyer", 2): 0.5})
     monkeypatch.setattr(worker, "BURST", 20)
     monkeypatch.setattr(worker, "TRACED", 20)
@@ -242,13 +243,13 @@ def test_a_checkout_whose_database_cannot_be_migrated_is_named(
 # --- the command
 
 
-def test_a_comparison_says_of_which_commits_it_is(processes: None, tmp_path: Path) -> None:
-    said = report.compared(tmp_path)
-    assert said.startswith("this tree ")
-    assert said.endswith(f", beside {tmp_path} ")  # which is no checkout
+def test_a_comparison_names_both_commits(processes: None, tmp_path: Path) -> None:
+    text = report.compared(tmp_path)
+    assert text.startswith("this tree ")
+    assert text.endswith(f", beside {tmp_path} ")  # the folder is no checkout and has no commit
 
 
-def test_beside_measures_one_worker_only_and_writes_nothing_unless_told(
+def test_beside_measures_only_one_worker_and_writes_nothing_by_default(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["bench", "--beside", str(ROOT)])
@@ -262,31 +263,31 @@ def test_beside_measures_one_worker_only_and_writes_nothing_unless_told(
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "printed"),
     [
-        (CannotMeasure("a stack has ended"), 1, "make this: a stack has ended\n"),
+        (CannotMeasure("a stack has exited"), 1, "make this: a stack has exited\n"),
         (TimeoutError("too late"), 1, "make this: too late\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
-def test_what_fails_is_said_in_a_line(
+def test_a_failure_is_printed_in_one_line(
     error: BaseException,
     code: int,
-    said: str,
+    printed: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail() -> int:
         raise error
 
-    monkeypatch.setenv("no_proxy", "")  # which is changed
+    monkeypatch.setenv("no_proxy", "")  # `exit_code` changes it
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert rig.exit_code("make this", fail) == code
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == printed
 
 
-def test_a_burst_with_a_wrong_reply_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_burst_with_a_wrong_reply_fails_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Turn(latencies=[1.0], errors={"500": 1})
     monkeypatch.setattr("tools.bench.plan.take_turns", lambda *_: [[wrong]])
     with pytest.raises(CannotMeasure, match="'500': 1"):
-        worker.right_bursts([], 1)
+        worker.checked_bursts([], 1)

@@ -1,4 +1,4 @@
-"""A small chaos, and that each invariant would see what breaks it."""
+"""A small chaos, and tests that each invariant detects its violations."""
 
 import json
 import socket
@@ -50,15 +50,15 @@ def seen(processes: None) -> Evidence:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("name", invariants.INVARIANTS)
-def test_in_a_small_chaos_it_holds_that(name: str, seen: Evidence) -> None:
+def test_a_small_chaos_keeps_the_invariant(name: str, seen: Evidence) -> None:
     assert [*invariants.INVARIANTS[name](seen)] == [], report(seen, invariants.check(seen))
 
 
-# --- each invariant sees what breaks it
+# --- each invariant detects its violations
 
 
-def said(request_id: str, status: int, began: float, recipient: str = "buyer") -> Reply:
-    """What a caller got, as it should be."""
+def reply(request_id: str, status: int, began: float, recipient: str = "buyer") -> Reply:
+    """Return a reply as it should be."""
     code = {500: "E102", 503: "E106"}.get(status, "")
     body = {"error": {"code": code, "message": "a text"}} if code else {"message": "sent"}
     headers = {"X-Request-Id": request_id, "Retry-After": "1"}
@@ -92,12 +92,12 @@ ABSENT = Absence("mail:2", 40.0, 41.0)
 SOUND = Evidence(
     limits=Limits(1.8, 1.0, 2.0, 2, 4, 2, frozenset({"kill a worker", "hangs"}), 4),
     replies=[
-        said("a", 200, 1.0),
-        said("b", 200, 20.0, "seller"),
+        reply("a", 200, 1.0),
+        reply("b", 200, 20.0, "seller"),
         Reply("c", "buyer", 24.0, 1.1, 0, cut=True),
-        said("d", 500, 30.0),
-        said("e", 503, 31.0),
-        said("f", 200, 101.0),
+        reply("d", 500, 30.0),
+        reply("e", 503, 31.0),
+        reply("f", 200, 101.0),
     ],
     deliveries=[
         email("a", "mail:1", 1.0),
@@ -140,7 +140,7 @@ def with_delivery(delivery: Delivery, *lines: Line) -> Evidence:
 
 
 def sent(host: str, at: float, opened: float, worker: str = "worker-1") -> Evidence:
-    """Another notification that reached `host`, and a breaker of the first worker that opened."""
+    """Add a delivery to `host`, and a breaker of the first worker that opened."""
     lines = [opens(host, opened), admits("z", host, at, worker)]
     return with_delivery(email("z", host, at, "resets"), *lines)
 
@@ -150,50 +150,56 @@ def afterwards(**changes: int) -> Evidence:
 
 
 BROKEN = {
-    "a 200 that nobody accepted": (
-        "delivered_as_said",
+    "a 200 that no provider accepted": (
+        "replies_match_deliveries",
         replace(SOUND, deliveries=SOUND.deliveries[1:]),
     ),
     "a seller's 200 without a push": (
-        "delivered_as_said",
+        "replies_match_deliveries",
         replace(SOUND, deliveries=[one for one in SOUND.deliveries if one != PUSH]),
     ),
     "a second provider that accepted": (
-        "delivered_as_said",
+        "replies_match_deliveries",
         with_delivery(email("a", "mail:2", 1.1), admits("a", "mail:2", 1.1)),
     ),
     "an error although all accepted": (
-        "delivered_as_said",
+        "replies_match_deliveries",
         with_delivery(email("d", "mail:2", 30.1), admits("d", "mail:2", 30.1)),
     ),
     "no answer": ("replied_in_time", with_reply(3, status=0)),
     "an error after the deadline": ("replied_in_time", with_reply(3, seconds=2.9)),
     "an error in HTML": ("replied_in_time", with_reply(3, body=None)),
-    "another code": ("replied_in_time", with_reply(3, body=said("", 503, 0).body)),
-    "an envelope with more in it": (
+    "another code": ("replied_in_time", with_reply(3, body=reply("", 503, 0).body)),
+    "an envelope with another field": (
         "replied_in_time",
-        with_reply(3, body={**said("", 500, 0).body, "detail": "a host"}),
+        with_reply(3, body={**reply("", 500, 0).body, "detail": "a host"}),
     ),
-    "a status that nobody promised": ("replied_in_time", with_reply(3, status=502)),
+    "an undocumented status": ("replied_in_time", with_reply(3, status=502)),
     "a 503 without Retry-After": ("replied_in_time", with_reply(4, headers={"X-Request-Id": "e"})),
     "another request's reply": ("replied_in_time", with_reply(0, headers={"X-Request-Id": "b"})),
-    "a cut without a kill": ("cut_by_kills_only", replace(SOUND, kills=[KILL + 1])),
-    "a cut long after the kill": ("cut_by_kills_only", replace(SOUND, kills=[KILL - 3])),
+    "a cut without a kill": ("only_kills_cut", replace(SOUND, kills=[KILL + 1])),
+    "a cut long after the kill": ("only_kills_cut", replace(SOUND, kills=[KILL - 3])),
     "more cuts than threads": (
-        "cut_by_kills_only",
+        "only_kills_cut",
         replace(SOUND, replies=[*SOUND.replies, *[SOUND.replies[2]] * 2]),
     ),
-    "past an open breaker": ("open_breakers_refuse", sent("mail:1", 51.0, opened=50.0)),
-    "past a breaker that opened before its host went": (
+    "a delivery past an open breaker": (
+        "open_breakers_refuse",
+        sent("mail:1", 51.0, opened=50.0),
+    ),
+    "a delivery past a breaker that opened before its row was removed": (
         "open_breakers_refuse",
         sent("mail:2", 39.5, opened=39.0),
     ),
-    "past a breaker that opened after its host came back": (
+    "a delivery past a breaker that opened after its row was added again": (
         "open_breakers_refuse",
         sent("mail:2", 43.0, opened=42.0),
     ),
-    "without asking a breaker": ("open_breakers_refuse", with_delivery(email("z", "mail:1", 50.0))),
-    "before asking a breaker": (
+    "a delivery that no breaker admitted": (
+        "open_breakers_refuse",
+        with_delivery(email("z", "mail:1", 50.0)),
+    ),
+    "a delivery before a breaker admitted it": (
         "open_breakers_refuse",
         with_delivery(email("z", "mail:1", 50.0), admits("z", "mail:1", 51.0)),
     ),
@@ -204,34 +210,34 @@ BROKEN = {
     "more memory": ("nothing_leaks", afterwards(memory=60_000_001)),
     "more workers": ("nothing_leaks", afterwards(workers=4)),
     "fewer workers": ("nothing_leaks", afterwards(workers=2)),
-    "an error before the chaos": ("all_is_well_when_nothing_fails", with_reply(0, status=500)),
-    "an error after the chaos": ("all_is_well_when_nothing_fails", with_reply(5, status=500)),
-    "nobody who calls after the chaos": (
-        "all_is_well_when_nothing_fails",
+    "an error before the chaos": ("calm_delivers_everything", with_reply(0, status=500)),
+    "an error after the chaos": ("calm_delivers_everything", with_reply(5, status=500)),
+    "no requests after the chaos": (
+        "calm_delivers_everything",
         replace(SOUND, replies=SOUND.replies[:5]),
     ),
-    "a fault that was not made": ("run_means_something", replace(SOUND, faults=Counter())),
-    "a behaviour that nobody met": (
-        "run_means_something",
+    "a fault that never happened": ("everything_happened", replace(SOUND, faults=Counter())),
+    "a behaviour that no request met": (
+        "everything_happened",
         replace(SOUND, deliveries=[one for one in SOUND.deliveries if one.accepted]),
     ),
-    "few requests": ("run_means_something", replace(SOUND, replies=SOUND.replies[:3])),
-    "no fallback": ("run_means_something", replace(SOUND, lines=SOUND.lines[7:])),
-    "no breaker that opens": (
-        "run_means_something",
+    "too few requests": ("everything_happened", replace(SOUND, replies=SOUND.replies[:3])),
+    "no fallback": ("everything_happened", replace(SOUND, lines=SOUND.lines[7:])),
+    "no breaker opened": (
+        "everything_happened",
         replace(SOUND, lines=[one for one in SOUND.lines if one.message != CHANGED]),
     ),
-    "no attempt refused": ("run_means_something", replace(SOUND, lines=SOUND.lines[:8])),
+    "no attempt refused": ("everything_happened", replace(SOUND, lines=SOUND.lines[:8])),
 }
 
 
-def test_what_is_sound_violates_nothing() -> None:
+def test_sound_evidence_violates_nothing() -> None:
     assert invariants.check(SOUND) == {name: [] for name in invariants.INVARIANTS}
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_an_invariant_sees(what: str) -> None:
-    name, broken = BROKEN[what]
+@pytest.mark.parametrize("violation", BROKEN)
+def test_an_invariant_detects(violation: str) -> None:
+    name, broken = BROKEN[violation]
     invariant = getattr(invariants, name)
     assert invariant in invariants.INVARIANTS.values()
     assert len([*invariant(broken)]) == 1
@@ -240,37 +246,37 @@ def test_an_invariant_sees(what: str) -> None:
 @pytest.mark.parametrize(
     "allowed",
     [
-        sent("mail:1", 52.1, opened=50.0),  # its time is over
-        sent("mail:1", 50.1, opened=50.0),  # admitted before, and logged after
+        sent("mail:1", 52.1, opened=50.0),  # after the open state's time-out
+        sent("mail:1", 50.1, opened=50.0),  # admitted before the opening, but logged after it
         sent("mail:1", 51.0, opened=50.0, worker="worker-2"),  # another worker's breaker
-        sent("mail:2", 40.5, opened=39.0),  # the row went, and with it the breaker
+        sent("mail:2", 40.5, opened=39.0),  # the breaker was removed with its row
         sent("mail:2", 41.5, opened=40.5),
     ],
 )
-def test_what_an_open_breaker_allows_is_no_violation(allowed: Evidence) -> None:
+def test_a_delivery_that_an_opened_breaker_may_admit_is_no_violation(allowed: Evidence) -> None:
     assert [*invariants.open_breakers_refuse(allowed)] == []
 
 
-def test_an_acceptance_that_came_too_late_to_be_heard_does_not_count_twice() -> None:
+def test_an_acceptance_after_the_attempt_timed_out_does_not_count() -> None:
     late = fails("b", "mail:1", 20.6, "timeout")
     assert late in SOUND.lines
     deliveries = [one._replace(accepted=True) for one in SOUND.deliveries]
     assert Counter(one.channel for one in deliveries if one.request_id == "b")["Email"] == 2
-    heard = replace(SOUND, deliveries=deliveries, replies=SOUND.replies[:3])
-    assert [*invariants.delivered_as_said(heard)] == []
+    evidence = replace(SOUND, deliveries=deliveries, replies=SOUND.replies[:3])
+    assert [*invariants.replies_match_deliveries(evidence)] == []
 
 
 # --- the schedule
 
 
-def test_the_same_seed_makes_the_same_schedule_and_another_another() -> None:
+def test_the_same_seed_makes_the_same_schedule_and_another_seed_a_different_one() -> None:
     first, again, other = (plan(seed, 60.0, 2, EVERYTHING) for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_schedule_has_every_kind_one_after_the_other_and_within_its_time(seed: int) -> None:
+def test_a_schedule_has_every_kind_within_its_time_and_no_overlap_in_a_track(seed: int) -> None:
     schedule = plan(seed, 150.0, 8, EVERYTHING)
     tracks = [schedule.processes, schedule.database, *schedule.providers]
     assert {fault.kind for track in tracks for fault in track} == EVERYTHING.all()
@@ -287,7 +293,7 @@ NEVER_ACCEPT = {"answers 503", "hangs", "drips its status", "resets"}
 
 
 @pytest.mark.parametrize("behaviour", sorted(BEHAVIOURS.keys() - {"flaps"}))
-def test_a_provider_records_whether_it_has_sent_that_it_accepts(behaviour: str) -> None:
+def test_a_provider_records_whether_it_sent_a_2xx_status_line(behaviour: str) -> None:
     deliveries: list[Delivery] = []
     provider = Provider(Channel.EMAIL, deliveries)
     provider.behaviour = behaviour
@@ -304,7 +310,7 @@ def test_a_provider_records_whether_it_has_sent_that_it_accepts(behaviour: str) 
     assert delivery == recorded
 
 
-def test_a_provider_that_flaps_does_both() -> None:
+def test_a_flapping_provider_accepts_and_refuses() -> None:
     deliveries: list[Delivery] = []
     provider = Provider(Channel.EMAIL, deliveries)
     provider.behaviour = "flaps"
@@ -320,7 +326,7 @@ def test_a_provider_that_flaps_does_both() -> None:
     assert {delivery.accepted for delivery in deliveries} == {True, False}
 
 
-def test_a_provider_does_not_record_what_has_not_come_to_its_end() -> None:
+def test_a_provider_does_not_record_an_incomplete_request() -> None:
     deliveries: list[Delivery] = []
     provider = Provider(Channel.EMAIL, deliveries)
     try:
@@ -338,7 +344,7 @@ def caller(provider: Provider) -> socket.socket:
 
 
 def answered(sock: socket.socket) -> bytes:
-    """Return what comes until a line has ended, the provider leaves or nothing comes for long."""
+    """Return the data up to the end of a line or of the connection, or up to a time-out."""
     answer = b""
     with suppress(OSError):
         while b"\n" not in answer and len(answer) < 30 and (data := sock.recv(1000)):
@@ -349,7 +355,7 @@ def answered(sock: socket.socket) -> bytes:
 # --- the logs and the report
 
 
-def test_of_a_killed_workers_log_the_line_that_it_did_not_end_is_left_out(tmp_path: Path) -> None:
+def test_the_incomplete_last_line_of_a_killed_workers_log_is_ignored(tmp_path: Path) -> None:
     line = {"timestamp": "1970-01-01T00:00:01.500Z", "message": ADMITTED}
     text = json.dumps(line | {"request_id": "a", "host": "mail:1", "app": "notifier"})
     other = json.dumps(line | {"message": "something else"})
@@ -358,13 +364,13 @@ def test_of_a_killed_workers_log_the_line_that_it_did_not_end_is_left_out(tmp_pa
     assert read_logs(tmp_path) == [Line("worker-7", 1.5, ADMITTED, "a", "mail:1")]
 
 
-def test_a_line_of_refusals_counts_for_all_that_it_stands_for_and_for_no_fallback() -> None:
+def test_a_line_about_refusals_counts_all_of_them_and_no_fallback() -> None:
     with_refusals = replace(SOUND, lines=[*SOUND.lines, refuses("a", "mail:1", 2.0, times=4)])
     assert with_refusals.refusals() == SOUND.refusals() + 4
     assert with_refusals.fallbacks() == SOUND.fallbacks()
 
 
-def test_the_report_has_what_is_known_of_a_violation() -> None:
+def test_the_report_has_all_records_of_a_violation() -> None:
     broken = with_delivery(SOUND.deliveries[1])
     text = report(broken, invariants.check(broken))
     assert "| nothing is delivered twice through the same provider | 1 |" in text
@@ -376,13 +382,13 @@ def test_the_report_has_what_is_known_of_a_violation() -> None:
 @pytest.mark.parametrize(
     ("evidence", "code"), [(SOUND, 0), (with_delivery(SOUND.deliveries[1]), 1)]
 )
-def test_the_exit_code_says_whether_all_held(
+def test_the_exit_code_says_whether_an_invariant_was_violated(
     evidence: Evidence,
     code: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("no_proxy", "")  # which the command changes
+    monkeypatch.setenv("no_proxy", "")  # the command changes it
     monkeypatch.setattr(sys, "argv", ["chaos", "--seed", "3", "--seconds", "9"])
     monkeypatch.setattr(command, "run", lambda seed, seconds: {(3, 9.0): evidence}[seed, seconds])
     assert command.main() == code

@@ -1,4 +1,4 @@
-"""The project's own PostgreSQL: shared, stopped with its last user, and repaired after any kill."""
+"""The project's own PostgreSQL: sharing, the stop after its last user, and repair after kills."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from tools.dev import cluster, postgres, programs
 
 ROOT = Path(__file__).parents[2]
 COMMAND_LINE = [sys.executable, "-m", "tools.dev.postgres"]
-TELL_PORT_AND_WAIT = "import os, sys; print(os.environ['DB_PORT'], flush=True); sys.stdin.read()"
+PRINT_PORT_AND_WAIT = "import os, sys; print(os.environ['DB_PORT'], flush=True); sys.stdin.read()"
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -31,24 +31,24 @@ StartUser = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture(scope="module")
 def ephemeral() -> Iterator[postgres.Server]:
-    """An ephemeral server for the tests that only look at it."""
+    """An ephemeral server for tests that only read from it."""
     with closing(postgres.acquire(ephemeral=True)) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def template() -> Iterator[Path]:
-    """A stopped server's directory, to be copied: its first start takes a second."""
+    """A stopped server's directory, to be copied, because a first start takes a second."""
     with directory() as base:
         postgres.acquire(base).close()
         with (base / "data/postgresql.conf").open("a") as configuration:
-            configuration.write("fsync = off\n")  # nothing here cuts the power
+            configuration.write("fsync = off\n")  # no test cuts the power
         yield base
 
 
 @pytest.fixture
 def base() -> Iterator[Path]:
-    """A directory for a server, not there yet."""
+    """A directory for a server, which does not exist yet."""
     with directory() as path:
         yield path
 
@@ -56,14 +56,14 @@ def base() -> Iterator[Path]:
 @pytest.fixture
 def used(template: Path, base: Path) -> Path:
     """The directory of a server that has run before and was stopped."""
-    subprocess.run(["cp", "-a", template, base], check=True)  # it keeps the owners
+    subprocess.run(["cp", "-a", template, base], check=True)  # cp -a keeps the owners
     return base
 
 
 @contextlib.contextmanager
 def directory() -> Iterator[Path]:
-    """Name a directory that is not there yet; afterwards nothing of it is left, nor runs."""
-    # Not pytest's tmp_path: as root the server runs as another account, which cannot enter that.
+    """Yield a directory that does not exist yet; at the end, kill its processes and remove it."""
+    # Not pytest's tmp_path: for root the server runs as another account, which cannot enter it.
     parent = Path(tempfile.mkdtemp(prefix="notifier-test-", dir="/tmp")).resolve()
     parent.chmod(0o755)
     yield parent / "server"
@@ -76,7 +76,7 @@ def start_user(base: Path) -> Iterator[StartUser]:
     """Start a process that uses the server, writes its port and waits for its input to end."""
     with contextlib.ExitStack() as stack:
 
-        def start(code: str = TELL_PORT_AND_WAIT, **options: Any) -> "subprocess.Popen[str]":
+        def start(code: str = PRINT_PORT_AND_WAIT, **options: Any) -> "subprocess.Popen[str]":
             user = subprocess.Popen(
                 [*COMMAND_LINE, sys.executable, "-c", code],
                 env=environment(EMBEDDED_PG_DIR=str(base)),
@@ -93,7 +93,7 @@ def start_user(base: Path) -> Iterator[StartUser]:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Return ours, with nothing in it that names a database but the variables given."""
+    """Return our environment with these variables, and with no other DB_*."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("DB_")}
     return clean | {"PYTHONPATH": str(ROOT)} | variables
 
@@ -110,14 +110,14 @@ def run(*command: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def told_port(user: "subprocess.Popen[str]") -> str:
+def port_of(user: "subprocess.Popen[str]") -> str:
     """Wait until the process has its server; return the server's port."""
     assert user.stdout
     return user.stdout.readline().strip()
 
 
 def query(env: dict[str, str], statement: str, user: str = "notifier") -> list[Any]:
-    """Run one statement on the server of `env`, as its owner or its superuser; return a row."""
+    """Run a statement on the server of `env`, as its owner or its superuser; return a row."""
     with psycopg.connect(
         host=env["DB_HOST"],
         port=env["DB_PORT"],
@@ -131,7 +131,7 @@ def query(env: dict[str, str], statement: str, user: str = "notifier") -> list[A
 
 
 def processes(base: Path) -> dict[int, str]:
-    """Return the command lines, by id, that name the directory: watchers, initdb, servers."""
+    """Return the command lines that name the directory, by process id."""
     if Path("/proc/self/cmdline").exists():
         found = {int(path.name): command_line(path) for path in Path("/proc").glob("[0-9]*")}
     else:
@@ -142,7 +142,7 @@ def processes(base: Path) -> dict[int, str]:
 
 
 def command_line(process: Path) -> str:
-    """Return that of a directory in /proc; a zombie's is empty, as is that of one just gone."""
+    """Return a process's command line from /proc; it is empty for a zombie or an ended process."""
     try:
         return os.fsdecode((process / "cmdline").read_bytes()).replace("\0", " ")
     except OSError:
@@ -150,7 +150,7 @@ def command_line(process: Path) -> str:
 
 
 def kill_all(base: Path) -> None:
-    """End whatever names the directory as a crash of the machine would."""
+    """Kill all processes that name the directory, as a crash of the machine would."""
 
     def none_left() -> bool:
         found = processes(base)
@@ -177,7 +177,7 @@ def lines_of(done: "subprocess.CompletedProcess[str]") -> list[str]:
 # --- a server for tests
 
 
-def test_an_ephemeral_server_answers_and_is_gone_afterwards() -> None:
+def test_an_ephemeral_server_answers_and_is_removed_when_closed() -> None:
     with closing(postgres.acquire(ephemeral=True)) as server:
         assert query(server.env, "SELECT current_user, current_database()") == ["notifier"] * 2
         assert servers(server.base)
@@ -188,7 +188,7 @@ def test_an_ephemeral_server_answers_and_is_gone_afterwards() -> None:
         query(server.env, "SELECT 1")
 
 
-def test_the_context_manager_leaves_the_environment_alone() -> None:
+def test_the_context_manager_does_not_change_the_environment() -> None:
     before = dict(os.environ)
     with postgres.server(ephemeral=True) as env:
         assert os.environ == before
@@ -213,7 +213,7 @@ def test_the_context_manager_leaves_the_environment_alone() -> None:
         ("fsync", "off"),
     ],
 )
-def test_an_ephemeral_server_is_fast_and_listens_to_this_machine_only(
+def test_an_ephemeral_server_is_fast_and_listens_on_loopback_only(
     ephemeral: postgres.Server, setting: str, value: str
 ) -> None:
     assert query(ephemeral.env, f"SHOW {setting}", user="postgres") == [value]
@@ -224,7 +224,7 @@ def test_a_wrong_password_is_refused(ephemeral: postgres.Server) -> None:
         query(ephemeral.env | {"DB_MIGRATION_PASSWORD": "wrong"}, "SELECT 1")
 
 
-def test_the_role_may_make_databases_and_roles_but_is_no_superuser(
+def test_the_role_may_create_databases_and_roles_but_is_no_superuser(
     ephemeral: postgres.Server,
 ) -> None:
     rights = "SELECT rolcreatedb, rolcreaterole, rolsuper FROM pg_roles WHERE rolname = 'notifier'"
@@ -255,12 +255,12 @@ def test_a_forked_copy_keeps_neither_a_closed_server_nor_its_lock(used: Path) ->
         assert run("true", EMBEDDED_PG_DIR=str(used)).returncode == 0
 
 
-# --- who shares it, and until when
+# --- sharing
 
 
 def test_processes_that_start_at_once_share_one_server(base: Path, start_user: StartUser) -> None:
     users = [start_user() for _ in range(4)]
-    assert len({told_port(user) for user in users}) == 1
+    assert len({port_of(user) for user in users}) == 1
     assert len(servers(base)) == 1
     eventually(lambda: len(watchers(base)) == 1)
 
@@ -269,7 +269,7 @@ def test_the_server_outlives_its_first_user_and_stops_when_the_last_is_killed(
     used: Path, start_user: StartUser
 ) -> None:
     first, last = start_user(), start_user()
-    assert told_port(first) == told_port(last)
+    assert port_of(first) == port_of(last)
     first.kill()
     first.wait()
     assert query(cluster.environment(used), "SELECT 1") == [1]
@@ -279,8 +279,8 @@ def test_the_server_outlives_its_first_user_and_stops_when_the_last_is_killed(
 
 
 def test_a_child_of_the_command_keeps_the_server(used: Path, start_user: StartUser) -> None:
-    parent = start_user(f"import os\nif not os.fork():\n    {TELL_PORT_AND_WAIT}")
-    told_port(parent)
+    parent = start_user(f"import os\nif not os.fork():\n    {PRINT_PORT_AND_WAIT}")
+    port_of(parent)
     assert parent.wait() == 0
     assert query(cluster.environment(used), "SELECT 1") == [1]
     assert parent.stdin
@@ -304,7 +304,7 @@ def test_the_next_user_replaces_a_killed_watcher(used: Path) -> None:
             assert watchers(used) not in ([], [watcher])
 
 
-def test_who_used_a_removed_directory_does_not_stop_its_successor(base: Path) -> None:
+def test_a_user_of_a_removed_directory_does_not_stop_the_new_server(base: Path) -> None:
     old = postgres.acquire(base)
     base.rename(base.with_name("removed"))
     with closing(postgres.acquire(base)) as new:
@@ -312,10 +312,10 @@ def test_who_used_a_removed_directory_does_not_stop_its_successor(base: Path) ->
         assert query(new.env, "SELECT 1") == [1]
 
 
-# --- what a stop or a crash leaves behind
+# --- after a stop or a crash
 
 
-def test_data_password_and_port_are_found_again(used: Path) -> None:
+def test_data_password_and_port_survive_a_restart(used: Path) -> None:
     with postgres.server(used) as before:
         query(before, "CREATE TABLE kept AS SELECT 42 AS answer")
     assert not servers(used)
@@ -334,9 +334,7 @@ def test_data_password_and_port_are_found_again(used: Path) -> None:
         "data/postmaster.pid",
     ],
 )
-def test_a_start_that_was_cut_off_is_repaired(
-    base: Path, start_user: StartUser, reached: str
-) -> None:
+def test_an_interrupted_start_is_repaired(base: Path, start_user: StartUser, reached: str) -> None:
     user = start_user()
     eventually(lambda: list(base.glob(reached)))
     user.kill()
@@ -357,7 +355,7 @@ def test_a_user_killed_during_initdb_leaves_no_server(base: Path, start_user: St
 
 @pytest.fixture
 def crashed(used: Path) -> Path:
-    """A directory whose server was killed, with the postmaster.pid it left."""
+    """A directory whose server was killed and left its postmaster.pid."""
     server = postgres.acquire(used)
     kill_all(used)
     server.close()
@@ -366,9 +364,9 @@ def crashed(used: Path) -> Path:
 
 
 @pytest.mark.parametrize("state", ["running", "zombie"])
-def test_a_stale_pid_that_is_used_again_does_not_block(crashed: Path, state: str) -> None:
+def test_a_stale_pid_of_another_process_does_not_block_the_start(crashed: Path, state: str) -> None:
     pid_file = crashed / "data/postmaster.pid"
-    # As the server's account: PostgreSQL itself sees through another account's process.
+    # As the server's account: PostgreSQL itself ignores a process of another account.
     options = programs.as_account(crashed)
     with subprocess.Popen(["sleep", "60" if state == "running" else "0"], **options) as other:
         if state == "zombie":
@@ -376,11 +374,11 @@ def test_a_stale_pid_that_is_used_again_does_not_block(crashed: Path, state: str
         pid_file.write_text("\n".join([str(other.pid), *pid_file.read_text().splitlines()[1:]]))
         with postgres.server(crashed) as env:
             assert query(env, "SELECT 1") == [1]
-        assert (other.poll() is None) == (state == "running")  # taken for ours, it would be ended
+        assert (other.poll() is None) == (state == "running")  # it was not stopped as ours
         other.kill()
 
 
-def test_an_empty_pid_file_does_not_block(crashed: Path) -> None:
+def test_an_empty_pid_file_does_not_block_the_start(crashed: Path) -> None:
     (crashed / "data/postmaster.pid").write_text("")
     with postgres.server(crashed) as env:
         assert query(env, "SELECT 1") == [1]
@@ -398,7 +396,7 @@ def test_a_server_without_a_watcher_is_joined(used: Path) -> None:
     assert not servers(used)
 
 
-def test_a_directory_of_a_version_with_one_role_gets_the_services_password(used: Path) -> None:
+def test_a_directory_from_a_version_with_one_role_gets_the_services_password(used: Path) -> None:
     with postgres.server(used) as before:
         (used / "service-password").unlink()
         with postgres.server(used) as after:  # while the server runs
@@ -417,7 +415,7 @@ def test_a_saved_port_that_another_program_took_is_replaced(used: Path) -> None:
     assert after | {"DB_PORT": ""} == before | {"DB_PORT": ""}
 
 
-# --- who may read it
+# --- access
 
 
 def test_the_directory_and_the_password_are_closed_to_others(used: Path) -> None:
@@ -429,11 +427,11 @@ def test_the_directory_and_the_password_are_closed_to_others(used: Path) -> None
         assert (used / "data").stat().st_mode & 0o077 == 0
 
 
-def test_a_working_directory_closed_to_the_servers_account_will_do(
+def test_a_server_starts_from_a_working_directory_closed_to_its_account(
     used: Path, tmp_path: Path, start_user: StartUser
 ) -> None:
     tmp_path.chmod(0o700)
-    assert told_port(start_user(cwd=tmp_path)).isdigit()
+    assert port_of(start_user(cwd=tmp_path)).isdigit()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user runs the server as itself")
@@ -455,7 +453,7 @@ def test_a_wheel_closed_to_the_servers_account_is_copied(
 # --- the command line
 
 
-def test_the_command_gets_a_server_and_its_exit_status_is_passed_on(used: Path) -> None:
+def test_the_command_gets_a_server_and_gives_its_exit_status(used: Path) -> None:
     code = (
         "import os, psycopg, sys; e = os.environ;"
         "psycopg.connect(host=e['DB_HOST'], port=e['DB_PORT'], dbname=e['DB_NAME'],"
@@ -468,7 +466,7 @@ def test_the_command_gets_a_server_and_its_exit_status_is_passed_on(used: Path) 
     eventually(lambda: not processes(used))
 
 
-def test_variables_of_another_postgresql_do_not_disturb(used: Path) -> None:
+def test_variables_of_another_postgresql_are_ignored(used: Path) -> None:
     other = {"PGSERVICE": "none", "PGOPTIONS": "-c nonsense=1", "PGHOST": "/nowhere"}
     done = run("true", EMBEDDED_PG_DIR=str(used), **other)
     assert (done.returncode, lines_of(done)) == (0, [])
@@ -481,25 +479,25 @@ def test_variables_of_another_database_are_not_passed_on(used: Path) -> None:
     assert lines_of(done) == [str(sorted(cluster.environment(used)))]
 
 
-def test_with_db_host_set_nothing_is_started(base: Path) -> None:
+def test_with_db_host_set_no_server_is_started(base: Path) -> None:
     done = run("sh", "-c", "echo $DB_HOST $DB_PORT", EMBEDDED_PG_DIR=str(base), DB_HOST="db.test")
     assert (done.returncode, lines_of(done)) == (0, ["db.test"])
     assert not base.exists()
 
 
-def test_the_command_does_not_inherit_that_python_ignores_sigpipe() -> None:
+def test_the_command_does_not_ignore_sigpipe_as_python_does() -> None:
     done = run("sh", "-c", "kill -PIPE $$", DB_HOST="db.test")
     assert done.returncode == -signal.SIGPIPE
 
 
-def test_a_missing_command_is_one_line_and_starts_nothing(base: Path) -> None:
+def test_a_missing_command_gives_one_line_and_starts_no_server(base: Path) -> None:
     done = run("no-such-command", EMBEDDED_PG_DIR=str(base))
     assert done.returncode == 127
     assert lines_of(done) == ["postgres: no-such-command: command not found"]
     assert not base.exists()
 
 
-def test_no_command_is_one_line() -> None:
+def test_a_call_without_command_gives_the_usage_in_one_line() -> None:
     done = run()
     assert done.returncode == 2
     assert lines_of(done) == ["postgres: usage: python -m tools.dev.postgres COMMAND [ARG...]"]
@@ -517,7 +515,7 @@ def failure(base: Path) -> str:
     return line
 
 
-def test_data_of_another_version_are_left_alone(used: Path) -> None:
+def test_data_of_another_version_are_not_touched(used: Path) -> None:
     with postgres.server(used):
         pass
     (used / "data/PG_VERSION").write_text("9\n")
@@ -543,7 +541,7 @@ def test_a_lost_password_is_reported(used: Path) -> None:
     assert f"{used}/password is gone: restore it, or remove {used}" in failure(used)
 
 
-def test_a_directory_with_other_files_is_left_alone(base: Path) -> None:
+def test_a_directory_with_other_files_is_not_touched(base: Path) -> None:
     base.mkdir()
     base.chmod(0o755)
     (base / "thesis.txt").touch()
@@ -551,7 +549,7 @@ def test_a_directory_with_other_files_is_left_alone(base: Path) -> None:
     assert base.stat().st_mode & 0o777 == 0o755
 
 
-def test_a_directory_that_cannot_be_made_is_reported(base: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_reported(base: Path) -> None:
     base.touch()
     assert f"{base}/server: Not a directory" in failure(base / "server")
 
@@ -563,7 +561,7 @@ def test_missing_binaries_are_reported(base: Path, monkeypatch: pytest.MonkeyPat
         cluster.start(base, unsafe=True)
 
 
-def test_root_without_an_account_for_the_server_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_without_a_server_account_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(name: str) -> None:
         raise KeyError(name)
 
