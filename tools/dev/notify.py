@@ -1,11 +1,13 @@
 """`./notify`: the service's commands in development.
 
-They work on DB_* when DB_HOST is set, else on the database of `make run`, whether it runs or not.
+They use the database of DB_* when DB_HOST is set. Otherwise they use that of `make run`, and start
+its server if need be.
 """
 
 import signal
 import sys
 from contextlib import closing, nullcontext
+from typing import Any
 
 import click
 from flask.cli import FlaskGroup
@@ -18,20 +20,31 @@ _IN_PRODUCTION, _HERE = "flask --app notifier.app", "./notify"
 
 
 class _Help(click.HelpFormatter):
-    """Help whose examples begin as the user's own command does."""
+    """Help whose examples name the command as the user typed it."""
 
     def write(self, string: str) -> None:
         super().write(string.replace(_IN_PRODUCTION, _HERE))
 
 
-commands = FlaskGroup(
+class _Commands(FlaskGroup):
+    """Commands whose errors name the command as the user typed it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as error:
+            error.message = error.message.replace(_IN_PRODUCTION, _HERE)
+            raise
+
+
+commands = _Commands(
     create_app=create_app,
     add_default_commands=False,
     add_version_option=False,
     load_dotenv=False,
     help="Change the notifier's providers, and bring its database up to date.",
 )
-commands.params.clear()  # flask's: the application is given
+commands.params.clear()  # flask's own, such as --app
 
 
 def main() -> None:

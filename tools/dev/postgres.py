@@ -32,7 +32,16 @@ from tools import ROOT
 from tools.dev import cluster, programs
 from tools.dev.programs import ELSEWHERE, PostgresError
 
-__all__ = ["PostgresError", "Server", "acquire", "main", "server", "serving", "without_database"]
+__all__ = [
+    "PostgresError",
+    "Server",
+    "acquire",
+    "join",
+    "main",
+    "server",
+    "serving",
+    "without_database",
+]
 
 READY = "ready"
 
@@ -83,9 +92,9 @@ def server(base: Path | None = None, *, ephemeral: bool = False) -> Iterator[dic
 
 
 def join() -> Server | None:
-    """Put a share in the project's own server into os.environ; None, and no change, with DB_HOST.
+    """Start or join the project's own server, and replace the DB_* variables of os.environ by its.
 
-    Raises PostgresError.
+    If DB_HOST is set, change nothing and return None. Raises PostgresError.
     """
     if os.environ.get("DB_HOST", "").strip():
         return None

@@ -70,6 +70,12 @@ def test_exit_codes_and_errors_pass_through(database: Environment) -> None:
     assert "Usage: ./notify" in misspelt.stderr
 
 
+def test_errors_name_the_command_as_it_was_typed(empty_database: Environment) -> None:
+    refused = notify(empty_database, "providers", "list")
+    expected = "Error: there is no table notification_preferences: run ./notify migrate\n"
+    assert (refused.returncode, refused.stderr) == (1, expected)
+
+
 def test_it_works_in_any_folder_and_through_a_link(database: Environment, tmp_path: Path) -> None:
     """A file is looked for where the user is, a module never is."""
     (tmp_path / "notifier").mkdir()
