@@ -32,9 +32,11 @@ class _Commands(FlaskGroup):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except click.ClickException as error:
-            error.message = error.message.replace(_IN_PRODUCTION, _HERE)
+        except click.UsageError:
             raise
+        except click.ClickException as error:
+            message = error.format_message().replace(_IN_PRODUCTION, _HERE)
+            raise click.ClickException(message) from None
 
 
 commands = _Commands(
