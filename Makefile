@@ -24,7 +24,7 @@ install: .venv/installed ## Create .venv and install what running needs.
 # can install into another environment (pip 22.3 and newer).
 .venv/installed: requirements.txt requirements-run.txt
 	@if [ -z "$(PYTHON)" ]; then echo "make: no Python 3.11 or newer found; set PYTHON=/path/to/python3" >&2; exit 1; fi
-	@echo $(STEP) "installing (about a minute, once)"
+	@echo $(STEP) "installing (up to a minute, once)"
 	@$(PYTHON) -m venv --clear --without-pip .venv && \
 	{ $(PYTHON) -m pip --python $(BIN)/python --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null; } || \
 	{ echo "make: $(PYTHON) cannot make .venv, see above; Debian and Ubuntu have what is missing in python3-venv" >&2; exit 1; }

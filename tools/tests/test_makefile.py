@@ -77,7 +77,7 @@ def test_the_first_run_installs_only_what_running_needs_and_says_so(
     done = make("run")
     assert (done.returncode, done.stderr) == (0, "")
     first, second = done.stdout.splitlines()
-    assert first == "1/4 installing (about a minute, once)"
+    assert first == "1/4 installing (up to a minute, once)"
     launcher, since = second.rsplit(" ", 1)
     assert launcher == "ran: -m tools.dev.run"
     assert began <= int(since) <= time.time()
