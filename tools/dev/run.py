@@ -201,7 +201,7 @@ def _until_ready(
 def _welcome(
     output: Output, settings: Settings, mocks: Sequence[Mock], secret: Path | None, seconds: float
 ) -> str:
-    ready, page = f"ready in {seconds:.0f} s", f"{_url(mocks[0].port)}/"
+    ready, page = f"ready in {int(seconds)} s", f"{_url(mocks[0].port)}/"
     if output.colour:
         ready, page = painted("1;32", ready), painted("1", page)
     providers = ", ".join(f"{mock.name} :{mock.port}" for mock in mocks)
