@@ -1,39 +1,58 @@
-# Every command of the project; `make help` lists them.
+# The project's commands; `make help` lists them.
 
 # The first Python on this machine that is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-# Runs a command on the DB_* of the environment, on `make run`'s own database when DB_HOST is unset.
-WITH_DATABASE := $(BIN)/python -m tools.dev.postgres
-# Much of what tests do is waiting, so that four processes keep two processors busy.
+# The pip of .venv if it has one, else that of $(PYTHON).
+PIP = $$(ls $(BIN)/pip 2>/dev/null || echo $(PYTHON) -m pip --python $(BIN)/python)
+# The files pin every package, so pip has nothing to resolve; a test checks that they are complete.
+INSTALL = $(PIP) install --quiet --disable-pip-version-check --no-deps
+# Tests mostly wait, so four processes keep two processors busy.
 PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder
-FLASK := $(BIN)/flask --app notifier.app
+BEGAN := $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run check test lint measure bench chaos migrate rollback providers up down
+.PHONY: help install run check test lint measure bench chaos up down
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: .venv/installed ## Create .venv and install what is pinned.
+install: .venv/installed ## Create .venv and install what running needs.
 
-.venv/installed: requirements.txt requirements-dev.txt
+# To make a pip in .venv takes as long as to install all the rest: use the one of $(PYTHON) if it
+# can install into another environment (pip 22.3 and newer).
+.venv/installed: requirements.txt requirements-run.txt
 	@if [ -z "$(PYTHON)" ]; then echo "make: no Python 3.11 or newer found; set PYTHON=/path/to/python3" >&2; exit 1; fi
-	@$(PYTHON) -m venv --clear .venv || { echo "make: $(PYTHON) -m venv failed, see above; Debian and Ubuntu have it in python3-venv" >&2; exit 1; }
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	@echo $(STEP) "installing (up to a minute, once)"
+	@$(PYTHON) -m venv --clear --without-pip .venv && \
+	{ $(PYTHON) -m pip --python $(BIN)/python --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null; } || \
+	{ echo "make: $(PYTHON) cannot make .venv, see above; Debian and Ubuntu have what is missing in python3-venv" >&2; exit 1; }
+	@$(INSTALL) -r requirements.txt -r requirements-run.txt
 	@touch $@
 
-run: install ## Start the service, PostgreSQL and four mock providers; Ctrl-C stops all.
-	@exec $(BIN)/python -m tools.dev.run
+.venv/dev-installed: .venv/installed requirements-dev.txt
+	@echo "installing what checks and tests need"
+	@$(INSTALL) -r requirements-dev.txt
+	@touch $@
 
-check: install lint ## Check the style and types, and run every test that needs no server; takes a minute.
+.venv/bench-installed: .venv/dev-installed requirements-bench.txt
+	@echo "installing what the benchmark needs"
+	@$(INSTALL) -r requirements-bench.txt
+	@touch $@
+
+run: ## Start the service, PostgreSQL and the sandbox; Ctrl-C stops all.
+	@$(MAKE) --no-print-directory --question .venv/installed && echo "1/4 installed already" || \
+	$(MAKE) --no-print-directory .venv/installed STEP=1/4
+	@exec $(BIN)/python -m tools.dev.run $(BEGAN)
+
+check: lint ## Check the style and types, and run every test that needs no server; takes a minute.
 	$(PYTEST) -m "not servers"
 
-test: install lint ## Check the style and types, and run every test; takes five minutes.
+test: lint ## Check the style and types, and run every test; takes five minutes.
 	$(PYTEST)
 
-lint: install ## Check style, format and types.
+lint: .venv/dev-installed ## Check style, format and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -47,22 +66,9 @@ chaos: install ## Break everything around the service under load, and check what
 bench: .venv/bench-installed ## Measure the service beside comparable stacks, or beside another checkout: BESIDE=FOLDER, QUICK=1.
 	@exec $(BIN)/python -m tools.bench $(if $(BESIDE),--beside '$(BESIDE)') $(if $(QUICK),--quick)
 
-.venv/bench-installed: .venv/installed requirements-bench.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
-	@touch $@
-
-migrate: install ## Bring the database's schema up to date.
-	@$(WITH_DATABASE) $(FLASK) migrate
-
-rollback: install ## Undo the last migration.
-	@$(WITH_DATABASE) $(FLASK) rollback
-
-providers: install ## List the providers.
-	@$(WITH_DATABASE) $(FLASK) providers list
-
 up: ## Start everything in containers: as make run does, and Prometheus.
 	docker compose up --build --detach --wait
 	@echo "service http://127.0.0.1:8080/, mock providers http://127.0.0.1:9090/ to 9093, Prometheus http://127.0.0.1:9095/"
 
-down: ## Stop the containers; what is stored stays.
+down: ## Stop the containers and keep the stored data.
 	docker compose --profile '*' down

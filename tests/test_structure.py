@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from graphlib import TopologicalSorter
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, requires
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 from gunicorn.config import Config
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from notifier.serving import master
 from notifier.serving.worker import Worker
@@ -240,6 +242,27 @@ def pinned(name: str) -> dict[str, str]:
 @pytest.mark.parametrize("path", sorted(ROOT.glob("requirements*.txt")), ids=lambda path: path.name)
 def test_every_requirement_is_pinned(path: Path) -> None:
     pinned(path.name)
+
+
+# A file's packages may need those of the files before it, and no others: pip resolves nothing.
+INSTALLED = ["requirements.txt", "requirements-run.txt", "requirements-dev.txt"]
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+def test_each_requirement_of_a_requirement_is_pinned_in_the_version_it_wants(
+    python: str, system: str
+) -> None:
+    environment = {"python_version": python, "sys_platform": system}
+    pins: dict[str, str] = {}
+    for name in INSTALLED:
+        pins |= pinned(name)
+        for package in pinned(name):
+            for wanted in map(Requirement, requires(package) or []):
+                if not wanted.marker or wanted.marker.evaluate(environment | {"extra": ""}):
+                    version = pins.get(canonicalize_name(wanted.name), "")
+                    assert version, f"{name}: {package} needs {wanted}"
+                    assert wanted.specifier.contains(version), f"{package} needs {wanted}"
 
 
 def test_no_requirement_is_pinned_twice() -> None:

@@ -128,7 +128,7 @@ class Evidence:
         return sum(line.times or 1 for line in self.lines_with(SKIPPED))
 
     def fallbacks(self) -> int:
-        """Return how many notifications were delivered although an attempt had failed."""
+        """Return how many notifications were delivered after an attempt had failed."""
         failed = {line.request_id for line in self.lines_with(FAILED)}
         delivered = (one for one in self.replies if one.status == HTTPStatus.OK)
         return sum(reply.request_id in failed for reply in delivered)

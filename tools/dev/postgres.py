@@ -28,10 +28,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from tools import ROOT
 from tools.dev import cluster, programs
 from tools.dev.programs import ELSEWHERE, PostgresError
 
-__all__ = ["PostgresError", "Server", "acquire", "main", "server", "serving", "without_database"]
+__all__ = [
+    "PostgresError",
+    "Server",
+    "acquire",
+    "join",
+    "main",
+    "server",
+    "serving",
+    "without_database",
+]
 
 READY = "ready"
 
@@ -81,6 +91,20 @@ def server(base: Path | None = None, *, ephemeral: bool = False) -> Iterator[dic
         share.close()
 
 
+def join() -> Server | None:
+    """Start or join the project's own server, and replace the DB_* variables of os.environ by its.
+
+    If DB_HOST is set, change nothing and return None. Raises PostgresError.
+    """
+    if os.environ.get("DB_HOST", "").strip():
+        return None
+    share = acquire()
+    for name in os.environ.keys() - without_database(os.environ).keys():
+        del os.environ[name]
+    os.environ |= share.env
+    return share
+
+
 def main(arguments: list[str]) -> int:
     """Become the command, with a server in DB_*; return an exit status only if that fails."""
     if not arguments:
@@ -88,14 +112,12 @@ def main(arguments: list[str]) -> int:
     if shutil.which(arguments[0]) is None:
         return _complain(f"{arguments[0]}: command not found", 127)
     try:
-        environment = dict(os.environ)
-        if not environment.get("DB_HOST", "").strip():
-            share = acquire()
-            environment = without_database(environment) | share.env
+        share = join()
+        if share:
             os.set_inheritable(share.lock.fileno(), True)  # the command and its children share it
         for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python; exec would pass that on
             signal.signal(ignored, signal.SIG_DFL)
-        os.execvpe(arguments[0], arguments, environment)  # noqa: S606 - the user's own command
+        os.execvp(arguments[0], arguments)  # noqa: S606 - the user's own command
     except PostgresError as error:
         return _complain(str(error), 1)
     except OSError as error:
@@ -131,9 +153,9 @@ def _default_directory(ephemeral: bool) -> Path:
     if named := os.environ.get("EMBEDDED_PG_DIR"):
         return Path(named)
     if root:
-        project = hashlib.sha256(os.fsencode(Path.cwd())).hexdigest()[:10]
+        project = hashlib.sha256(os.fsencode(ROOT)).hexdigest()[:10]
         return Path("/var/lib") / f"notifier-postgres-{project}"
-    return Path(".postgres")
+    return ROOT / ".postgres"
 
 
 def _prepare(base: Path) -> None:

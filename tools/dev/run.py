@@ -1,15 +1,19 @@
-"""`make run`: the service and all it needs, in one terminal, gone with one Ctrl-C."""
+"""`make run`: the service and all that it needs, in one terminal, until Ctrl-C.
+
+python -m tools.dev.run [BEGAN]    # BEGAN: since when the user waits, in seconds since 1970
+"""
 
 import contextlib
-import errno
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, cast
 
 import psycopg
 import requests
@@ -19,121 +23,138 @@ from notifier.store import migrations
 from notifier.store.db import Database, first_line
 from notifier.store.roles import NotGranted
 from tools import HOST, ROOT
-from tools.dev import postgres, seed
-from tools.dev.mock_provider import MockProvider
-from tools.dev.seed import PROVIDERS, Mock
+from tools.dev import ports, postgres, seed
+from tools.dev.output import Log, Output
+from tools.dev.readable import painted
+from tools.dev.sandbox import Sandbox
+from tools.dev.seed import Mock
 
 READY_WITHIN = 30.0
 
 EXAMPLE = '{"to": "seller@example.com", "title": "Sold", "message": "Your bicycle is sold."}'
 
-
-class CannotRun(Exception):
-    """Why `make run` does not work here, in one line."""
-
-
-def main() -> int:
-    """Run until a signal, or until the service ends; return the exit code."""
-    began = _surroundings()
-    stopping = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # A flag, not an exception: that could come between a start and the note to stop it again.
-        signal.signal(number, lambda *_: stopping.set())
-    try:
-        with ExitStack() as stack:
-            return run(stack, stopping, began)
-    except (CannotRun, NotGranted, SettingsError, postgres.PostgresError) as error:
-        print(f"make run: {error}", file=sys.stderr)
-    except psycopg.Error as error:
-        print(f"make run: {first_line(error)}", file=sys.stderr)
-    return 1
-
-
-def _surroundings() -> tuple[int, bool]:
-    """Return our parent and whether there is a terminal.
-
-    A make that is killed, or whose terminal is closed, does not pass that on; either changes this.
-    """
-    return os.getppid(), os.isatty(0)
-
-
-def run(stack: ExitStack, stopping: threading.Event, began: tuple[int, bool]) -> int:
-    """Start everything, each with its end noted in `stack`, and wait."""
-    environment = {name: value for name, value in os.environ.items() if value.strip()}
-    others = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
-    environment["no_proxy"] = f"{others},{HOST}"  # where all of ours is
-    own_database = "DB_HOST" not in environment
-    if own_database:
-        environment = postgres.without_database(environment) | _ANY_DATABASE
-    settings = Settings.from_env(environment)
-    _check_ports(settings)
-    where = ""
-    if own_database:
-        server = postgres.acquire()
-        stack.callback(server.close)
-        environment |= server.env
-        settings = Settings.from_env(environment)
-        where = f" (password in {server.base / 'password'})"
-    for notice in migrations.migrate(settings).notices:
-        print(notice, flush=True)
-    seed.add_rows(Database.migrating(settings), PROVIDERS, HOST)
-    for mock in PROVIDERS:
-        stack.enter_context(_mock_provider(mock))
-    service = _start_service(stack, environment, settings)
-    if _until_ready(service, settings, stopping):
-        print(_welcome(settings, where), flush=True)
-    while not stopping.wait(0.2) and _surroundings() == began:
-        if service.poll() is not None:
-            raise CannotRun("the service has ended by itself; its last lines say why")
-    return 0
-
+FAREWELL = (
+    "stopped; the database keeps the providers, the sandbox forgets its messages and switches"
+)
 
 # Lets the other variables be checked before a server is started.
 _ANY_DATABASE = dict.fromkeys(("DB_HOST", "DB_NAME", "DB_USERNAME", "DB_PASSWORD"), "later") | {
     "DB_PORT": "5432"
 }
 
+Environment = dict[str, str]
 
-def _mock_provider(mock: Mock) -> MockProvider:
+
+class CannotRun(Exception):
+    """Why `make run` does not work here, in one line."""
+
+
+# The message of each is one line for the user.
+_EXPLAINED = (CannotRun, NotGranted, SettingsError, ports.PortError, postgres.PostgresError)
+
+
+def main() -> int:
+    """Run until a signal, or until the service ends; return the exit code."""
+    began = time.monotonic() - (time.time() - float(sys.argv[1]) if sys.argv[1:] else 0.0)
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # An exception could come between a start and the note to stop what was started.
+        signal.signal(number, lambda *_: stopping.set())
+    output, problem = Output(sys.stdout.fileno()), None
     try:
-        return MockProvider(mock.name, mock.port)
+        with ExitStack() as stack:
+            run(stack, output, stopping, began)
+        output.say(FAREWELL)
+    except _EXPLAINED as error:
+        problem = str(error)
+    except psycopg.Error as error:
+        problem = first_line(error)
+    finally:
+        output.close()
+    if problem:
+        print(f"make run: {problem}", file=sys.stderr)
+    return 1 if problem else 0
+
+
+def run(stack: ExitStack, output: Output, stopping: threading.Event, began: float) -> None:
+    """Start everything, each with its end noted in `stack`, and wait.
+
+    Args:
+        began: since when the user waits, on `time.monotonic()`.
+    """
+    surroundings = _surroundings()
+    environment = _environment()
+    settings = Settings.from_env(_ANY_DATABASE | environment)
+    mocks = ports.mocks(environment)
+    ports.check(settings, mocks)
+    environment, secret = _database(stack, output, environment)
+    settings = Settings.from_env(environment)
+    output.say("3/4 preparing the database")
+    _prepare(output, settings, mocks)
+    output.say("4/4 starting the sandbox and the service")
+    sandbox = _sandbox(stack, settings, mocks)
+    service = _start_service(stack, environment, settings, Log(output, sandbox.heard))
+    if _until_ready(service, settings, stopping):
+        output.say(_welcome(output, settings, mocks, secret, time.monotonic() - began))
+    while not stopping.wait(0.2) and _surroundings() == surroundings:
+        if service.poll() is not None:
+            raise CannotRun("the service has ended by itself; its last lines say why")
+    output.say("stopping; Ctrl-C again cuts off the requests under way")
+
+
+def _surroundings() -> tuple[int, bool]:
+    """Return our parent and whether there is a terminal.
+
+    If make is killed or its terminal is closed, no signal reaches us, but one of these changes.
+    """
+    return os.getppid(), os.isatty(0)
+
+
+def _environment() -> Environment:
+    """Return the variables that are set; without DB_HOST, none that describes a database."""
+    environment = {name: value for name, value in os.environ.items() if value.strip()}
+    others = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    environment["no_proxy"] = f"{others},{HOST}"  # where all of ours is
+    return environment if "DB_HOST" in environment else postgres.without_database(environment)
+
+
+def _database(
+    stack: ExitStack, output: Output, environment: Environment
+) -> tuple[Environment, Path | None]:
+    """Return the environment with a database, and where its password is if that is our own."""
+    if "DB_HOST" in environment:
+        output.say("2/4 using the PostgreSQL of DB_HOST")
+        return environment, None
+    output.say("2/4 starting PostgreSQL")
+    server = postgres.acquire()
+    stack.callback(server.close)
+    return environment | server.env, server.base / "password"
+
+
+def _prepare(output: Output, settings: Settings, mocks: Sequence[Mock]) -> None:
+    """Bring the schema up to date, and let the mock providers' rows name their ports."""
+    for notice in migrations.migrate(settings).notices:
+        output.say(f"    {notice}")
+    database = Database.migrating(settings)
+    if not seed.add_rows(database, mocks, HOST):
+        moved = seed.move_rows(database, mocks, HOST)
+        for mock in mocks:
+            if mock.name in moved:
+                output.say(f"    the provider {mock.name} moved to port {mock.port}")
+
+
+def _sandbox(stack: ExitStack, settings: Settings, mocks: Sequence[Mock]) -> Sandbox:
+    places = [(mock.name, mock.port) for mock in mocks]
+    try:
+        return stack.enter_context(Sandbox(places, _url(settings.http_server_port)))
     except OSError as error:
-        raise CannotRun(_no_port(mock.port, f'the mock provider "{mock.name}"', error)) from None
-
-
-def _check_ports(settings: Settings) -> None:
-    wanted = {mock.port: f'the mock provider "{mock.name}"' for mock in PROVIDERS}
-    if settings.http_server_port in wanted:
-        taken_by = wanted[settings.http_server_port]
-        raise CannotRun(f"HTTP_SERVER_PORT is {settings.http_server_port}, used by {taken_by}")
-    wanted[settings.http_server_port] = "the service (HTTP_SERVER_PORT sets another)"
-    for port, who in wanted.items():
-        try:
-            _try_port(port)
-        except OSError as error:
-            raise CannotRun(_no_port(port, who, error)) from None
-
-
-def _try_port(port: int) -> None:
-    """Raise the OSError that listening on `port` would raise."""
-    with socket.socket() as probe:  # macOS lets two programs bind one port in different ways
-        if probe.connect_ex((HOST, port)) == 0:
-            raise OSError(errno.EADDRINUSE, "is taken")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not for TIME_WAIT
-        probe.bind((HOST, port))
-
-
-def _no_port(port: int, who: str, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return f"port {port}, for {who}, is taken: stop what is using it"
-    return f"port {port}, for {who}, cannot be used: {error.strerror}"
+        raise CannotRun(f"the sandbox cannot start: {error.strerror}") from None
 
 
 def _start_service(
-    stack: ExitStack, environment: dict[str, str], settings: Settings
+    stack: ExitStack, environment: Environment, settings: Settings, log: Log
 ) -> "subprocess.Popen[bytes]":
-    # In a session of its own the terminal's Ctrl-C reaches only us, and the service is asked to
+    # In a session of its own the terminal's Ctrl-C reaches only us, and we ask the service to
     # stop once. The guard stops it too should we be killed.
     python = [sys.executable, "-m"]
     bind = f"{HOST}:{settings.http_server_port}"
@@ -142,13 +163,15 @@ def _start_service(
         cwd=ROOT,
         env=postgres.serving(environment),
         stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         start_new_session=True,
     )
-    stack.callback(_stop_service, service)
+    log.follow(cast("IO[bytes]", service.stdout))
+    stack.callback(_stop_service, service, log)
     return service
 
 
-def _stop_service(service: "subprocess.Popen[bytes]") -> None:
+def _stop_service(service: "subprocess.Popen[bytes]", log: Log) -> None:
     """Let the requests under way finish; a further signal hurries."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: service.send_signal(signal.SIGINT))
@@ -157,12 +180,14 @@ def _stop_service(service: "subprocess.Popen[bytes]") -> None:
     service.wait()
     with contextlib.suppress(OSError):  # a guard that was killed has left its command behind
         os.killpg(service.pid, signal.SIGTERM)
+    log.wait()
 
 
 def _until_ready(
     service: "subprocess.Popen[bytes]", settings: Settings, stopping: threading.Event
 ) -> bool:
-    url = f"http://{HOST}:{settings.http_server_port}/healthz"
+    """Wait until the service answers; return False if it ended or is to stop."""
+    url = f"{_url(settings.http_server_port)}/healthz"
     give_up = time.monotonic() + READY_WITHIN
     while service.poll() is None and not stopping.wait(0.1):
         with contextlib.suppress(requests.ConnectionError, requests.Timeout):
@@ -173,24 +198,39 @@ def _until_ready(
     return False
 
 
-def _welcome(settings: Settings, where: str) -> str:
-    service = f"http://{HOST}:{settings.http_server_port}"
-    providers = "\n".join(f"    {mock.name:<10} {mock.url(HOST)}" for mock in PROVIDERS)
+def _welcome(
+    output: Output, settings: Settings, mocks: Sequence[Mock], secret: Path | None, seconds: float
+) -> str:
+    ready, page = f"ready in {int(seconds)} s", f"{_url(mocks[0].port)}/"
+    if output.colour:
+        ready, page = painted("1;32", ready), painted("1", page)
+    providers = ", ".join(f"{mock.name} :{mock.port}" for mock in mocks)
     username, _ = settings.migrating_role  # who may change the rows
-    database = f"{settings.db_host}:{settings.db_port}/{settings.db_name}"
+    database = f"{username}@{settings.db_host}:{settings.db_port}/{settings.db_name}"
+    password = f" (password in {_from_here(secret)})" if secret else ""
     return f"""
-The notifier is running.
+{ready}
 
-    service    {service}/
-{providers}
-    PostgreSQL {username}@{database}{where}
+    sandbox    {page}
+    service    {_url(settings.http_server_port)}/
+    providers  {providers}
+    PostgreSQL {database}{password}
 
-Open the providers' pages in a browser, then send a notification to a seller:
+Open the sandbox in a browser, or notify a seller from another terminal:
 
-    curl -i {service}/api/v1.0/recipient/seller/notify -d '{EXAMPLE}'
+    curl -i {HOST}:{settings.http_server_port}/api/v1.0/recipient/seller/notify \\
+      -d '{EXAMPLE}'
 
-Ctrl-C stops everything.
+./notify --help shows how to list and change the providers. Ctrl-C stops everything.
 """
+
+
+def _from_here(path: Path) -> Path:
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def _url(port: int) -> str:
+    return f"http://{HOST}:{port}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The mock providers, and their rows for a database that has none.
+"""The mock providers and their rows in the database.
 
 `python -m tools.dev.seed HOST`, with the DB_* in the environment, adds the rows of mock
-providers that listen on HOST. It imports what the service has anyway: it runs in its image.
+providers that listen on HOST. The service's image has all that it imports: it runs there.
 """
 
 import argparse
 import os
+import re
 import secrets
 import sys
 from collections.abc import Iterable
@@ -17,6 +18,17 @@ from notifier.models import Channel
 from notifier.settings import Settings, SettingsError
 from notifier.store.db import Database, first_line
 
+# Rows that `add_rows` made for mock providers on `host`, whatever their port was.
+_MOVE = """
+UPDATE notification_preferences AS row
+   SET host = mock.url
+  FROM unnest(%(channels)s::text[], %(names)s::text[], %(urls)s::text[])
+       AS mock (channel, name, url)
+ WHERE row.provider_type::text = mock.channel AND row.provider_name = mock.name
+   AND row.host ~ %(made)s AND row.host <> mock.url
+RETURNING mock.name
+"""
+
 
 class Mock(NamedTuple):
     """A mock provider and its row."""
@@ -27,7 +39,7 @@ class Mock(NamedTuple):
     priority: int
 
     def url(self, host: str) -> str:
-        """Return where it is when it listens on `host`."""
+        """Return its URL when it listens on `host`."""
         return f"http://{host}:{self.port}/"
 
 
@@ -39,8 +51,13 @@ PROVIDERS = (
 )
 
 
+def from_port(first: int) -> tuple[Mock, ...]:
+    """Return the mock providers with `first` and the ports after it."""
+    return tuple(mock._replace(port=port) for port, mock in enumerate(PROVIDERS, first))
+
+
 def add_rows(database: Database, providers: Iterable[Mock], host: str) -> bool:
-    """Add the rows of `providers`, which listen on `host`, if the table is empty; say whether.
+    """Add the rows of `providers`, which listen on `host`; return False if the table has rows.
 
     Raises:
         psycopg.Error: PostgreSQL cannot be reached or refused.
@@ -59,6 +76,26 @@ def add_rows(database: Database, providers: Iterable[Mock], host: str) -> bool:
             ],
         )
     return True
+
+
+def move_rows(database: Database, providers: Iterable[Mock], host: str) -> list[str]:
+    """Point the rows of `providers` to their present ports; return the names of the moved ones.
+
+    Only rows that `add_rows` evidently made are moved: the name and the channel of a mock
+    provider, and the URL of some port of `host`. All others are somebody's own.
+
+    Raises:
+        psycopg.Error: PostgreSQL cannot be reached or refused.
+    """
+    mocks = tuple(providers)
+    values = {
+        "channels": [str(mock.channel) for mock in mocks],
+        "names": [mock.name for mock in mocks],
+        "urls": [mock.url(host) for mock in mocks],
+        "made": rf"^http://{re.escape(host)}:[0-9]+/$",
+    }
+    with database.connect() as connection:
+        return sorted({name for (name,) in connection.execute(_MOVE, values)})
 
 
 def main() -> int:

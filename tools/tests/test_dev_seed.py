@@ -1,12 +1,15 @@
-"""The mock providers' rows: added to an empty table, and to no other."""
+"""The mock providers' rows: added to an empty table only, and moved with their ports."""
 
 import subprocess
 import sys
 
 import pytest
 
+from notifier.settings import Settings
+from notifier.store.db import Database
 from tests.fixtures import Environment, connect
 from tests.service import ROOT, clean_environment
+from tools.dev import seed as seeding
 
 
 def seed(environment: Environment) -> "subprocess.CompletedProcess[str]":
@@ -64,6 +67,60 @@ def test_a_table_with_a_row_stays_as_it_is(database, add_provider):
     before = rows(database)
     assert seed(database).returncode == 0
     assert rows(database) == before
+
+
+def moved(environment: Environment, first: int) -> list[str]:
+    """Move the rows to four ports, from the first on; return the names of the moved ones."""
+    database = Database.migrating(Settings.from_env(environment))
+    return seeding.move_rows(database, seeding.from_port(first), "127.0.0.1")
+
+
+@pytest.fixture
+def seeded(database: Environment) -> Environment:
+    """A database with the rows that `make run` adds."""
+    migrating = Database.migrating(Settings.from_env(database))
+    assert seeding.add_rows(migrating, seeding.PROVIDERS, "127.0.0.1")
+    return database
+
+
+def test_rows_follow_the_mock_providers_to_other_ports_and_back(seeded: Environment) -> None:
+    before = rows(seeded)
+    assert moved(seeded, 9091) == ["email 1", "email 2", "push 1", "push 2"]
+    assert [row[2] for row in rows(seeded)] == [
+        f"http://127.0.0.1:{port}/" for port in (9091, 9092, 9093, 9094)
+    ]
+    assert moved(seeded, 9091) == []
+    moved(seeded, 9090)
+    assert rows(seeded) == before
+
+
+def test_a_removed_row_follows_as_well(seeded: Environment) -> None:
+    with connect(seeded) as connection:
+        connection.execute("UPDATE notification_preferences SET deleted_at = now()")
+    assert len(moved(seeded, 7000)) == 4
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("provider_name", "my email"),
+        ("provider_type", "PushNotification"),
+        ("host", "http://127.0.0.1:9090/v1"),
+        ("host", "http://localhost:9090/"),
+        ("host", "https://127.0.0.1:9090/"),
+        ("host", "http://127.0.0.1/"),
+        ("host", "http://127x0.0.1:9090/"),
+    ],
+)
+def test_a_row_that_somebody_added_or_edited_stays(
+    seeded: Environment, column: str, value: str
+) -> None:
+    statement = f"UPDATE notification_preferences SET {column} = %s WHERE provider_name = 'email 1'"
+    with connect(seeded) as connection:
+        connection.execute(statement.encode(), [value])
+    before = rows(seeded)[0]
+    assert moved(seeded, 7000) == ["email 2", "push 1", "push 2"]
+    assert rows(seeded)[0] == before
 
 
 @pytest.mark.parametrize(

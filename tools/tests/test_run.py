@@ -1,14 +1,17 @@
-"""`make run`: up with one command, gone with one signal, whichever and however often."""
+"""`make run`: one command starts everything, and one signal of any kind stops it."""
 
 import contextlib
+import json
 import os
 import pty
+import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,33 +22,48 @@ import requests
 
 from tests.fixtures import connect
 from tests.service import MESSAGE, ROOT, clean_environment, free_port
+from tools.dev import cluster, run
 
 pytestmark = pytest.mark.usefixtures("processes")
 
-# The launcher as make runs it, with ports that are free here instead of the documented ones.
-LAUNCHER = """
-import sys
-from tools.dev import run
-ports = map(int, sys.argv[1:])
-run.PROVIDERS = tuple(local._replace(port=next(ports)) for local in run.PROVIDERS)
-sys.exit(run.main())
-"""
+COMMAND = [sys.executable, "-m", "tools.dev.run"]
+
+
+def first_of_four_free_ports() -> int:
+    while True:
+        first = free_port()
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first + 1, first + 4):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
 
 
 class Launcher:
     """A running launcher, with ports of its own and its data in `folder`."""
 
-    def __init__(self, folder: Path, *, stdin: int = subprocess.DEVNULL, **variables: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.PIPE,
+        **variables: str,
+    ) -> None:
         self.folder = folder
         self.port = free_port()
-        self.providers = [free_port() for _ in range(4)]
-        ours = {"HTTP_SERVER_PORT": str(self.port), "EMBEDDED_PG_DIR": str(folder)}
+        first = first_of_four_free_ports()
+        self.providers = range(first, first + 4)
+        ours = {
+            "HTTP_SERVER_PORT": str(self.port),
+            "SANDBOX_PORT": str(first),
+            "EMBEDDED_PG_DIR": str(folder),
+        }
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, *map(str, self.providers)],
+            [*COMMAND, str(time.time())],
             cwd=ROOT,
             env=clean_environment() | ours | variables,
             stdin=stdin,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.STDOUT,
             text=True,
         )
@@ -56,7 +74,7 @@ class Launcher:
         seen: list[str] = []
         for line in self.process.stdout:
             seen.append(line)
-            if line.startswith("Ctrl-C"):
+            if "Ctrl-C stops everything" in line:
                 return "".join(seen)
         raise AssertionError("".join(seen))
 
@@ -73,15 +91,19 @@ class Launcher:
     def url(self, provider: int) -> str:
         return f"http://127.0.0.1:{self.providers[provider]}"
 
-    def end(self, *numbers: int) -> None:
-        """Send signals one right after the other, and wait until all of the family is gone."""
+    def end(self, *numbers: int) -> str:
+        """Send signals one right after the other, wait for the whole family's end; return the rest.
+
+        The rest is what the launcher printed meanwhile.
+        """
         family = self.family()
         assert len(family) > 8  # launcher, guard, gunicorn, two workers, watcher, PostgreSQL
         for number in numbers:
             self.process.send_signal(number)
-        self.process.communicate(timeout=60)
+        rest, _ = self.process.communicate(timeout=60)
         _, alive = psutil.wait_procs(family, timeout=30)
         assert alive == []
+        return rest
 
 
 @pytest.fixture
@@ -114,14 +136,12 @@ def messages(launcher: Launcher, provider: int) -> list[dict[str, str]]:
 def test_everything_runs_after_one_command_and_is_found_again_by_the_next(launch):
     launcher = launch()
     welcome = launcher.welcome()
-    curl = next(line.strip() for line in welcome.splitlines() if line.strip().startswith("curl"))
-    _, _, url, _, data = shlex.split(curl)
-    answer = requests.post(url, data=data, timeout=30)
+    answer = requests.post(**example(welcome), timeout=30)
     assert answer.status_code == 200
     assert answer.json() == {"message": "notification sent successfully"}
     assert [len(messages(launcher, n)) for n in range(4)] == [1, 0, 1, 0]
-    for port in (launcher.port, *launcher.providers):
-        assert f":{port}/" in welcome
+    for port in launcher.providers:
+        assert f" :{port}" in welcome
 
     requests.put(f"{launcher.url(0)}/behaviour", json={"behaviour": "503"}, timeout=10)
     assert send(launcher) == 200
@@ -130,11 +150,135 @@ def test_everything_runs_after_one_command_and_is_found_again_by_the_next(launch
 
     (launcher.folder / "service-password").unlink()  # a version with one role had none
     again = launch()
-    again.welcome()
-    # It can read its providers; they have other ports now.
-    assert requests.get(f"http://127.0.0.1:{again.port}/readyz", timeout=30).status_code == 200
-    assert _rows(again) == ["email 1", "email 2", "push 1", "push 2"]
+    welcome = again.welcome()
+    assert rows(again) == [
+        (name, f"{again.url(n)}/")
+        for n, name in enumerate(("email 1", "email 2", "push 1", "push 2"))
+    ]
+    assert f"    the provider push 2 moved to port {again.providers[3]}\n" in welcome
+    assert [len(messages(again, n)) for n in range(4)] == [0, 0, 0, 0]
+    assert send(again) == 200
     again.end(signal.SIGTERM)
+
+
+def example(welcome: str) -> dict[str, str]:
+    """Return the address and the data of the curl command that the welcome shows."""
+    _, _, rest = welcome.partition("    curl ")
+    _, url, _, data = shlex.split(rest.partition("\n\n")[0].replace("\\\n", ""))
+    assert "://" not in url  # a browser's GET of it is a 405
+    return {"url": f"http://{url}", "data": data}
+
+
+def test_it_says_what_it_does_and_for_how_long_the_user_has_waited(launch):
+    began = time.time()
+    launcher = launch()
+    said = launcher.welcome().splitlines()
+    waited = time.time() - began
+    assert said[0] == "2/4 starting PostgreSQL"
+    steps = [line for line in said if line[1:3] == "/4"]
+    assert [step[0] for step in steps] == ["2", "3", "4"]
+    (ready,) = [re.fullmatch(r"ready in ([0-9]+) s", line) for line in said if "ready in" in line]
+    assert 0 <= int(ready[1]) <= waited + 1
+    rest = launcher.end(signal.SIGINT).splitlines()
+    assert rest[-1] == run.FAREWELL
+    assert "stopping; Ctrl-C again cuts off the requests under way" in rest
+
+
+def test_the_wait_is_counted_from_the_users_command():
+    refused = subprocess.run(
+        [sys.executable, "-c", COUNTED, str(time.time() - 100)],
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert 100 <= float(refused.stdout) < 130
+
+
+COUNTED = """
+import time
+from tools.dev import run
+run.run = lambda stack, output, stopping, began: output.say(str(time.monotonic() - began))
+run.FAREWELL = ""
+run.main()
+"""
+
+
+def test_every_address_that_it_prints_answers(launch):
+    launcher = launch()
+    said = launcher.welcome()
+    addresses = set(re.findall(r"https?://[^\s\"')]+", said))
+    assert {f"{launcher.url(0)}/", f"http://127.0.0.1:{launcher.port}/"} <= addresses
+    for address in addresses:
+        reply = requests.get(address, timeout=10, allow_redirects=False)
+        assert reply.status_code < 400, address
+    launcher.end(signal.SIGTERM)
+
+
+def test_in_a_pipe_the_services_lines_are_its_own_json_to_the_last(launch):
+    launcher = launch()
+    said = launcher.welcome()
+    assert send(launcher) == 200
+    lines = (said + launcher.end(signal.SIGTERM)).splitlines()
+    entries = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [entry["recipient"] for entry in entries if entry["message"] == "request"] == ["seller"]
+    assert entries[-1]["message"] == "Shutting down: Master"
+    assert lines[-1] == run.FAREWELL
+    assert "\033" not in "".join(lines)
+
+
+def test_on_a_terminal_the_log_is_readable_to_the_last_line(launch):
+    ours, theirs = pty.openpty()
+    launcher = launch(stdout=theirs, TERM="xterm")
+    os.close(theirs)
+    seen = read_until(ours, "Ctrl-C stops everything")
+    requests.put(f"{launcher.url(0)}/behaviour", json={"behaviour": "503"}, timeout=10)
+    assert send(launcher) == 200
+    seen += read_until(ours, "push 1: accepted")
+    launcher.process.send_signal(signal.SIGINT)
+    seen += read_until(ours, run.FAREWELL)
+    assert launcher.process.wait(60) == 0
+    os.close(ours)
+    lines = seen.splitlines()
+    assert not [line for line in lines if line.startswith("{")]
+    (request,) = [line for line in lines if "push 1: accepted" in line]
+    assert re.search(r" 200 seller [0-9.]+ ms  email 1: 503 → email 2: accepted; push 1", request)
+    assert "\033[32mINFO   \033[0m" in request
+    assert "Shutting down: Master" in lines[-2]
+
+
+def read_until(terminal: int, text: str) -> str:
+    seen = b""
+    while text.encode() not in seen:
+        seen += os.read(terminal, 65536)
+    return seen.decode()
+
+
+def test_a_terminal_that_is_paused_holds_up_neither_a_request_nor_the_stop(launch):
+    ours, theirs = pty.openpty()
+    launcher = launch(stdout=theirs, LOG_LEVEL="DEBUG")
+    os.close(theirs)
+    read_until(ours, "Ctrl-C stops everything")
+    for _ in range(300):  # their lines are more than a terminal and a pipe hold
+        assert send(launcher) == 200
+    assert len(messages(launcher, 0)) == 200  # the most that it keeps
+    family = launcher.family()
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.process.wait(60) == 0
+    os.close(ours)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
+
+
+def test_the_sandbox_hears_the_log(launch):
+    launcher = launch()
+    launcher.welcome()
+    assert send(launcher) == 200
+    state = requests.get(f"{launcher.url(0)}/sandbox/state", timeout=10).json()
+    assert state["notifications"]
+    launcher.end(signal.SIGTERM)
 
 
 def test_the_service_has_the_role_that_reads_and_the_welcome_names_the_one_that_writes(launch):
@@ -162,7 +306,9 @@ def test_an_own_database_with_one_user_is_used_by_that_user(launch, empty_databa
     owners = {"DB_MIGRATION_USERNAME": "", "DB_MIGRATION_PASSWORD": ""}
     launcher = launch(**empty_database | both | owners)
     where = "{DB_USERNAME}@{DB_HOST}:{DB_PORT}/{DB_NAME}\n".format(**empty_database | both)
-    assert f"PostgreSQL {where}" in launcher.welcome()
+    welcome = launcher.welcome()
+    assert "2/4 using the PostgreSQL of DB_HOST\n" in welcome
+    assert f"PostgreSQL {where}" in welcome
     assert send(launcher) == 200
     launcher.process.send_signal(signal.SIGTERM)
     launcher.process.communicate(timeout=60)
@@ -223,37 +369,49 @@ def test_a_proxy_in_the_environment_is_not_asked_for_what_runs_here(launch):
         launcher.end(signal.SIGTERM)
 
 
-def test_a_taken_port_is_named_in_one_line(launch):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        refused = subprocess.run(
-            [sys.executable, "-c", LAUNCHER, *map(str, (free_port(), port, free_port(), 1))],
-            cwd=ROOT,
-            env=clean_environment() | {"HTTP_SERVER_PORT": str(free_port())},
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
-    assert refused.returncode == 1
-    expected = f'make run: port {port}, for the mock provider "email 2", is taken'
-    assert refused.stderr.startswith(expected)
+def refusal(**variables: str) -> str:
+    """Return the one line that a launcher ends with which cannot start."""
+    refused = subprocess.run(
+        COMMAND,
+        cwd=ROOT,
+        env=clean_environment() | variables,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr.count("\n") == 1
+    return refused.stderr.strip()
 
 
-def _rows(launcher: Launcher) -> list[str]:
-    port = (launcher.folder / "port").read_text()
-    password = (launcher.folder / "password").read_text()
-    database = {
-        "DB_HOST": "127.0.0.1",
-        "DB_PORT": port,
-        "DB_NAME": "notifier",
-        "DB_USERNAME": "notifier",
-        "DB_PASSWORD": password,
-    }
-    with connect(database) as connection:
-        query = "SELECT provider_name FROM notification_preferences ORDER BY id"
-        return [row[0] for row in connection.execute(query)]
+def test_a_taken_port_is_named_in_one_line():
+    first = first_of_four_free_ports()
+    with socket.create_server(("127.0.0.1", first + 1)):
+        line = refusal(SANDBOX_PORT=str(first), HTTP_SERVER_PORT=str(free_port()))
+    assert line == (
+        f'make run: port {first + 1}, for the mock provider "email 2", is taken, perhaps by another'
+        " make run: stop that, or set SANDBOX_PORT to the first of 4 other ports"
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"SANDBOX_PORT": "65533"}, 'make run: SANDBOX_PORT is "65533": expected a whole number'),
+        ({"HTTP_SERVER_PORT": "9092"}, "make run: HTTP_SERVER_PORT is 9092, the port of "),
+        ({"HTTP_SERVER_PORT": "many"}, 'make run: HTTP_SERVER_PORT is "many": expected a port'),
+    ],
+)
+def test_a_wrong_port_is_named_before_anything_starts(variables, line):
+    assert refusal(**variables).startswith(line)
+
+
+def rows(launcher: Launcher) -> list[tuple[str, str]]:
+    """Return name and URL of each provider in the launcher's database."""
+    with connect(cluster.environment(launcher.folder)) as connection:
+        query = "SELECT provider_name, host FROM notification_preferences ORDER BY id"
+        return connection.execute(query).fetchall()
 
 
 def test_the_guard_ends_with_its_command_and_its_exit_code():

@@ -1,0 +1,119 @@
+"""What `make run` writes to standard output: its own lines and the service's log.
+
+A terminal that is paused, or a pipe that nobody reads, blocks whoever writes to it. So a thread of
+its own writes, and neither the service nor its stop ever waits for it.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import IO
+
+from tools.dev import readable
+from tools.dev.readable import Entry
+
+# Lines that may wait while the terminal is paused; after that the oldest ones go.
+MOST_WAITING = 10_000
+
+# Seconds without progress after which the rest is given up at the end.
+PATIENCE = 2.0
+
+# Seconds that the log may take to end after the service has ended.
+LAST_LINES = 5.0
+
+
+class Output:
+    """Writes to a file descriptor in a daemon thread.
+
+    Shared with that thread: the waiting lines and the counts, guarded by `_changed`.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.is_terminal = os.isatty(descriptor)
+        self.colour = (
+            self.is_terminal
+            and not os.environ.get("NO_COLOR")
+            and os.environ.get("TERM", "dumb") != "dumb"
+        )
+        self._descriptor = descriptor
+        self._changed = threading.Condition()
+        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
+        self._dropped = 0
+        self._written = 0
+        self._is_closing = False
+        self._writer = threading.Thread(target=self._write, name="output", daemon=True)
+        self._writer.start()
+
+    def say(self, text: str) -> None:
+        """Write a line, after all that wait."""
+        self.put(f"{text}\n".encode())
+
+    def put(self, data: bytes) -> None:
+        """Write bytes, after all that wait; return at once."""
+        with self._changed:
+            self._dropped += len(self._waiting) == MOST_WAITING
+            self._waiting.append(data)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Wait until everything is written, or until nothing has been for `PATIENCE`."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        before = -1
+        while self._writer.is_alive() and self._written != before:
+            before = self._written
+            self._writer.join(PATIENCE)
+
+    def _write(self) -> None:
+        """Write what waits until `close`; a terminal that is gone loses it."""
+        is_gone = False
+        while data := self._take():
+            try:
+                while data and not is_gone:
+                    data = data[os.write(self._descriptor, data) :]
+            except OSError:
+                is_gone = True
+            self._written += 1
+
+    def _take(self) -> bytes:
+        """Return the next bytes to write; empty at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._is_closing)
+            if self._dropped:
+                dropped, self._dropped = self._dropped, 0
+                return f"({dropped} lines left out: the terminal was too slow)\n".encode()
+            return self._waiting.popleft() if self._waiting else b""
+
+
+class Log:
+    """Shows the service's log and passes each of its entries on.
+
+    A terminal gets readable lines; a pipe or a file gets the service's own bytes.
+    """
+
+    def __init__(self, output: Output, heard: Callable[[Entry], None]) -> None:
+        self._output = output
+        self._heard = heard
+        self._reader: threading.Thread | None = None
+
+    def follow(self, source: IO[bytes]) -> None:
+        """Begin to read, once."""
+        self._reader = threading.Thread(target=self._read, args=(source,), name="log", daemon=True)
+        self._reader.start()
+
+    def wait(self) -> None:
+        """Wait until the last line has been read."""
+        if self._reader:
+            self._reader.join(LAST_LINES)
+
+    def _read(self, source: IO[bytes]) -> None:
+        for line in source:
+            entry = readable.parse(line)
+            if entry is not None:
+                self._heard(entry)
+            if entry is not None and self._output.is_terminal:
+                self._output.say(readable.text(entry, colour=self._output.colour))
+            else:
+                self._output.put(line)

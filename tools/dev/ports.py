@@ -1,0 +1,78 @@
+"""The ports that `make run` needs on this machine: which they are, and whether they are free."""
+
+import errno
+import json
+import socket
+from collections.abc import Mapping, Sequence
+
+from notifier.environ import whole_number
+from notifier.settings import Settings
+from tools import HOST
+from tools.dev import seed
+from tools.dev.seed import Mock
+
+# Of the page and the first mock provider; the others have the ports after it.
+VARIABLE = "SANDBOX_PORT"
+_FIRST = whole_number(1, 65_535 - len(seed.PROVIDERS) + 1)
+
+
+class PortError(Exception):
+    """Why a port cannot be used, in one line that says which variable names another."""
+
+
+def mocks(environment: Mapping[str, str]) -> tuple[Mock, ...]:
+    """Return the mock providers with the ports that SANDBOX_PORT asks for.
+
+    Raises:
+        PortError: the variable's value is no port, or a too high one.
+    """
+    text = environment.get(VARIABLE, "").strip()
+    if not text:
+        return seed.PROVIDERS
+    try:
+        return seed.from_port(_FIRST.parse(text))
+    except ValueError:
+        raise PortError(
+            f"{VARIABLE} is {json.dumps(text[:100])}: expected {_FIRST.expected}, "
+            f"the first of {len(seed.PROVIDERS)} ports"
+        ) from None
+
+
+def check(settings: Settings, sandbox: Sequence[Mock]) -> None:
+    """Check that the service and the mock providers can have their ports.
+
+    Raises:
+        PortError: two want the same port, or one is taken or cannot be used.
+    """
+    wanted = {mock.port: f'the mock provider "{mock.name}"' for mock in sandbox}
+    service = settings.http_server_port
+    if service in wanted:
+        raise PortError(
+            f"HTTP_SERVER_PORT is {service}, the port of {wanted[service]}: "
+            f"change HTTP_SERVER_PORT or {VARIABLE}"
+        )
+    for port, owner in wanted.items():
+        moved_by = f"set {VARIABLE} to the first of {len(wanted)} other ports"
+        _check_one(port, owner, moved_by)
+    _check_one(service, "the service", "set HTTP_SERVER_PORT to another")
+
+
+def _check_one(port: int, owner: str, moved_by: str) -> None:
+    try:
+        _try(port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            why = f"taken, perhaps by another make run: stop that, or {moved_by}"
+        else:
+            why = f"no port for us ({error.strerror}): {moved_by}"
+        raise PortError(f"port {port}, for {owner}, is {why}") from None
+
+
+def _try(port: int) -> None:
+    """Raise the OSError that listening on `port` would raise."""
+    with socket.socket() as probe:  # macOS lets two programs bind one port in different ways
+        if probe.connect_ex((HOST, port)) == 0:
+            raise OSError(errno.EADDRINUSE, "is taken")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not for TIME_WAIT
+        probe.bind((HOST, port))
