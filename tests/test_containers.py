@@ -225,6 +225,14 @@ def test_a_sellers_notification_arrives_at_an_email_and_a_push_provider(say: Say
     assert reached == [EMAIL_1, PUSH_1]
 
 
+def test_the_sandbox_page_shows_the_notification_and_the_services_breakers() -> None:
+    state = requests.get(f"{EMAIL_1}/sandbox/state", timeout=10).json()
+    assert state["service_answers"]
+    assert [provider["breaker"] for provider in state["providers"]] == ["closed"] * 4
+    received = [message["provider"] for message in state["notifications"][0]["received"]]
+    assert sorted(received) == ["email 1", "push 1"]
+
+
 def asked(query: str) -> float | None:
     """Return what Prometheus has for a query with one answer; None if it has none yet."""
     parameters = {"query": query}

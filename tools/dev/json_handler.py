@@ -106,7 +106,7 @@ class JsonHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"" if self.command == "HEAD" else content)
 
-    def log_message(self, *args: object) -> None: ...  # the page shows what arrives
+    def log_message(self, *args: object) -> None: ...  # the page shows each message
 
 
 def _is_local(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""A mock email or push provider: it records each message and answers as it is told."""
+"""A mock email or push provider: it records each message, and scripts choose its answers."""
 
 import contextlib
 import socket
@@ -42,7 +42,7 @@ class Message:
 
 
 class ProviderHandler(JsonHandler):
-    """Takes a message at any path, and what scripts ask and tell at /messages and /behaviour."""
+    """Accepts messages at any path; scripts use /messages and /behaviour."""
 
     server: "MockProvider"
 
@@ -86,7 +86,7 @@ class ProviderHandler(JsonHandler):
         self._list()
 
     def take_message(self) -> None:
-        """Record the message in the body, and answer as the provider is told."""
+        """Record the message in the body, and answer as the behaviour says."""
         if (fields := self.read_object()) is None:
             return
         state = self.server.state
@@ -199,7 +199,7 @@ class MockProvider(ThreadingHTTPServer):
             self.accepted += _is_accepted(message)
 
     def correct(self, before: Message, after: Message) -> None:
-        """Replace a recorded message; one that was cleared meanwhile stays away."""
+        """Replace a recorded message, unless it has been cleared."""
         with self.changed:
             if any(message is before for message in self.messages):
                 self.messages = tuple(after if m is before else m for m in self.messages)

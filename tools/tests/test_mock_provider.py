@@ -1,27 +1,23 @@
-"""The mock provider, over real sockets: its answers, its page and its command line."""
+"""The mock provider, over real sockets: its answers, its messages and its switch."""
 
 import http.client
 import json
 import re
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
-from tools.dev.mock_provider import MAX_BODY_BYTES, MAX_MESSAGES, PAGE, MockProvider, main
+from tools.dev.json_handler import MAX_BODY_BYTES
+from tools.dev.mock_provider import MAX_MESSAGES, MockProvider
 
-ROOT = Path(__file__).parents[2]
 NOTIFICATION = {
     "to": "buyer@example.com",
     "title": "Hello",
@@ -296,11 +292,11 @@ class TestRefusedRequests:
     @pytest.mark.parametrize(
         ("method", "path", "allow"),
         [
-            ("DELETE", "messages", "GET, HEAD, POST"),
-            ("PUT", "messages", "GET, HEAD, POST"),
-            ("PATCH", "behaviour", "GET, HEAD, POST, PUT"),
-            ("OPTIONS", "behaviour", "GET, HEAD, POST, PUT"),
-            ("STRANGE", "", "GET, HEAD, POST"),
+            ("PUT", "messages", "GET, HEAD, DELETE, POST"),
+            ("DELETE", "behaviour", "GET, HEAD, PUT, POST"),
+            ("PATCH", "behaviour", "GET, HEAD, PUT, POST"),
+            ("OPTIONS", "behaviour", "GET, HEAD, PUT, POST"),
+            ("STRANGE", "", "POST"),
         ],
     )
     def test_another_method_gets_405_and_what_is_allowed(
@@ -408,30 +404,72 @@ class TestBehaviourOverHttp:
         assert provider.behaviour == "accept"
 
 
-class TestPage:
-    def test_the_page_names_its_provider_and_its_policy_fits(
-        self, client: requests.Session
+class TestClearing:
+    def test_delete_forgets_the_messages_and_counts_from_zero(
+        self, provider: MockProvider, client: requests.Session, post: Any
     ) -> None:
-        with MockProvider("<b>email</b> & 1", 0) as provider:
-            reply = client.get(provider.url)
+        post()
 
-        assert reply.headers["Content-Type"] == "text/html; charset=utf-8"
-        assert "<h1>&lt;b&gt;email&lt;/b&gt; &amp; 1</h1>" in reply.text
-        assert "{{" not in reply.text
-        nonces = set(re.findall('nonce="([^"]+)"', reply.text))
-        policy = reply.headers["Content-Security-Policy"]
-        assert set(re.findall("'nonce-([^']+)'", policy)) == nonces
-        assert policy.startswith("default-src 'none'; ")
-        assert "unsafe" not in policy
+        reply = client.delete(f"{provider.url}messages", timeout=5)
 
-    def test_each_page_has_a_nonce_of_its_own(
+        assert reply.json() == {"provider": "email 1", "total": 0, "messages": []}
+        post(title="next")
+        assert [message.title for message in provider.messages] == ["next"]
+        assert (provider.total, provider.accepted) == (1, 1)
+
+    def test_a_message_that_waited_for_its_answer_stays_away(
+        self, provider: MockProvider, post: Any
+    ) -> None:
+        provider.switch("slow", 60)
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(post)
+            until(lambda: provider.total == 1)
+            provider.clear()
+            provider.switch("accept")
+            assert waiting.result(timeout=5).status_code == 200
+
+        assert (provider.messages, provider.total, provider.accepted) == ((), 0, 0)
+
+    def test_only_accepted_messages_count_as_accepted(
+        self, provider: MockProvider, post: Any
+    ) -> None:
+        for behaviour in ("accept", "503", "429", "slow"):
+            provider.switch(behaviour, 0)
+            post()
+
+        assert (provider.total, provider.accepted) == (4, 2)
+
+
+class TestHosts:
+    @pytest.mark.parametrize("host", ["127.0.0.1:9090", "localhost", "[::1]:9090", "192.168.0.7"])
+    def test_an_address_or_localhost_is_answered(
+        self, provider: MockProvider, client: requests.Session, host: str
+    ) -> None:
+        reply = client.get(f"{provider.url}messages", headers={"Host": host}, timeout=5)
+
+        assert reply.status_code == 200
+
+    @pytest.mark.parametrize(
+        "host", ["evil.example", "evil.example:9090", "[::1", "127.0.0.1.nip.io"]
+    )
+    @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
+    def test_another_name_is_refused_since_a_foreign_page_may_own_it(
+        self, provider: MockProvider, client: requests.Session, method: str, host: str
+    ) -> None:
+        path = "behaviour" if method == "PUT" else "messages"
+        headers = {"Host": host}
+        reply = client.request(method, provider.url + path, json={}, headers=headers, timeout=5)
+
+        assert reply.status_code == 421
+
+    def test_a_message_may_come_by_any_name(
         self, provider: MockProvider, client: requests.Session
     ) -> None:
-        policies = {client.get(provider.url).headers["Content-Security-Policy"] for _ in range(3)}
+        headers = {"Host": "providers:9090"}
 
-        assert len(policies) == 3
+        assert client.post(provider.url, json=NOTIFICATION, headers=headers).status_code == 200
 
-    @pytest.mark.parametrize("path", ["", "messages", "behaviour", "?x=1", "nothing"])
+    @pytest.mark.parametrize("path", ["messages", "behaviour", "messages?x=1", "nothing"])
     def test_every_reply_is_neither_stored_nor_sniffed_and_head_works(
         self, provider: MockProvider, client: requests.Session, path: str
     ) -> None:
@@ -443,22 +481,6 @@ class TestPage:
         for reply in (get, head):
             assert reply.headers["Cache-Control"] == "no-store"
             assert reply.headers["X-Content-Type-Options"] == "nosniff"
-
-    def test_the_page_loads_nothing_from_elsewhere_and_writes_no_html(self) -> None:
-        page = PAGE.read_text(encoding="utf-8")
-
-        assert set(re.findall(r"https?://[^/\s'\"]+", page)) == {
-            "http://127.0.0.1:8080",  # in the command shown
-            "http://www.w3.org",  # the name space of the icon
-        }
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write", page)
-        assert not re.search(r"\s(style|on\w+)=", page)  # the policy would block them
-
-    def test_the_page_offers_every_behaviour(self, provider: MockProvider) -> None:
-        page = PAGE.read_text(encoding="utf-8")
-
-        offered = re.findall('type="radio" name="behaviour" value="([^"]+)"', page)
-        assert sorted(offered) == sorted(provider.state["choices"])
 
 
 class TestConnections:
@@ -528,54 +550,3 @@ class TestConnections:
         provider.stop()
 
         assert capfd.readouterr() == ("", "")
-
-
-def run(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "error", "-m", "tools.dev.mock_provider", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-
-
-class TestCommandLine:
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    @pytest.mark.usefixtures("processes")
-    def test_it_serves_every_provider_until_a_signal(
-        self, client: requests.Session, number: signal.Signals
-    ) -> None:
-        with run("email 1=0", "push = 2=0") as process:
-            assert process.stdout is not None
-            lines = [process.stdout.readline() for _ in range(2)]
-            urls = [line.split()[-1] for line in lines]
-            client.post(urls[0], json=NOTIFICATION, timeout=5)  # leaves a connection open
-            names = [client.get(f"{url}messages", timeout=5).json()["provider"] for url in urls]
-
-            process.send_signal(number)
-            rest, errors = process.communicate(timeout=10)
-
-        assert names == ["email 1", "push = 2"]
-        assert [line.rsplit(": ", 1)[0] for line in lines] == names
-        assert (process.returncode, rest, errors) == (0, "", "")
-        with pytest.raises(requests.ConnectionError):
-            client.get(urls[0], timeout=5)
-
-    @pytest.mark.usefixtures("processes")
-    def test_a_taken_port_ends_it_with_one_line(self, provider: MockProvider) -> None:
-        with run("email 1=0", f"email 2={provider.port}") as process:
-            _, errors = process.communicate(timeout=10)
-
-        assert process.returncode == 1
-        expected = f"email 2: cannot listen on 127.0.0.1:{provider.port}: Address already in use\n"
-        assert errors == expected
-
-    @pytest.mark.parametrize(
-        "argument", ["email", "email=", "=9090", " =9090", "email=x", "email=65536", "email=-1"]
-    )
-    def test_a_malformed_argument_is_named_with_what_is_expected(
-        self, argument: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        monkeypatch.setattr(sys, "argv", ["mock_provider", argument])
-
-        with pytest.raises(SystemExit, match="2"):
-            main()
-
-        assert f"{argument!r}: expected NAME=PORT" in capsys.readouterr().err

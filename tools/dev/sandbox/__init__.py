@@ -1,4 +1,4 @@
-"""The sandbox: mock providers, and one page that shows what the service does with them."""
+"""The sandbox: mock providers, and one page that shows how the service uses them."""
 
 from tools.dev.sandbox.server import Sandbox
 

@@ -44,7 +44,7 @@ class Breakers:
 
 
 def local_session() -> requests.Session:
-    """Return a session that asks no proxy: the service is on this machine or the next."""
+    """Return a session that asks no proxy: the service is local."""
     session = requests.Session()
     session.trust_env = False
     return session
@@ -53,7 +53,7 @@ def local_session() -> requests.Session:
 def parse_states(page: str) -> dict[int, str]:
     """Return `closed`, `open` or `half-open` by port; the worst where hosts share a port.
 
-    The service may know a provider by another host than the browser, so the port has to do.
+    The service may reach a provider by a host name that the sandbox does not know.
     """
     lines = [line for line in page.splitlines() if line.startswith(_SAMPLE)]
     families = text_string_to_metric_families("\n".join([*lines, ""]))

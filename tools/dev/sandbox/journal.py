@@ -1,4 +1,4 @@
-"""What the page shows: the log's lines, the form's requests and the providers' messages."""
+"""The page's data: the log's lines, the form's requests and the providers' messages."""
 
 import secrets
 import threading
@@ -13,10 +13,11 @@ import requests
 
 from tools.dev.mock_provider import MockProvider
 from tools.dev.sandbox.breakers import Breakers, local_session
-from tools.dev.sandbox.notifications import SLACK, Line, Seen, Sent, joined, parse_line
+from tools.dev.sandbox.notifications import Line, Seen, Sent, joined, parse_line
 
 SHOWN = 30
 KEPT = 200  # lines and requests; each provider keeps as many messages
+PRECISION = 0.002  # of a log line's times, in seconds
 REPLY_TIMEOUT = 60.0  # the service's own deadline comes first
 
 
@@ -25,7 +26,7 @@ class ServiceUnreachable(Exception):
 
 
 class Journal:
-    """Keeps what happened at a service and its `providers`.
+    """Records the notifications of a service and its `providers`.
 
     Any thread may use it. `_lock` guards the lines, the form's requests and the time of the last
     `clear`.
@@ -46,11 +47,11 @@ class Journal:
         self._reads_log = True
         line = parse_line(entry)
         with self._lock:
-            if line and line.began + SLACK >= self._cleared_at:
+            if line and line.began + PRECISION >= self._cleared_at:
                 self._lines.append(line)
 
     def state(self) -> dict[str, Any]:
-        """Return all that the page shows."""
+        """Return the page's data."""
         breakers = self._breakers.states()
         with self._lock:
             lines, sent = [*self._lines], [*self._sent.values()]
@@ -67,7 +68,7 @@ class Journal:
         """Send a notification through the service, and return its answer.
 
         Raises:
-            ServiceUnreachable: there was none.
+            ServiceUnreachable: the service did not answer.
         """
         to, title, message = (str(fields.get(name, "")) for name in ("to", "title", "message"))
         sent = Sent(secrets.token_hex(16), time.time(), recipient, to, title, message)
@@ -87,7 +88,7 @@ class Journal:
         }
 
     def clear(self) -> None:
-        """Forget all notifications and messages, also those under way."""
+        """Forget all notifications and messages, those under way included."""
         with self._lock:
             self._cleared_at = time.time()
             self._lines.clear()
@@ -103,7 +104,7 @@ class Journal:
             return session.post(url, json=texts, headers=headers, timeout=REPLY_TIMEOUT)
 
     def _keep(self, sent: Sent) -> None:
-        """Keep a request, or replace it once it is answered; one that was cleared stays away."""
+        """Keep a request or its answered successor, unless it has been cleared."""
         with self._lock:
             if sent.began >= self._cleared_at:
                 self._sent[sent.request_id] = sent

@@ -1,6 +1,6 @@
 """Joins the log lines, the form's requests and the providers' messages into notifications.
 
-Each of them may come first, or never. The request id joins them; where a caller gives several
+Each of them may come first, or never. The request id joins them. Where a caller gives several
 notifications the same id, the time decides.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from tools.dev.mock_provider import Message
 
-# The clocks' precision is a millisecond, on each side.
-SLACK = 0.002
+# Seconds by which a line's computed start may be late: its timestamp is taken after its duration.
+LATE = 1.0
 
 _CHANNELS = {"PushNotification": "Push"}
 _FAULTS = {
@@ -72,7 +72,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What happened at one provider; `tone` is good, bad, quiet or wait."""
+    """The result at one provider; `tone` is good, bad, quiet or wait."""
 
     provider: str
     text: str
@@ -89,7 +89,7 @@ class Way:
 
 @dataclass(slots=True)
 class Notification:
-    """All that is known of one notification."""
+    """One notification, as far as its sources are known."""
 
     request_id: str
     began: float
@@ -98,13 +98,13 @@ class Notification:
     seen: list[Seen] = field(default_factory=list)
 
     def takes(self, seen: Seen) -> bool:
-        """Return whether a message can belong here: a notification asks a provider only once."""
-        return self.began <= seen.at + SLACK and all(
+        """Return whether a message can belong here: no provider gets a notification twice."""
+        return self.began < seen.at + LATE and all(
             other.provider != seen.provider and other.content == seen.content for other in self.seen
         )
 
     def ways(self) -> list[Way]:
-        """Return one way for each channel: the log's if it tells them, else the providers'."""
+        """Return one way for each channel, from the log if it has them, else from the providers."""
         if self.line and all("providers" in channel for channel in self.line.channels):
             return [_logged_way(channel) for channel in self.line.channels]
         return _seen_ways(self.seen)
@@ -124,7 +124,7 @@ class Notification:
         return known.status if known else None
 
     def shown(self, key: str) -> dict[str, Any]:
-        """Return what the page shows; `key` stays the same while more becomes known."""
+        """Return the page's fields; `key` identifies the notification while its sources arrive."""
         content = self.sent or (self.seen[0].message if self.seen else None)
         known = self.line or self.sent
         result, tone = self.result()
@@ -187,13 +187,14 @@ def joined(
 
 
 def _add(same_id: list[Notification], seen: Seen) -> None:
-    """Add a message to the latest notification that it can belong to, or to a new one."""
+    """Add a message to the notification that began last before it, or to a new one."""
     request_id = seen.message.request_id
     fitting = [known for known in same_id if request_id and known.takes(seen)]
     if not fitting:
         fitting = [Notification(request_id, seen.at)]
-        same_id.append(fitting[-1])
-    fitting[-1].seen.append(seen)
+        same_id += fitting
+    best = min(fitting, key=lambda known: (known.began > seen.at, abs(known.began - seen.at)))
+    best.seen.append(seen)
 
 
 def _newest(by_id: Mapping[str, list[Notification]], most: int) -> list[dict[str, Any]]:

@@ -153,7 +153,6 @@ function showNotifications(list) {
     notifications.delete(key);
   }
   $("empty").hidden = list.length > 0;
-  put($("count"), list.length === 30 ? "the last 30" : "");
 }
 
 function fill(item, notification) {

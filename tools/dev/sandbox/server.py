@@ -33,7 +33,7 @@ class Sandbox:
         service: the service's base URL.
 
     Raises:
-        OSError: a port cannot be had; its `strerror` says which and why.
+        OSError: a port is not available; its `strerror` names the port and the cause.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Sandbox:
         self._stack.close()
 
     def heard(self, entry: Mapping[str, Any]) -> None:
-        """Take one parsed line of the service's log, whatever it is about."""
+        """Take one parsed line of the service's log, of any kind."""
         self._journal.heard(entry)
 
 
@@ -122,7 +122,7 @@ class _PageHandler(ProviderHandler):
 
 
 class _BesideHandler(ProviderHandler):
-    """Another provider's endpoint, whose root leads to the page."""
+    """Another provider's endpoint; its root redirects to the page."""
 
     def __init__(self, page_port: int, *args: Any) -> None:
         self._page_port = page_port
@@ -132,7 +132,7 @@ class _BesideHandler(ProviderHandler):
         return {**super().routes(), "/": {"GET": self._redirect, "POST": self.take_message}}
 
     def _redirect(self) -> None:
-        """Lead to the page by the host name that the client used."""
+        """Redirect to the page by the host name that the client used."""
         used = urlsplit(f"//{self.headers.get('Host', '127.0.0.1')}").hostname or ""
         host = f"[{used}]" if ":" in used else used
         location = f"http://{host}:{self._page_port}/"
