@@ -20,14 +20,14 @@ help: ## List the commands.
 
 install: .venv/installed ## Create .venv and install what running needs.
 
-# To make a pip in .venv takes as long as to install all the rest: use the one of $(PYTHON) if it
-# can install into another environment (pip 22.3 and newer).
+# A pip in .venv would take as long to install as all the rest. So .venv gets one only if the pip of
+# $(PYTHON) cannot install into another environment, which takes pip 22.3.
 .venv/installed: requirements.txt requirements-run.txt
 	@if [ -z "$(PYTHON)" ]; then echo "make: no Python 3.11 or newer found; set PYTHON=/path/to/python3" >&2; exit 1; fi
 	@echo $(STEP) "installing (up to a minute, once)"
 	@$(PYTHON) -m venv --clear --without-pip .venv && \
 	{ $(PYTHON) -m pip --python $(BIN)/python --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null; } || \
-	{ echo "make: $(PYTHON) cannot make .venv, see above; Debian and Ubuntu have what is missing in python3-venv" >&2; exit 1; }
+	{ echo "make: $(PYTHON) cannot make .venv, see above; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
 	@$(INSTALL) -r requirements.txt -r requirements-run.txt
 	@touch $@
 

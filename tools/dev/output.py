@@ -1,7 +1,7 @@
-"""What `make run` writes to standard output: its own lines and the service's log.
+"""Standard output of `make run`: its own lines and the service's log.
 
-A terminal that is paused, or a pipe that nobody reads, blocks whoever writes to it. So a thread of
-its own writes, and neither the service nor its stop ever waits for it.
+A paused terminal or an unread pipe blocks its writer. So a thread does nothing but write, and
+neither the service nor its stop waits for that thread.
 """
 
 import os
@@ -13,10 +13,10 @@ from typing import IO
 from tools.dev import readable
 from tools.dev.readable import Entry
 
-# Lines that may wait while the terminal is paused; after that the oldest ones go.
+# Lines kept while the terminal is paused. Beyond that, new lines replace the oldest ones.
 MOST_WAITING = 10_000
 
-# Seconds without progress after which the rest is given up at the end.
+# Seconds without progress after which `close` drops the rest.
 PATIENCE = 2.0
 
 # Seconds that the log may take to end after the service has ended.
@@ -67,7 +67,7 @@ class Output:
             self._writer.join(PATIENCE)
 
     def _write(self) -> None:
-        """Write what waits until `close`; a terminal that is gone loses it."""
+        """Write until `close`. Once the terminal is gone, drop all that comes."""
         is_gone = False
         while data := self._take():
             try:

@@ -1,4 +1,4 @@
-"""The ports that `make run` needs on this machine: which they are, and whether they are free."""
+"""The ports of `make run`: which ones it needs, and whether they are free."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ from tools import HOST
 from tools.dev import seed
 from tools.dev.seed import Mock
 
-# Of the page and the first mock provider; the others have the ports after it.
+# Names the port of the page and the first mock provider. The others take the next ports.
 VARIABLE = "SANDBOX_PORT"
 _FIRST = whole_number(1, 65_535 - len(seed.PROVIDERS) + 1)
 
@@ -21,10 +21,10 @@ class PortError(Exception):
 
 
 def mocks(environment: Mapping[str, str]) -> tuple[Mock, ...]:
-    """Return the mock providers with the ports that SANDBOX_PORT asks for.
+    """Return the mock providers with the ports that SANDBOX_PORT sets.
 
     Raises:
-        PortError: the variable's value is no port, or a too high one.
+        PortError: the variable is no port, or leaves no room for the other ports.
     """
     text = environment.get(VARIABLE, "").strip()
     if not text:
@@ -42,7 +42,7 @@ def check(settings: Settings, sandbox: Sequence[Mock]) -> None:
     """Check that the service and the mock providers can have their ports.
 
     Raises:
-        PortError: two want the same port, or one is taken or cannot be used.
+        PortError: the service and a mock provider have the same port, or one is taken.
     """
     wanted = {mock.port: f'the mock provider "{mock.name}"' for mock in sandbox}
     service = settings.http_server_port

@@ -58,7 +58,7 @@ def main() -> int:
     began = time.monotonic() - (time.time() - float(sys.argv[1]) if sys.argv[1:] else 0.0)
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # An exception could come between a start and the note to stop what was started.
+        # No exception: it could come between a start and the entry of its end in the stack.
         signal.signal(number, lambda *_: stopping.set())
     output, problem = Output(sys.stdout.fileno()), None
     try:
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def run(stack: ExitStack, output: Output, stopping: threading.Event, began: float) -> None:
-    """Start everything, each with its end noted in `stack`, and wait.
+    """Start everything, put the end of each part on `stack`, and wait for a reason to stop.
 
     Args:
         began: since when the user waits, on `time.monotonic()`.
@@ -114,7 +114,7 @@ def _environment() -> Environment:
     """Return the variables that are set; without DB_HOST, none that describes a database."""
     environment = {name: value for name, value in os.environ.items() if value.strip()}
     others = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
-    environment["no_proxy"] = f"{others},{HOST}"  # where all of ours is
+    environment["no_proxy"] = f"{others},{HOST}"  # no proxy knows our own servers
     return environment if "DB_HOST" in environment else postgres.without_database(environment)
 
 
@@ -154,8 +154,8 @@ def _sandbox(stack: ExitStack, settings: Settings, mocks: Sequence[Mock]) -> San
 def _start_service(
     stack: ExitStack, environment: Environment, settings: Settings, log: Log
 ) -> "subprocess.Popen[bytes]":
-    # In a session of its own the terminal's Ctrl-C reaches only us, and we ask the service to
-    # stop once. The guard stops it too should we be killed.
+    # The service gets a session of its own: the terminal's Ctrl-C reaches only us, and we ask the
+    # service to stop once. If we are killed, the guard stops the service.
     python = [sys.executable, "-m"]
     bind = f"{HOST}:{settings.http_server_port}"
     service = subprocess.Popen(
@@ -172,7 +172,7 @@ def _start_service(
 
 
 def _stop_service(service: "subprocess.Popen[bytes]", log: Log) -> None:
-    """Let the requests under way finish; a further signal hurries."""
+    """Let the requests under way finish; a further signal cuts them off."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: service.send_signal(signal.SIGINT))
     if service.stdin:

@@ -18,7 +18,7 @@ from notifier.models import Channel
 from notifier.settings import Settings, SettingsError
 from notifier.store.db import Database, first_line
 
-# Rows that `add_rows` made for mock providers on `host`, whatever their port was.
+# Finds a row by its provider's name, its channel and a URL without its port.
 _MOVE = """
 UPDATE notification_preferences AS row
    SET host = mock.url
@@ -81,8 +81,8 @@ def add_rows(database: Database, providers: Iterable[Mock], host: str) -> bool:
 def move_rows(database: Database, providers: Iterable[Mock], host: str) -> list[str]:
     """Point the rows of `providers` to their present ports; return the names of the moved ones.
 
-    Only rows that `add_rows` evidently made are moved: the name and the channel of a mock
-    provider, and the URL of some port of `host`. All others are somebody's own.
+    A row moves only if `add_rows` evidently made it: it has the name and the channel of a mock
+    provider, and the URL of any port of `host`. Rows that a user added or edited stay.
 
     Raises:
         psycopg.Error: PostgreSQL cannot be reached or refused.

@@ -141,7 +141,7 @@ def test_a_python_that_can_make_no_environment_is_one_line_and_leaves_no_stamp(m
     for _ in range(2):
         done = make("run", WITHOUT_PIP="1", WITHOUT_ENSUREPIP="1")
         assert done.returncode == 2
-        assert done.stderr.startswith("make: ./python cannot make .venv, see above; Debian")
+        assert done.stderr.startswith("make: ./python cannot make .venv, see above; on Debian")
 
 
 def test_a_failed_installation_is_tried_again(checkout: Path, make: Make) -> None:

@@ -370,7 +370,7 @@ def test_a_proxy_in_the_environment_is_not_asked_for_what_runs_here(launch):
 
 
 def refusal(**variables: str) -> str:
-    """Return the one line that a launcher ends with which cannot start."""
+    """Return the line with which a launcher refuses to start."""
     refused = subprocess.run(
         COMMAND,
         cwd=ROOT,
