@@ -292,7 +292,7 @@ def test_the_compared_apps_forward_the_notification(
 
 def test_a_cold_cache_queries_postgresql_at_every_look_up() -> None:
     class Unreachable:
-        wait, connects = 2.0, 0
+        wait, hosts, connects = 2.0, "nowhere:5432", 0
 
         def connect(self) -> None:
             self.connects += 1

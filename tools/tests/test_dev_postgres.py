@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 
 from tests.timing import eventually
 from tools.dev import cluster, postgres, programs
+from tools.tests.server_directory import directory, kill_all, processes
 
 ROOT = Path(__file__).parents[2]
 COMMAND_LINE = [sys.executable, "-m", "tools.dev.postgres"]
@@ -58,17 +58,6 @@ def used(template: Path, base: Path) -> Path:
     """The directory of a server that has run before and was stopped."""
     subprocess.run(["cp", "-a", template, base], check=True)  # cp -a keeps the owners
     return base
-
-
-@contextlib.contextmanager
-def directory() -> Iterator[Path]:
-    """Yield a directory that does not exist yet; at the end, kill its processes and remove it."""
-    # Not pytest's tmp_path: for root the server runs as another account, which cannot enter it.
-    parent = Path(tempfile.mkdtemp(prefix="notifier-test-", dir="/tmp")).resolve()
-    parent.chmod(0o755)
-    yield parent / "server"
-    kill_all(parent)
-    shutil.rmtree(parent)
 
 
 @pytest.fixture
@@ -128,38 +117,6 @@ def query(env: dict[str, str], statement: str, user: str = "notifier") -> list[A
     ) as connection:
         cursor = connection.execute(statement.encode())
         return list(cursor.fetchone() or ()) if cursor.description else []
-
-
-def processes(base: Path) -> dict[int, str]:
-    """Return the command lines that name the directory, by process id."""
-    if Path("/proc/self/cmdline").exists():
-        found = {int(path.name): command_line(path) for path in Path("/proc").glob("[0-9]*")}
-    else:
-        ps = subprocess.run(["ps", "-axww", "-o", "pid=,command="], capture_output=True, check=True)
-        rows = [line.split(maxsplit=1) for line in os.fsdecode(ps.stdout).splitlines()]
-        found = {int(row[0]): row[1] for row in rows if len(row) > 1}
-    return {pid: command for pid, command in found.items() if str(base) in command}
-
-
-def command_line(process: Path) -> str:
-    """Return a process's command line from /proc; it is empty for a zombie or an ended process."""
-    try:
-        return os.fsdecode((process / "cmdline").read_bytes()).replace("\0", " ")
-    except OSError:
-        return ""
-
-
-def kill_all(base: Path) -> None:
-    """Kill all processes that name the directory, as a crash of the machine would."""
-
-    def none_left() -> bool:
-        found = processes(base)
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return not found
-
-    eventually(none_left)
 
 
 def servers(base: Path) -> list[int]:

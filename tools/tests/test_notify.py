@@ -4,7 +4,6 @@ import os
 import pty
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from tests.fixtures import Environment
 from tests.service import ROOT, clean_environment
 from tests.timing import eventually
 from tools.dev import postgres
+from tools.tests.server_directory import directory, processes
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -112,20 +112,15 @@ def test_a_prompt_has_the_terminal(database: Environment) -> None:
 
 
 def test_without_db_host_the_database_of_make_run_is_used_and_stopped_again() -> None:
-    # Not pytest's tmp_path: run by root, PostgreSQL has another account.
-    folder = Path(tempfile.mkdtemp(prefix="notifier-notify-", dir="/tmp"))
-    folder.chmod(0o711)
-    try:
-        own = {"EMBEDDED_PG_DIR": str(folder / "data"), "DB_NAME": "of another database"}
+    with directory() as base:
+        own = {"EMBEDDED_PG_DIR": str(base), "DB_NAME": "of another database"}
         migrated = notify(own, "migrate")
         assert (migrated.returncode, migrated.stderr) == (0, "")
         assert notify(own, "providers", "list").stderr == "no providers\n"
-        eventually(lambda: not (folder / "data/data/postmaster.pid").exists())
-        with postgres.server(folder / "data") as environment:
+        eventually(lambda: not processes(base))
+        with postgres.server(base) as environment:
             assert migrations.migrate(Settings.from_env(environment)).applied == []
             assert notify(own, "check-role").returncode == 0  # beside another user of the server
-    finally:
-        shutil.rmtree(folder)
 
 
 def test_a_server_that_cannot_start_is_one_line(tmp_path: Path) -> None:
