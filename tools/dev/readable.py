@@ -13,6 +13,9 @@ _COMMON = {"timestamp", "level", "logger", "message", "app", "request_id"}
 # A request's line shows these fields without their names, or leaves them out.
 _REQUEST = {"method", "route", "status", "recipient", "duration_ms", "channels", "to"}
 
+# The line of a single attempt leaves these fields out: the request's line has what they say.
+_ATTEMPT = {"channel", "provider_id", "outcome"}
+
 _DIM = "2"
 _COLOURS = {"DEBUG": _DIM, "INFO": "32", "WARNING": "33", "ERROR": "31", "CRITICAL": "1;31"}
 
@@ -42,7 +45,8 @@ def text(entry: Entry, *, colour: bool) -> str:
     level = paint(_COLOURS.get(entry["level"], "0"), f"{entry['level']:<7}")
     is_request = entry["message"] == "request"
     shown = [_request(entry) if is_request else _printable(entry["message"])]
-    left_out = _COMMON | _REQUEST if is_request else _COMMON
+    known = _REQUEST if is_request else _ATTEMPT if "provider_id" in entry else set()
+    left_out = _COMMON | known
     blocks = []
     for name, value in entry.items():
         if name in left_out or value is None or (name, value) == ("times", 1):

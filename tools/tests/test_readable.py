@@ -88,6 +88,14 @@ def test_a_request_shows_its_other_fields_too() -> None:
     assert request(channel(ACCEPTED), error="E102").endswith("push 1: accepted error=E102")
 
 
+def test_a_failed_attempt_shows_its_provider_and_the_reason() -> None:
+    attempt = {"channel": "Email", "provider": "acme", "provider_id": 5, "host": "127.0.0.1:1"}
+    attempt |= {"outcome": "not_sent", "reason": "connect", "detail": "timed out", "times": 1}
+    line = shown(message="attempt failed", **attempt)
+    expected = 'attempt failed provider=acme host=127.0.0.1:1 reason=connect detail="timed out"'
+    assert line == f"{TIME} INFO    {expected}"
+
+
 def test_colour_marks_level_and_field_names() -> None:
     assert shown(colour=True, level="ERROR", host="a") == (
         f"\033[2m{TIME}\033[0m \033[31mERROR  \033[0m listening \033[2mhost=\033[0ma"
