@@ -68,7 +68,7 @@ bench: .venv/bench-installed ## Measure the service beside comparable stacks, or
 
 up: ## Start everything in containers: as make run does, and Prometheus.
 	docker compose up --build --detach --wait
-	@echo "service http://127.0.0.1:8080/, mock providers http://127.0.0.1:9090/ to 9093, Prometheus http://127.0.0.1:9095/"
+	@echo "sandbox http://127.0.0.1:9090/, service http://127.0.0.1:8080/, Prometheus http://127.0.0.1:9095/"
 
 down: ## Stop the containers and keep the stored data.
 	docker compose --profile '*' down
