@@ -1,8 +1,10 @@
 # The project's commands; `make help` lists them.
 
 # The first Python on this machine that is new enough.
-PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+endif
 BIN := .venv/bin
 # The pip of .venv if it has one, else that of $(PYTHON).
 PIP = $$(ls $(BIN)/pip 2>/dev/null || echo $(PYTHON) -m pip --python $(BIN)/python)

@@ -61,7 +61,7 @@ class Attempts:
         self._transport = transport
         self._breakers = breakers
         self._timeout = timeout
-        self._not_admitted = logs.OncePerSecond()
+        self._skips = logs.OncePerSecond()
 
     def close(self) -> None:
         """Close the connections to the providers."""
@@ -80,12 +80,14 @@ class Attempts:
             self._guarded(provider, message, deadline)
         except CircuitBreakerError:
             failure = AttemptFailed(AttemptOutcome.SKIPPED, OPEN)
-            if times := self._not_admitted.times(provider.id):
-                log.warning("provider skipped", extra=_log_fields(provider, failure, times))
+            self._log_skip(logging.WARNING, provider, failure)
             raise failure from None
         except AttemptFailed as failure:
-            level = logging.ERROR if failure.status is None else logging.WARNING
-            log.log(level, "attempt failed", extra=_log_fields(provider, failure))
+            if failure.outcome is AttemptOutcome.SKIPPED:
+                self._log_skip(logging.ERROR, provider, failure)
+            else:
+                level = logging.ERROR if failure.status is None else logging.WARNING
+                log.log(level, "attempt failed", extra=_log_fields(provider, failure))
             raise
 
     def send_unguarded(self, provider: Provider, message: Message) -> int:
@@ -97,6 +99,10 @@ class Attempts:
         if provider.endpoint is None:
             raise AttemptFailed(AttemptOutcome.SKIPPED, Fault.URL)
         return self._attempt(provider, message, time.monotonic() + self._timeout)
+
+    def _log_skip(self, level: int, provider: Provider, failure: AttemptFailed) -> None:
+        if times := self._skips.times((provider.id, failure.reason)):
+            log.log(level, "provider skipped", extra=_log_fields(provider, failure, times))
 
     def _guarded(self, provider: Provider, message: Message, deadline: float) -> None:
         if provider.endpoint is None:

@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 class ProviderResult(NamedTuple):
     """The outcome of one provider of a channel.
 
-    `reason` is None if the provider accepted, `ms` (milliseconds) if it was not called.
+    `reason` is None if the provider accepted. `ms` is the duration of the call in milliseconds,
+    None if the provider was not called.
     """
 
     provider: str
@@ -80,7 +81,7 @@ class Report:
         return ChannelOutcome.worst(result.outcome for result in self.channels)
 
     def log_fields(self) -> list[dict[str, Any]]:
-        """Return an entry for each channel, as the request's log line has it."""
+        """Return the `channels` field of the request's log line."""
         return [result.log_fields() for result in self.channels]
 
 

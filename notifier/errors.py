@@ -4,10 +4,10 @@ import re
 from enum import StrEnum
 from typing import ClassVar
 
-# Characters of the system's words for a failure.
+# Maximum length of `detail`, in characters.
 MAX_DETAIL = 200
 
-# OpenSSL's name of an error, before its words, and Python's line of C after them.
+# Parts of an OpenSSL message to remove: the error's name, and the C source line.
 _OPENSSL_SOURCE = re.compile(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$")
 
 
@@ -82,7 +82,7 @@ class TransportError(Exception):
 
     @property
     def detail(self) -> str | None:
-        """The operating system's or OpenSSL's words for the cause; None if they have none.
+        """The error text of the operating system or of OpenSSL; None without one.
 
         Never the text of an exception: a library's may quote a URL.
         """

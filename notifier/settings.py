@@ -46,7 +46,7 @@ _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_[0-9]+_(TCP|UDP|SCTP)")
 # Seconds. With less time left no attempt begins.
 MIN_ATTEMPT = 0.25
 
-# Seconds: an attempt, and a moment to get to it.
+# Minimum deadline in seconds: one attempt and its overhead.
 MIN_DEADLINE = 0.3
 
 # Threads of a worker that refuse requests and answer operators.

@@ -4,8 +4,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from playwright.sync_api import Browser, sync_playwright
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
 
 NAMES = (
     "chromium",
@@ -30,8 +33,10 @@ def executable() -> str | None:
 
 
 @contextmanager
-def browser() -> Iterator[Browser]:
+def browser() -> "Iterator[Browser]":
     """Run a browser with a new profile; root must run it without its own sandbox."""
+    from playwright.sync_api import sync_playwright  # noqa: PLC0415 it takes a moment to import
+
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(
             executable_path=executable(), chromium_sandbox=os.geteuid() != 0, args=QUIET

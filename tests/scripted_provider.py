@@ -55,6 +55,13 @@ class Peer:
         self._sock.sendall(data)
         self.sent += len(data)
 
+    def send_together(self, data: bytes) -> None:
+        """Send `data` so that it arrives as a whole, although TLS makes several records of it."""
+        cork = getattr(socket, "TCP_CORK", None) or getattr(socket, "TCP_NOPUSH")  # noqa: B009 macOS
+        self._sock.setsockopt(socket.IPPROTO_TCP, cork, 1)
+        self.send(data)
+        self._sock.setsockopt(socket.IPPROTO_TCP, cork, 0)
+
     def drip(self, data: bytes, pause: float = 0.05) -> None:
         """Send `data` over and over, a byte at a time, until the caller leaves or the test ends.
 

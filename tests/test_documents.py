@@ -11,7 +11,7 @@ import click
 import pytest
 
 from notifier.cli import check_role, migrate, providers
-from notifier.errors import ApiError, AttemptOutcome, Fault
+from notifier.errors import DEADLINE, OPEN, ApiError, AttemptOutcome, Fault
 from notifier.models import ChannelOutcome
 from notifier.store import db
 from notifier.web import errors
@@ -99,8 +99,8 @@ def test_the_api_page_lists_every_error_code_with_its_status() -> None:
 
 def test_the_providers_page_lists_every_outcome_and_every_fault() -> None:
     words = {word for (word,) in table_rows("providers.md", "`[a-z_]+`")}
-    for known in [*AttemptOutcome, *ChannelOutcome, *Fault]:
-        assert f"`{known}`" in words or known in ("deadline", "url"), known
+    for known in [*AttemptOutcome, *ChannelOutcome, *Fault, OPEN, DEADLINE]:
+        assert f"`{known}`" in words, known
 
 
 def test_the_troubleshooting_page_lists_every_reason_of_a_database_error() -> None:

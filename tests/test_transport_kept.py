@@ -209,7 +209,7 @@ def test_data_after_an_answer_is_not_taken_for_the_next_answer(
     head = STATUS_LINE + b"Content-Length: 8000\r\nX-Fill: "
     first = head + b"x" * (READ_BYTES - len(head) - 4 - 8000) + b"\r\n\r\n" + bytes(8000)
     assert len(first) == READ_BYTES  # as much as is read at once
-    provider.script = sends(first + stray, lambda *_: None)
+    provider.script = lambda peer, _: peer.send_together(first + stray)
     assert post(transport, provider.url) == 200
     provider.script = answer(503)
     assert post(transport, provider.url) == 503

@@ -20,7 +20,7 @@ DATABASE_WAIT = 2.0
 # Maximum seconds that an operator's command waits for an answer.
 COMMAND_WAIT = 10.0
 
-# Seconds that we wait longer than the server's own limit: its error says what was slow.
+# Extra seconds to wait, so that the server's more exact error arrives first.
 GRACE = 0.5
 
 NO_TABLE = "there is no table notification_preferences: run flask --app notifier.app migrate"

@@ -41,7 +41,7 @@ blueprint = Blueprint(OPERATORS, __name__)
 # Not strict: a caller may send a URL without a path, and must not get a redirect to HTML.
 @blueprint.get("/", strict_slashes=False, provide_automatic_options=False)
 def overview() -> Response:
-    """Return what the service is, its endpoints, and where to read on."""
+    """Return the service's purpose, endpoints and documents."""
     return jsonify(OVERVIEW)
 
 

@@ -125,7 +125,7 @@ class Evidence:
 
     def refusals(self) -> int:
         """Return how many attempts breakers refused, perhaps without those of the last second."""
-        return sum(line.times or 1 for line in self.lines_with(SKIPPED))
+        return sum(line.times or 1 for line in self.lines_with(SKIPPED) if line.reason == "open")
 
     def fallbacks(self) -> int:
         """Return how many notifications were delivered after an attempt had failed."""

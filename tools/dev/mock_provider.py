@@ -30,7 +30,7 @@ START: Mapping[str, Any] = {"behaviour": "accept", "delay": 10.0, "choices": [*A
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One notification that arrived; `answer` is the status line sent, or why there is none."""
+    """A notification that arrived. `answer` is the status line, or the reason for no answer."""
 
     received_at: str
     request_id: str
@@ -104,7 +104,7 @@ class ProviderHandler(JsonHandler):
         """Reset the connection: after a plain close, as of an idle one, some clients resend."""
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        socket.close(self.connection.detach())  # else the base class ends it in good order
+        socket.close(self.connection.detach())  # otherwise the base class closes it gracefully
 
     def _outwait(self, message: Message, delay: float) -> bool:
         """Wait as a slow provider, then correct the record; return False if the client has left."""
@@ -155,7 +155,7 @@ class MockProvider(ThreadingHTTPServer):
     def stop(self) -> None:
         """Close the port and all client connections and wait for their threads; repeatable."""
         if self._serving.is_alive():
-            self.shutdown()  # takes up to the 0.05 s between polls; for ever if unstarted
+            self.shutdown()  # takes up to 0.05 s; blocks forever if it was not started
             self._serving.join()
         self.server_close()
         self.switch("accept")  # nothing is left to wait for

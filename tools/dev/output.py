@@ -46,18 +46,18 @@ class Output:
         self._writer.start()
 
     def say(self, text: str) -> None:
-        """Write a line, after all that wait."""
+        """Queue a line."""
         self.put(f"{text}\n".encode())
 
     def put(self, data: bytes) -> None:
-        """Write bytes, after all that wait; return at once."""
+        """Queue bytes; return at once."""
         with self._changed:
             self._dropped += len(self._waiting) == MOST_WAITING
             self._waiting.append(data)
             self._changed.notify()
 
     def close(self) -> None:
-        """Wait until everything is written, or until nothing has been for `PATIENCE`."""
+        """Wait until all is written; give up after `PATIENCE` seconds without progress."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -99,7 +99,7 @@ class Log:
         self._reader: threading.Thread | None = None
 
     def follow(self, source: IO[bytes]) -> None:
-        """Begin to read, once."""
+        """Start the reader; call once."""
         self._reader = threading.Thread(target=self._read, args=(source,), name="log", daemon=True)
         self._reader.start()
 
@@ -110,10 +110,16 @@ class Log:
 
     def _read(self, source: IO[bytes]) -> None:
         for line in source:
-            entry = readable.parse(line)
-            if entry is not None:
-                self._heard(entry)
-            if entry is not None and self._output.is_terminal:
-                self._output.say(readable.text(entry, colour=self._output.colour))
-            else:
-                self._output.put(line)
+            self._output.put(self._shown(line))
+
+    def _shown(self, line: bytes) -> bytes:
+        """Pass the line's entry on, and return the line as the output gets it."""
+        entry = readable.parse(line)
+        if entry is None:
+            return line
+        try:
+            self._heard(entry)
+            text = readable.text(entry, colour=self._output.colour)
+        except (LookupError, TypeError, ValueError):  # the reader must go on: a full pipe blocks
+            return line
+        return f"{text}\n".encode() if self._output.is_terminal else line

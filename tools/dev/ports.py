@@ -17,7 +17,7 @@ _FIRST = whole_number(1, 65_535 - len(seed.PROVIDERS) + 1)
 
 
 class PortError(Exception):
-    """Why a port cannot be used, in one line that says which variable names another."""
+    """A port cannot be used; the message names the variable that moves it."""
 
 
 def mocks(environment: Mapping[str, str]) -> tuple[Mock, ...]:
@@ -64,7 +64,7 @@ def _check_one(port: int, owner: str, moved_by: str) -> None:
         if error.errno == errno.EADDRINUSE:
             why = f"taken, perhaps by another make run: stop that, or {moved_by}"
         else:
-            why = f"no port for us ({error.strerror}): {moved_by}"
+            why = f"not usable ({error.strerror}): {moved_by}"
         raise PortError(f"port {port}, for {owner}, is {why}") from None
 
 

@@ -13,7 +13,7 @@ _COMMON = {"timestamp", "level", "logger", "message", "app", "request_id"}
 # A request's line shows these fields without their names, or leaves them out.
 _REQUEST = {"method", "route", "status", "recipient", "duration_ms", "channels", "to"}
 
-# The line of a single attempt leaves these fields out: the request's line has what they say.
+# Fields that an attempt's line omits, because the request's line repeats them.
 _ATTEMPT = {"channel", "provider_id", "outcome"}
 
 _DIM = "2"

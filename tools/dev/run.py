@@ -1,6 +1,6 @@
-"""`make run`: the service and all that it needs, in one terminal, until Ctrl-C.
+"""`make run`: runs the service, PostgreSQL and the sandbox in one terminal until Ctrl-C.
 
-python -m tools.dev.run [BEGAN]    # BEGAN: since when the user waits, in seconds since 1970
+python -m tools.dev.run [BEGAN]    # BEGAN: when the command began, in seconds since 1970
 """
 
 import contextlib
@@ -46,10 +46,10 @@ Environment = dict[str, str]
 
 
 class CannotRun(Exception):
-    """Why `make run` does not work here, in one line."""
+    """`make run` cannot start; the message gives the reason in one line."""
 
 
-# The message of each is one line for the user.
+# Errors whose message is one line for the user.
 _EXPLAINED = (CannotRun, NotGranted, SettingsError, ports.PortError, postgres.PostgresError)
 
 
@@ -80,7 +80,7 @@ def run(stack: ExitStack, output: Output, stopping: threading.Event, began: floa
     """Start everything, put the end of each part on `stack`, and wait for a reason to stop.
 
     Args:
-        began: since when the user waits, on `time.monotonic()`.
+        began: when the command began, on `time.monotonic()`.
     """
     surroundings = _surroundings()
     environment = _environment()
@@ -89,8 +89,12 @@ def run(stack: ExitStack, output: Output, stopping: threading.Event, began: floa
     ports.check(settings, mocks)
     environment, secret = _database(stack, output, environment)
     settings = Settings.from_env(environment)
+    if stopping.is_set():
+        return
     output.say("3/4 preparing the database")
     _prepare(output, settings, mocks)
+    if stopping.is_set():
+        return
     output.say("4/4 starting the sandbox and the service")
     sandbox = _sandbox(stack, settings, mocks)
     service = _start_service(stack, environment, settings, Log(output, sandbox.heard))
@@ -98,8 +102,8 @@ def run(stack: ExitStack, output: Output, stopping: threading.Event, began: floa
         output.say(_welcome(output, settings, mocks, secret, time.monotonic() - began))
     while not stopping.wait(0.2) and _surroundings() == surroundings:
         if service.poll() is not None:
-            raise CannotRun("the service has ended by itself; its last lines say why")
-    output.say("stopping; Ctrl-C again cuts off the requests under way")
+            raise CannotRun("the service ended unexpectedly: see its last log lines")
+    output.say("stopping; press Ctrl-C again to abort the requests in progress")
 
 
 def _surroundings() -> tuple[int, bool]:

@@ -10,7 +10,7 @@ from typing import IO
 
 import pytest
 
-from tests.timing import within
+from tests.timing import eventually, within
 from tools.dev import output
 from tools.dev.output import Log, Output
 from tools.dev.readable import Entry
@@ -52,6 +52,14 @@ def relayed(lines: bytes, target: int, heard: list[Entry]) -> None:
     shown.close()
 
 
+def read_lines(terminal: int, count: int) -> list[bytes]:
+    """Read from our end of a terminal until `count` lines have come."""
+    shown = b""
+    while shown.count(b"\n") < count:
+        shown += os.read(terminal, 10_000)
+    return shown.splitlines()
+
+
 def test_a_pipe_gets_the_services_own_bytes(pipe: tuple[IO[bytes], int]) -> None:
     source, writing = pipe
     lines = JSON + b"Traceback\xff\n" + JSON + b"no line end"
@@ -62,13 +70,24 @@ def test_a_pipe_gets_the_services_own_bytes(pipe: tuple[IO[bytes], int]) -> None
     assert heard == [ENTRY, ENTRY]
 
 
+def test_an_entry_of_an_unknown_form_passes_as_it_is_and_the_log_goes_on(
+    terminal: tuple[int, int],
+) -> None:
+    ours, theirs = terminal
+    odd = json.dumps(ENTRY | {"message": "request", "channels": 7}).encode() + b"\n"
+    relayed(odd + JSON, theirs, [])
+    shown = read_lines(ours, 2)
+    assert shown[0] == odd.strip()
+    assert shown[1].endswith(b" listening")
+
+
 def test_a_terminal_gets_readable_lines_and_all_others_as_they_are(
     terminal: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     heard: list[Entry] = []
     relayed(JSON + b"Traceback\n", terminal[1], heard)
-    first, second = os.read(terminal[0], 1000).decode().splitlines()
+    first, second = (line.decode() for line in read_lines(terminal[0], 2))
     assert first.endswith(" INFO    listening")
     assert second == "Traceback"
     assert heard == [ENTRY]
@@ -141,8 +160,7 @@ def test_after_a_pause_the_newest_lines_are_shown_and_the_others_counted(
     source, writing = pipe
     shown = Output(writing)
     shown.say("x" * 100_000)  # more than a pipe holds: from here on it is paused
-    while shown._waiting:
-        time.sleep(0.001)
+    eventually(lambda: not shown._waiting)
     for number in range(100):
         shown.say(str(number))
     assert source.readline() == b"x" * 100_000 + b"\n"

@@ -78,7 +78,7 @@ def test_a_port_that_may_not_be_used_is_named(
     with pytest.raises(ports.PortError) as refused:
         ports.check(make_settings(http_server_port=80), [])
     assert str(refused.value) == (
-        "port 80, for the service, is no port for us (Permission denied):"
+        "port 80, for the service, is not usable (Permission denied):"
         " set HTTP_SERVER_PORT to another"
     )
 

@@ -22,6 +22,7 @@ import requests
 
 from tests.fixtures import connect
 from tests.service import MESSAGE, ROOT, clean_environment, free_port
+from tests.timing import eventually
 from tools.dev import cluster, run
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -276,8 +277,12 @@ def test_the_sandbox_hears_the_log(launch):
     launcher = launch()
     launcher.welcome()
     assert send(launcher) == 200
-    state = requests.get(f"{launcher.url(0)}/sandbox/state", timeout=10).json()
-    assert state["notifications"]
+
+    def is_logged() -> bool:
+        state = requests.get(f"{launcher.url(0)}/sandbox/state", timeout=10).json()
+        return bool(state["notifications"][0]["is_logged"])
+
+    eventually(is_logged)
     launcher.end(signal.SIGTERM)
 
 
@@ -341,13 +346,13 @@ def test_a_guard_that_is_killed_takes_the_service_along(launch):
     guard.kill()
     output, _ = launcher.process.communicate(timeout=60)
     assert launcher.process.returncode == 1
-    assert "the service has ended by itself" in output
+    assert "the service ended unexpectedly" in output
     _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
 
 
 def test_a_terminal_that_is_closed_ends_everything(launch):
-    """As of an ssh session: its make gets the SIGHUP and keeps it to itself."""
+    """A closing ssh session: its make gets the SIGHUP and does not forward it."""
     terminal, stdin = pty.openpty()
     launcher = launch(stdin=stdin)
     os.close(stdin)

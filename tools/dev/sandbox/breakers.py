@@ -38,9 +38,9 @@ class Breakers:
         try:
             with local_session() as session:
                 reply = session.get(self._url, timeout=TIMEOUT)
-        except requests.RequestException:
+                return parse_states(reply.text) if reply.ok else None
+        except (requests.RequestException, ValueError):  # no answer, or no metrics
             return None
-        return parse_states(reply.text) if reply.ok else None
 
 
 def local_session() -> requests.Session:
