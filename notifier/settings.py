@@ -151,10 +151,12 @@ class Settings:
         ):
             given = {name for name in (first, second) if getattr(self, name) is not None}
             if len(given) == 1:
-                (other,) = {first, second} - given
+                (name,), (other,) = given, {first, second} - given
+                value = getattr(self, name)
+                from_file = "_FILE" if isinstance(value, Secret) and value.file else ""
                 instead = f", or {other.upper()}_FILE," if "password" in other else ""
                 missing = f"{other.upper()}{instead} is missing"
-                raise SettingsError(f"{missing}: {given.pop().upper()} needs it")
+                raise SettingsError(f"{missing}: {name.upper()}{from_file} needs it")
 
     def _check_tls(self) -> None:
         for name in ("db_sslrootcert", "db_sslcert"):

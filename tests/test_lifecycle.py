@@ -135,7 +135,7 @@ def test_a_service_without_providers_is_not_ready_until_it_can_read_them(
     assert (status, report["ready"]) == (503, False)
     assert report["checks"]["preferences"] == {
         "ok": False,
-        "detail": "not held in cache, and PostgreSQL is unreachable",
+        "detail": "not held in cache, and PostgreSQL cannot be read: see the log",
     }
     assert service.metric("http_server_requests_total", http_status_code="503") == 1
     allow_connections("true")

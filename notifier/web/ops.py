@@ -74,7 +74,10 @@ def _check_preferences(preferences: Preferences) -> dict[str, Any]:
     try:
         preferences.load(time.monotonic() + READINESS_WAIT)
     except PreferencesUnavailable:
-        return {"ok": False, "detail": "not held in cache, and PostgreSQL is unreachable"}
+        return {
+            "ok": False,
+            "detail": "not held in cache, and PostgreSQL cannot be read: see the log",
+        }
     return {"ok": True, "detail": "loaded from PostgreSQL"}
 
 

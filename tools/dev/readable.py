@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from http import HTTPStatus
 from typing import Any
 
 Entry = Mapping[str, Any]
@@ -47,6 +48,8 @@ def text(entry: Entry, *, colour: bool) -> str:
     shown = [_request(entry) if is_request else _printable(entry["message"])]
     known = _REQUEST if is_request else _ATTEMPT if "provider_id" in entry else set()
     left_out = _COMMON | known
+    if is_request and entry["status"] >= HTTPStatus.BAD_REQUEST:
+        left_out -= {"request_id"}  # leads to all lines of the request
     blocks = []
     for name, value in entry.items():
         if name in left_out or value is None or (name, value) == ("times", 1):

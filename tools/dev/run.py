@@ -4,6 +4,7 @@ python -m tools.dev.run [BEGAN]    # BEGAN: when the command began, in seconds s
 """
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -132,7 +133,20 @@ def _database(
     output.say("2/4 starting PostgreSQL")
     server = postgres.acquire()
     stack.callback(server.close)
+    _lock(stack, server.base / "run.lock")
     return environment | server.env, server.base / "password"
+
+
+def _lock(stack: ExitStack, path: Path) -> None:
+    """Make sure that no other `make run` uses the database: its providers' rows name our ports."""
+    file = stack.enter_context(path.open("w"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CannotRun(
+            f"another make run uses the database in {path.parent}: "
+            "stop it, or set EMBEDDED_PG_DIR to another directory"
+        ) from None
 
 
 def _prepare(output: Output, settings: Settings, mocks: Sequence[Mock]) -> None:

@@ -96,6 +96,11 @@ def test_a_failed_attempt_shows_its_provider_and_the_reason() -> None:
     assert line == f"{TIME} INFO    {expected}"
 
 
+@pytest.mark.parametrize(("status", "end"), [(200, "accepted"), (500, "request_id=order-1")])
+def test_a_request_that_failed_shows_its_id(status: int, end: str) -> None:
+    assert request(channel(ACCEPTED), status=status, request_id="order-1").endswith(end)
+
+
 def test_colour_marks_level_and_field_names() -> None:
     assert shown(colour=True, level="ERROR", host="a") == (
         f"\033[2m{TIME}\033[0m \033[31mERROR  \033[0m listening \033[2mhost=\033[0ma"

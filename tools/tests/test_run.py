@@ -182,7 +182,7 @@ def test_it_says_what_it_does_and_for_how_long_the_user_has_waited(launch):
     assert 0 <= int(ready[1]) <= waited + 1
     rest = launcher.end(signal.SIGINT).splitlines()
     assert rest[-1] == run.FAREWELL
-    assert "stopping; Ctrl-C again cuts off the requests under way" in rest
+    assert "stopping; press Ctrl-C again to abort the requests in progress" in rest
 
 
 def test_the_wait_is_counted_from_the_users_command():
@@ -319,6 +319,17 @@ def test_an_own_database_with_one_user_is_used_by_that_user(launch, empty_databa
     launcher.process.communicate(timeout=60)
     assert launcher.process.returncode == 0
     assert not launcher.folder.exists()
+
+
+def test_a_second_one_leaves_the_first_ones_database_alone(launch):
+    first = launch()
+    first.welcome()
+    second = launch(EMBEDDED_PG_DIR=str(first.folder))
+    output, _ = second.process.communicate(timeout=60)
+    assert second.process.returncode == 1
+    assert f"another make run uses the database in {first.folder}: stop it, or set" in output
+    assert send(first) == 200
+    first.end(signal.SIGTERM)
 
 
 @pytest.mark.parametrize(
