@@ -8,7 +8,7 @@ const MEANINGS = {
   503: "Answers 503, as if it were down.",
   429: "Answers 429, as if it were overloaded.",
   slow: "",
-  drop: "Drops the connection without an answer.",
+  drop: "Drops the connection, no answer.",
 };
 const BREAKERS = {
   closed: "breaker closed",
@@ -57,7 +57,6 @@ function copy(id) {
 
 function notify(text) {
   put($("notice"), text);
-  $("notice").hidden = !text;
 }
 
 async function call(method, path, body, timeout = TIMEOUT_MS) {
@@ -66,7 +65,9 @@ async function call(method, path, body, timeout = TIMEOUT_MS) {
     options.headers = { "Content-Type": "application/json" };
     options.body = JSON.stringify(body);
   }
-  const reply = await fetch(`sandbox/${path}`, options);
+  const reply = await fetch(`sandbox/${path}`, options).catch(() => {
+    throw new Error("the sandbox does not answer");
+  });
   const text = await reply.text();
   if (!reply.ok) throw new Error(JSON.parse(text).error);
   return text;
@@ -152,7 +153,24 @@ function showNotifications(list) {
     notifications.get(key).remove();
     notifications.delete(key);
   }
-  $("empty").hidden = list.length > 0;
+}
+
+// What to try: all steps while nothing has been sent, then only the next one.
+function showSteps(state) {
+  const done = stepsDone(state);
+  $("steps").hidden = done === 3;
+  $("nothing").hidden = done > 0;
+  $("steps").querySelectorAll("li").forEach((step, index) => { step.hidden = done > 0 && index !== done; });
+}
+
+function stepsDone({ notifications: list, providers: known, reads_log }) {
+  if (!list.length) return 0;
+  const ways = list.flatMap(({ ways: each }) => each.map(({ steps }) => steps.map(({ tone }) => tone)));
+  const isSkipped = reads_log
+    ? ways.some((tones) => tones.includes("quiet"))
+    : known.some(({ breaker }) => breaker === "open");
+  if (isSkipped) return 3;
+  return ways.some((tones) => tones.includes("bad") && tones.at(-1) === "good") ? 2 : 1;
 }
 
 function fill(item, notification) {
@@ -231,7 +249,7 @@ async function send(event) {
   event.preventDefault();
   const number = ++latest;
   const fields = Object.fromEntries(new FormData(form));
-  $("answer").replaceChildren(make("p", "Sending…"));
+  showSending();
   let content;
   try {
     const reply = call("POST", "notifications", fields, SEND_TIMEOUT_MS);
@@ -240,8 +258,19 @@ async function send(event) {
   } catch (error) {
     content = [make("p", `Failed: ${error.message}`, "error")];
   }
-  if (number === latest) $("answer").replaceChildren(...content);
+  if (number === latest) {
+    $("answer").replaceChildren(...content);
+    $("answer").setAttribute("aria-busy", "false");
+  }
   await refresh();
+}
+
+// The previous answer keeps its room, so that what is below it does not jump.
+function showSending() {
+  const [first] = $("answer").children;
+  if (first) first.replaceWith(make("p", "Sending…"));
+  else $("answer").append(make("p", "Sending…"));
+  $("answer").setAttribute("aria-busy", "true");
 }
 
 function makeAnswer({ status, reason, body, request_id }) {
@@ -269,7 +298,7 @@ async function refresh() {
     shown = text;
   } catch {
     isLost = true;
-    notify("The sandbox does not answer. Trying again each second.");
+    notify("The sandbox does not answer. This is its last known state. Trying again…");
   }
 }
 
@@ -279,6 +308,7 @@ function show(state) {
   $("service").dataset.tone = state.service_answers ? "good" : "bad";
   state.providers.forEach(showProvider);
   showNotifications(state.notifications);
+  showSteps(state);
   $("unlogged").hidden = state.reads_log || !state.notifications.length;
 }
 
