@@ -371,7 +371,7 @@ UNUSABLE = (
     " Instead use --secret-file or --secret-stdin"
 )
 
-# What comes at the first prompt and, if something does, at the second; and the error.
+# The input at the first prompt and, if any, at the second; and the error.
 REFUSED = {
     "mistyped": (["s3cr3t\n", "s3cr3t, mistyped\n"], DIFFER),
     "three lines": (["s3cr3t 1\ns3cr3t 2\ns3cr3t 3\n"], DIFFER),

@@ -27,7 +27,7 @@ def caused_by(cause: BaseException | None) -> TransportError:
         (ssl.SSLError(1, "[SSL: WRONG_VERSION] wrong version (_ssl.c:1)"), "wrong version"),
         (TimeoutError("the deadline has passed"), "timed out"),
         (TimeoutError(110, "Connection timed out"), "connection timed out"),
-        # What may quote a URL, a header or a body.
+        # Texts that may quote a URL, a header or a body.
         (OSError(f"cannot call {URL}"), None),
         (requests.exceptions.InvalidURL(f"Invalid URL {URL}"), None),
         (requests.exceptions.ConnectionError(URL, request=None), None),

@@ -121,7 +121,7 @@ def test_a_head_that_is_completed_while_the_worker_stops_is_answered(service: Se
     assert service.process.wait(30) == 0
 
 
-def test_a_dripping_head_is_cut_off_in_time(service: Service) -> None:
+def test_a_dripping_head_is_closed_at_its_limit(service: Service) -> None:
     with connect(service) as sock:
         assert drip(sock, b"GET /healthz HTTP/1.1\r\n", b"X: y\r\n") == b""
 
@@ -190,7 +190,7 @@ def test_callers_that_do_not_close_after_the_last_reply_do_not_block_a_worker(
             assert sock.recv(65536) == b""
 
 
-def test_a_caller_that_goes_on_sending_after_the_last_reply_is_cut_off_in_time(
+def test_a_caller_that_goes_on_sending_after_the_last_reply_is_closed_at_its_limit(
     service: Service,
 ) -> None:
     def is_cut(sock: socket.socket) -> bool:

@@ -130,7 +130,7 @@ def test_a_row_that_somebody_added_or_edited_stays(
         ({"DB_NAME": "none"}, "seed: PostgreSQL: "),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(database, variables, line):
+def test_an_error_is_one_line(database, variables, line):
     failed = seed(database | variables)
     assert failed.returncode == 1
     assert failed.stderr.startswith(line)

@@ -1,4 +1,4 @@
-"""What the Makefile installs and when, tried with a pretended Python."""
+"""The Makefile installs each set of packages once, tried with a fake Python."""
 
 import os
 import shutil

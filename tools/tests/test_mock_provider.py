@@ -321,14 +321,14 @@ class TestRefusedRequests:
         assert reply.status_code == 404
         assert reply.json()["error"].startswith("no such path")
 
-    def test_what_is_hardly_http_gets_an_error_in_json(self, provider: MockProvider) -> None:
+    def test_malformed_http_gets_an_error_in_json(self, provider: MockProvider) -> None:
         reply = exchange(provider, b"GET / HTTP/9.9\r\n\r\n")
 
         assert b'{"error": ' in reply
 
 
 class TestBehaviourOverHttp:
-    def test_the_present_behaviour_and_the_choices_are_told(
+    def test_the_current_behaviour_and_the_choices_are_returned(
         self, provider: MockProvider, client: requests.Session
     ) -> None:
         assert client.get(f"{provider.url}behaviour").json() == {
@@ -379,7 +379,7 @@ class TestBehaviourOverHttp:
         assert (provider.behaviour, provider.state["delay"]) == ("accept", 10.0)
 
     @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
-    def test_a_number_that_is_none_is_no_delay(
+    def test_nan_is_refused_as_a_delay(
         self, provider: MockProvider, client: requests.Session, number: str
     ) -> None:
         body = f'{{"behaviour": "slow", "delay": {number}}}'
@@ -393,7 +393,7 @@ class TestBehaviourOverHttp:
     @pytest.mark.parametrize(
         "content_type", ["text/plain", "", "application/x-www-form-urlencoded"]
     )
-    def test_what_a_foreign_web_page_can_send_changes_nothing(
+    def test_a_cross_site_request_changes_nothing(
         self, provider: MockProvider, client: requests.Session, content_type: str
     ) -> None:
         body, headers = b'{"behaviour": "503"}', {"Content-Type": content_type}

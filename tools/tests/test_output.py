@@ -1,4 +1,4 @@
-"""What `make run` writes: in order, complete, and never in the way of a stop."""
+"""The output of `make run`: in order, complete, and never an obstacle to a stop."""
 
 import json
 import os

@@ -119,7 +119,7 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
 
 @pytest.fixture
 def stream() -> Iterator[StringIO]:
-    """What a logger of the service writes."""
+    """The output of the service's loggers."""
     root = logging.getLogger()
     before = root.handlers[:], root.level
     stream = StringIO()

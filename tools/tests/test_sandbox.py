@@ -520,7 +520,7 @@ class TestClearing:
         assert state["notifications"] == []
         assert [provider["received"] for provider in state["providers"]] == [0, 0]
 
-    def test_what_was_under_way_does_not_come_back(
+    def test_a_cleared_notification_does_not_return(
         self, sandbox: Sandbox, service: MockProvider, call: Call
     ) -> None:
         service.switch("slow", 60)
@@ -592,7 +592,7 @@ class TestPage:
     @pytest.mark.parametrize(
         ("method", "path"), [("POST", "notifications"), ("PUT", "providers/{port}")]
     )
-    def test_what_a_foreign_page_can_send_changes_nothing(
+    def test_a_cross_site_request_changes_nothing(
         self, sandbox: Sandbox, service: MockProvider, call: Call, method: str, path: str
     ) -> None:
         path = path.format(port=sandbox.providers[1].port)

@@ -207,7 +207,7 @@ def test_the_keyboard_alone_switches_and_sends(stage):
     assert page.get_by_role("button", name="Send").evaluate(outline) == "solid"
 
 
-def test_news_leave_focus_and_open_details_alone(stage):
+def test_an_update_keeps_focus_and_open_details(stage):
     stage.send()
     details = stage.newest.locator("summary")
     details.click()
