@@ -135,7 +135,7 @@ class AttemptFailed(Exception):
 
     @property
     def endpoint_failed(self) -> bool | None:
-        """The breaker's record: True for a failure; None if the deadline cut the attempt short."""
+        """As `AttemptOutcome.endpoint_failed`; None if the deadline cut the attempt short."""
         return None if self.reason == DEADLINE else self.outcome.endpoint_failed
 
     @property

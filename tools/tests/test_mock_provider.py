@@ -379,7 +379,7 @@ class TestBehaviourOverHttp:
         assert (provider.behaviour, provider.state["delay"]) == ("accept", 10.0)
 
     @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
-    def test_nan_is_refused_as_a_delay(
+    def test_nan_and_infinity_are_refused_as_a_delay(
         self, provider: MockProvider, client: requests.Session, number: str
     ) -> None:
         body = f'{{"behaviour": "slow", "delay": {number}}}'
