@@ -4,6 +4,7 @@ They use the database of DB_* when DB_HOST is set. Otherwise they use that of `m
 its server if need be.
 """
 
+import os
 import signal
 import sys
 from contextlib import closing, nullcontext
@@ -49,12 +50,20 @@ commands = _Commands(
 commands.params.clear()  # flask's own, such as --app
 
 
+def _joined() -> postgres.Server | None:
+    """Let DB_* name the database, and return the share in its server if it is ours."""
+    if ignored := postgres.ignored(os.environ):
+        print(f"notify: {ignored}", file=sys.stderr)
+    os.environ |= postgres.unproxied(os.environ)
+    return postgres.join()
+
+
 def main() -> None:
     """Run the command, and end the process with its exit code. Help needs no database."""
     click.Context.formatter_class = _Help
     try:
         is_help = "--help" in sys.argv or not sys.argv[1:]
-        share = None if is_help else postgres.join()
+        share = None if is_help else _joined()
     except PostgresError as error:
         sys.exit(f"notify: {error}")
     except KeyboardInterrupt:

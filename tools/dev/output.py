@@ -34,7 +34,7 @@ class Output:
         self.colour = (
             self.is_terminal
             and not os.environ.get("NO_COLOR")
-            and os.environ.get("TERM", "dumb") != "dumb"
+            and os.environ.get("TERM") not in (None, "", "dumb")
         )
         self._descriptor = descriptor
         self._changed = threading.Condition()

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from tools import ROOT
+from tools import HOST, ROOT
 from tools.dev import cluster, programs
 from tools.dev.programs import ELSEWHERE, PostgresError
 
@@ -36,10 +36,12 @@ __all__ = [
     "PostgresError",
     "Server",
     "acquire",
+    "ignored",
     "join",
     "main",
     "server",
     "serving",
+    "unproxied",
     "without_database",
 ]
 
@@ -129,6 +131,20 @@ def main(arguments: list[str]) -> int:
 def without_database(environment: Mapping[str, str]) -> dict[str, str]:
     """Return a copy of `environment` without the DB_* variables."""
     return {name: value for name, value in environment.items() if not name.startswith("DB_")}
+
+
+def ignored(environment: Mapping[str, str]) -> str:
+    """Return a line about the DB_* variables that have no effect without DB_HOST; "" for none."""
+    names = [n for n, value in environment.items() if n.startswith("DB_") and value.strip()]
+    if not names or environment.get("DB_HOST", "").strip():
+        return ""
+    return f"DB_HOST is not set: ignoring {', '.join(sorted(names))}, using make run's database"
+
+
+def unproxied(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return `no_proxy` of `environment` and this machine, whose servers no proxy knows."""
+    others = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    return {"no_proxy": f"{others},{HOST}"}
 
 
 def serving(environment: Mapping[str, str]) -> dict[str, str]:

@@ -85,6 +85,8 @@ def run(stack: ExitStack, output: Output, stopping: threading.Event, began: floa
     """
     surroundings = _surroundings()
     environment = _environment()
+    if ignored := postgres.ignored(os.environ):
+        output.say(ignored)
     settings = Settings.from_env(_ANY_DATABASE | environment)
     mocks = ports.mocks(environment)
     ports.check(settings, mocks)
@@ -118,8 +120,7 @@ def _surroundings() -> tuple[int, bool]:
 def _environment() -> Environment:
     """Return the variables that are set; without DB_HOST, none that describes a database."""
     environment = {name: value for name, value in os.environ.items() if value.strip()}
-    others = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
-    environment["no_proxy"] = f"{others},{HOST}"  # no proxy knows our own servers
+    environment |= postgres.unproxied(environment)
     return environment if "DB_HOST" in environment else postgres.without_database(environment)
 
 
@@ -159,6 +160,8 @@ def _prepare(output: Output, settings: Settings, mocks: Sequence[Mock]) -> None:
         for mock in mocks:
             if mock.name in moved:
                 output.say(f"    the provider {mock.name} moved to port {mock.port}")
+        if not seed.has_rows(database, mocks, HOST):
+            output.say("    the database has other providers already: the mock ones are not added")
 
 
 def _sandbox(stack: ExitStack, settings: Settings, mocks: Sequence[Mock]) -> Sandbox:

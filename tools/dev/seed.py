@@ -18,15 +18,24 @@ from notifier.models import Channel
 from notifier.settings import Settings, SettingsError
 from notifier.store.db import Database, first_line
 
-# Finds a row by its provider's name, its channel and a URL without its port.
+# Finds rows by their provider's name, its channel and a URL without its port. The ports must follow
+# each other as those of the mock providers do: one that does not was edited by a user.
 _MOVE = """
+WITH ours AS (
+    SELECT row.id, mock.name, mock.url,
+           substring(row.host FROM %(made)s)::int - mock.number AS first
+      FROM unnest(%(channels)s::text[], %(names)s::text[], %(urls)s::text[])
+           WITH ORDINALITY AS mock (channel, name, url, number)
+      JOIN notification_preferences AS row
+        ON row.provider_type::text = mock.channel AND row.provider_name = mock.name
+     WHERE row.host ~ %(made)s
+)
 UPDATE notification_preferences AS row
-   SET host = mock.url
-  FROM unnest(%(channels)s::text[], %(names)s::text[], %(urls)s::text[])
-       AS mock (channel, name, url)
- WHERE row.provider_type::text = mock.channel AND row.provider_name = mock.name
-   AND row.host ~ %(made)s AND row.host <> mock.url
-RETURNING mock.name
+   SET host = ours.url
+  FROM ours
+ WHERE row.id = ours.id AND row.host <> ours.url
+   AND ours.first = (SELECT mode() WITHIN GROUP (ORDER BY first) FROM ours)
+RETURNING ours.name
 """
 
 
@@ -82,7 +91,8 @@ def move_rows(database: Database, providers: Iterable[Mock], host: str) -> list[
     """Point the rows of `providers` to their present ports; return the names of the moved ones.
 
     A row moves only if `add_rows` evidently made it: it has the name and the channel of a mock
-    provider, and the URL of any port of `host`. Rows that a user added or edited stay.
+    provider, and its port on `host` fits those of the others. Rows that a user added or edited
+    stay.
 
     Raises:
         psycopg.Error: PostgreSQL cannot be reached or refused.
@@ -92,10 +102,22 @@ def move_rows(database: Database, providers: Iterable[Mock], host: str) -> list[
         "channels": [str(mock.channel) for mock in mocks],
         "names": [mock.name for mock in mocks],
         "urls": [mock.url(host) for mock in mocks],
-        "made": rf"^http://{re.escape(host)}:[0-9]+/$",
+        "made": rf"^http://{re.escape(host)}:([0-9]{{1,5}})/$",
     }
     with database.connect() as connection:
         return sorted({name for (name,) in connection.execute(_MOVE, values)})
+
+
+def has_rows(database: Database, providers: Iterable[Mock], host: str) -> bool:
+    """Return True if at least one row points to one of `providers`.
+
+    Raises:
+        psycopg.Error: PostgreSQL cannot be reached or refused.
+    """
+    urls = [mock.url(host) for mock in providers]
+    query = "SELECT 1 FROM notification_preferences WHERE host = ANY(%s) LIMIT 1"
+    with database.connect() as connection:
+        return connection.execute(query, [urls]).fetchone() is not None
 
 
 def main() -> int:

@@ -109,6 +109,7 @@ def test_a_removed_row_follows_as_well(seeded: Environment) -> None:
         ("host", "http://localhost:9090/"),
         ("host", "https://127.0.0.1:9090/"),
         ("host", "http://127.0.0.1/"),
+        ("host", "http://127.0.0.1:5000/"),
         ("host", "http://127x0.0.1:9090/"),
     ],
 )
@@ -121,6 +122,12 @@ def test_a_row_that_somebody_added_or_edited_stays(
     before = rows(seeded)[0]
     assert moved(seeded, 7000) == ["email 2", "push 1", "push 2"]
     assert rows(seeded)[0] == before
+
+
+def test_rows_of_the_mock_providers_are_found_by_their_urls(seeded: Environment) -> None:
+    database = Database.migrating(Settings.from_env(seeded))
+    assert seeding.has_rows(database, seeding.PROVIDERS, "127.0.0.1")
+    assert not seeding.has_rows(database, seeding.from_port(7000), "127.0.0.1")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from tests.fixtures import Environment
 from tests.service import ROOT, clean_environment
 from tests.timing import eventually
 from tools.dev import postgres
+from tools.dev.mock_provider import MockProvider
 from tools.tests.server_directory import directory, processes
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -113,14 +114,26 @@ def test_a_prompt_has_the_terminal(database: Environment) -> None:
 
 def test_without_db_host_the_database_of_make_run_is_used_and_stopped_again() -> None:
     with directory() as base:
-        own = {"EMBEDDED_PG_DIR": str(base), "DB_NAME": "of another database"}
-        migrated = notify(own, "migrate")
-        assert (migrated.returncode, migrated.stderr) == (0, "")
+        own = {"EMBEDDED_PG_DIR": str(base)}
+        migrated = notify(own | {"DB_HSOT": "prod", "DB_NAME": "other", "DB_PORT": ""}, "migrate")
+        ignored = "DB_HOST is not set: ignoring DB_HSOT, DB_NAME, using make run's database"
+        assert (migrated.returncode, migrated.stderr) == (0, f"notify: {ignored}\n")
         assert notify(own, "providers", "list").stderr == "no providers\n"
         eventually(lambda: not processes(base))
         with postgres.server(base) as environment:
             assert migrations.migrate(Settings.from_env(environment)).applied == []
             assert notify(own, "check-role").returncode == 0  # beside another user of the server
+
+
+def test_a_proxy_in_the_environment_is_not_asked_for_a_local_provider(
+    database: Environment,
+) -> None:
+    with MockProvider("email 1", 0) as provider:
+        add = ("providers", "add", *ACME[:-1], provider.url)
+        proxied = database | {"http_proxy": "http://127.0.0.1:1", "no_proxy": "elsewhere"}
+        assert notify(proxied, *add).returncode == 0
+        tested = notify(proxied, "providers", "test", "1")
+    assert (tested.returncode, provider.total) == (0, 1)
 
 
 def test_a_server_that_cannot_start_is_one_line(tmp_path: Path) -> None:
