@@ -161,6 +161,25 @@ class TestJoining:
         assert (one["title"], one["received"]) == (None, [])
         assert (one["result"], one["tone"]) == ("failed", "bad")
 
+    @pytest.mark.parametrize(
+        ("outcome", "may_have_arrived"),
+        [
+            ("accepted", True),
+            ("unknown", True),
+            ("rejected", False),
+            ("not_sent", False),
+            ("skipped", False),
+        ],
+    )
+    def test_a_notification_without_a_title_may_have_reached_another_provider(
+        self, outcome: str, may_have_arrived: bool
+    ) -> None:
+        tried = {"provider": "Acme Mail", "outcome": outcome, "reason": "open"}
+
+        (one,) = shown(entry(channels=[channel("Email", tried)]))
+
+        assert (one["title"], one["may_have_arrived"]) == (None, may_have_arrived)
+
     def test_the_form_gives_the_title_where_no_provider_received_it(self) -> None:
         sent = Sent("r-1", NOON, "buyer", **TEXTS, status=500)
         line = entry(status=500, channels=[channel("Email", OPEN, outcome="failed")])
@@ -208,6 +227,39 @@ class TestJoining:
         found = shown(*lines, seen=(seen(0.004), seen(0.005)))
 
         assert [len(one["received"]) for one in found] == [1, 1]
+
+    def test_notifications_with_the_same_id_at_the_same_time_are_told_apart_by_address(
+        self,
+    ) -> None:
+        lines = [
+            entry(0.010 + number / 1000, recipient=recipient, to=f"{recipient[0]}***@example.com")
+            for number, recipient in enumerate(("buyer", "seller"))
+        ]
+        for_buyer = seen(0.004, title="for buyer")
+        for_seller = seen(0.005, title="for seller", to="seller@example.com")
+
+        found = shown(*lines, seen=(for_buyer, for_seller))
+
+        titles = {one["recipient"]: one["title"] for one in found}
+        assert titles == {"buyer": "for buyer", "seller": "for seller"}
+
+    @pytest.mark.parametrize("other", [(OPEN, SECOND), (SECOND,)])
+    def test_notifications_with_the_same_id_at_the_same_time_are_told_apart_by_provider(
+        self, other: tuple[Mapping[str, Any], ...]
+    ) -> None:
+        lines = [entry(0.010), entry(0.012, channels=[channel("Email", *other)])]
+
+        newer, older = shown(*lines, seen=(seen(0.005), seen(0.006, "email 2")))
+
+        assert [each["provider"] for each in newer["received"]] == ["email 2"]
+        assert [each["provider"] for each in older["received"]] == ["email 1"]
+
+    def test_a_message_of_a_provider_that_the_service_knows_by_another_name_is_joined(self) -> None:
+        renamed = {**ACCEPTED, "provider": "Acme Mail"}
+
+        (one,) = shown(entry(channels=[channel("Email", renamed)]), seen=(seen(),))
+
+        assert one["title"] == "Hello"
 
     def test_a_line_that_dates_its_start_late_is_joined_all_the_same(self) -> None:
         """A busy machine may log a line long after it measured the duration."""
@@ -439,6 +491,14 @@ class TestState:
         assert after["reads_log"] is True
         assert ways(after["notifications"][0]) == ["Email: email 1: accepted"]
 
+    @pytest.mark.parametrize(("level", "reads_log"), [("INFO", True), ("WARNING", False)])
+    def test_a_log_without_info_lines_is_not_a_whole_log(
+        self, sandbox: Sandbox, call: Call, level: str, reads_log: bool
+    ) -> None:
+        sandbox.heard(entry(level=level))
+
+        assert call("GET", "state").json()["reads_log"] is reads_log
+
 
 class TestSwitches:
     def test_the_page_switches_any_of_the_providers(self, sandbox: Sandbox, call: Call) -> None:
@@ -492,6 +552,15 @@ class TestSending:
         answer = call("POST", "notifications", json={**SENT, "recipient": "../x?y"}).json()
 
         assert json.loads(answer["body"])["path"] == "/api/v1.0/recipient/..%2Fx%3Fy/notify"
+
+    def test_a_recipient_that_no_url_can_have_gets_422(
+        self, call: Call, service: MockProvider
+    ) -> None:
+        reply = call("POST", "notifications", json={**SENT, "recipient": "\ud800"})
+
+        assert reply.status_code == 422
+        assert reply.json() == {"error": "recipient has to be valid Unicode"}
+        assert (service.total, call("GET", "state").json()["notifications"]) == (0, [])
 
     def test_without_a_service_the_page_learns_so_and_nothing_is_listed(self, client: Any) -> None:
         with (

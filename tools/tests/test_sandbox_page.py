@@ -16,6 +16,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests import chromium
 from tests.service import Service, free_port
+from tools.dev.mock_provider import ANSWERS
 from tools.dev.sandbox import Sandbox
 
 pytestmark = pytest.mark.needs("chromium")
@@ -266,6 +267,88 @@ def test_the_page_fits_desktops_and_phones_in_light_and_dark(stage):
     box = stage.newest.bounding_box()
     assert box
     assert box["y"] + box["height"] <= PHONE["height"]
+
+
+def line(provider: str, outcome: str) -> dict[str, object]:
+    """Return the `request` line of a notification with one provider."""
+    tried = {"provider": provider, "outcome": outcome, "reason": "open"}
+    return {
+        "timestamp": "2026-01-01T12:00:00.000Z",
+        "level": "INFO",
+        "message": "request",
+        "request_id": f"{provider} {outcome}",
+        "route": "/api/v1.0/recipient/<recipient>/notify",
+        "status": 200,
+        "duration_ms": 10.0,
+        "recipient": "buyer",
+        "to": "b***@example.com",
+        "channels": [{"channel": "Email", "outcome": "delivered", "providers": [tried]}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("outcome", "title"),
+    [
+        ("accepted", "Title unknown: none of the sandbox\u2019s providers received it"),
+        ("skipped", "No provider received it: title unknown"),
+    ],
+)
+def test_an_unknown_title_says_why(browser, outcome, title):
+    with Sandbox([("email 1", 0)], NOWHERE) as sandbox, opened(browser, sandbox.url) as page:
+        sandbox.heard(line("Acme Mail", outcome))
+        expect(page.locator(".notification h3")).to_have_text(title)
+
+
+def test_large_text_stays_in_its_place(browser):
+    """Every switch shows its text in its track, and a title keeps room beside the result."""
+    inside = """element => [...element.querySelectorAll("label")].every(label => {
+        const text = document.createRange();
+        text.selectNodeContents(label.querySelector("span"));
+        const [box, own, track] = [text, label, element].map(each => each.getBoundingClientRect());
+        return box.left >= own.left && box.right <= own.right && own.right <= track.right
+            && track.right <= innerWidth;
+    })"""
+    mocks = [("email 1", 0), ("push 1", 0)]
+    with Sandbox(mocks, NOWHERE) as sandbox, opened(browser, sandbox.url, viewport=PHONE) as page:
+        sandbox.heard(line("Acme Mail", "accepted"))
+        expect(page.locator(".notification")).to_be_visible()
+        page.evaluate("document.documentElement.style.fontSize = '200%'")
+        assert fits(page)
+        for switch in page.locator(".switch").all():
+            assert switch.evaluate(inside)
+        title = page.locator(".notification h3").bounding_box()
+        assert title
+        assert title["width"] > PHONE["width"] / 2
+
+
+def test_forced_colours_show_the_chosen_switch(browser):
+    """The browser replaces a background unless `forced-color-adjust` is none."""
+    colours = """element => {
+        const { forcedColorAdjust, backgroundColor } = getComputedStyle(element);
+        return [forcedColorAdjust, backgroundColor];
+    }"""
+    with Sandbox([("email 1", 0)], NOWHERE) as sandbox, opened(browser, sandbox.url) as page:
+        page.emulate_media(forced_colors="active")
+        switches = page.locator(".provider .switch span")
+        expect(switches).to_have_count(len(ANSWERS))
+        chosen, *others = [switch.evaluate(colours) for switch in switches.all()]
+        assert chosen[0] == "none"
+        assert chosen[1] not in {background for _, background in others}
+
+
+def test_a_refused_change_is_told_for_some_seconds(browser):
+    with Sandbox([("email 1", 0)], NOWHERE) as sandbox, opened(browser, sandbox.url) as page:
+        page.clock.install()
+        page.get_by_role("radio", name="slow").check()
+        delay = page.get_by_label("Seconds until email 1 accepts")
+        delay.fill("99")
+        delay.press("Tab")
+        notice = page.locator("#notice")
+        expect(notice).to_have_text("This could not be changed: expected 0 to 60 seconds")
+        page.clock.run_for(3000)
+        expect(notice).not_to_be_empty()
+        page.clock.run_for(7000)
+        expect(notice).to_be_empty()
 
 
 def test_without_a_service_the_page_says_so(browser):

@@ -44,7 +44,8 @@ class Journal:
 
     def heard(self, entry: Mapping[str, Any]) -> None:
         """Take one parsed line of the service's log; keep it if it is a notification's."""
-        self._reads_log = True
+        if entry.get("level") in ("DEBUG", "INFO"):  # else LOG_LEVEL omits most requests
+            self._reads_log = True
         line = parse_line(entry)
         with self._lock:
             if line and line.began + PRECISION >= self._cleared_at:
@@ -69,12 +70,14 @@ class Journal:
 
         Raises:
             ServiceUnreachable: the service did not answer.
+            UnicodeEncodeError: a URL cannot have this recipient.
         """
+        url = f"{self.service}/api/v1.0/recipient/{quote(recipient, safe='')}/notify"
         to, title, message = (str(fields.get(name, "")) for name in ("to", "title", "message"))
         sent = Sent(secrets.token_hex(16), time.time(), recipient, to, title, message)
         self._keep(sent)
         try:
-            reply = self._post(sent)
+            reply = _post(url, sent)
         except requests.RequestException as error:
             with self._lock:
                 self._sent.pop(sent.request_id, None)
@@ -96,13 +99,6 @@ class Journal:
         for provider in self.providers:
             provider.clear()
 
-    def _post(self, sent: Sent) -> requests.Response:
-        url = f"{self.service}/api/v1.0/recipient/{quote(sent.recipient, safe='')}/notify"
-        texts = {"to": sent.to, "title": sent.title, "message": sent.message}
-        headers = {"X-Request-Id": sent.request_id}
-        with local_session() as session:
-            return session.post(url, json=texts, headers=headers, timeout=REPLY_TIMEOUT)
-
     def _keep(self, sent: Sent) -> None:
         """Keep a request or its answered successor, unless it has been cleared."""
         with self._lock:
@@ -110,6 +106,13 @@ class Journal:
                 self._sent[sent.request_id] = sent
             while len(self._sent) > KEPT:
                 del self._sent[next(iter(self._sent))]
+
+
+def _post(url: str, sent: Sent) -> requests.Response:
+    texts = {"to": sent.to, "title": sent.title, "message": sent.message}
+    headers = {"X-Request-Id": sent.request_id}
+    with local_session() as session:
+        return session.post(url, json=texts, headers=headers, timeout=REPLY_TIMEOUT)
 
 
 def _shown(provider: MockProvider, breakers: Mapping[int, str] | None) -> dict[str, Any]:

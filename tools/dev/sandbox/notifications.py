@@ -1,7 +1,7 @@
 """Joins the log lines, the form's requests and the providers' messages into notifications.
 
-Each of them may come first, or never. The request id joins them. Where a caller gives several
-notifications the same id, the time decides.
+Each of them may come first, or never. The request id joins them. Where several notifications
+share an id, the address, the providers and the time decide.
 """
 
 from collections import defaultdict
@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
+from notifier.logs import mask_address
 from tools.dev.mock_provider import Message
 
 # Seconds by which a line's computed start may be late: its timestamp is taken after its duration.
@@ -31,14 +32,24 @@ _SKIPS = {"open": "breaker open", "deadline": "no time left", "url": "URL cannot
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A notification's `request` line in the service's log; `began` is a POSIX time."""
+    """A notification's `request` line in the service's log.
+
+    `began` is a POSIX time. `to` is the masked address, None if the service did not read it.
+    """
 
     request_id: str
     began: float
     recipient: str | None
+    to: str | None
     status: int
     reason: str | None
     channels: Sequence[Mapping[str, Any]]
+
+    @property
+    def called(self) -> dict[str, str]:
+        """The outcome of each provider that the service called."""
+        tried = (each for channel in self.channels for each in channel.get("providers", ()))
+        return {each["provider"]: each["outcome"] for each in tried if each["outcome"] != "skipped"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +110,20 @@ class Notification:
 
     def takes(self, seen: Seen) -> bool:
         """Return whether a message can belong here: no provider gets a notification twice."""
+        if self.line and self.line.to != mask_address(seen.message.to):
+            return False
         return self.began < seen.at + LATE and all(
             other.provider != seen.provider and other.content == seen.content for other in self.seen
         )
+
+    def preference(self, seen: Seen) -> tuple[bool, bool, float]:
+        """Return a key that is lowest for the likeliest notification of a message.
+
+        A line that did not call the provider is less likely. It is not ruled out: the service may
+        know the provider by another name.
+        """
+        is_called = self.line is not None and seen.provider in self.line.called
+        return not is_called, self.began > seen.at, abs(self.began - seen.at)
 
     def ways(self) -> list[Way]:
         """Return one way for each channel, from the log if it has them, else from the providers."""
@@ -123,6 +145,10 @@ class Notification:
         known = self.line or self.sent
         return known.status if known else None
 
+    def _may_have_arrived(self) -> bool:
+        outcomes = self.line.called.values() if self.line else ()
+        return any(each in ("accepted", "unknown") for each in outcomes)
+
     def shown(self, key: str) -> dict[str, Any]:
         """Return the page's fields; `key` identifies the notification while its sources arrive."""
         content = self.sent or (self.seen[0].message if self.seen else None)
@@ -141,6 +167,7 @@ class Notification:
             "status": self._status(),
             "reason": self.line.reason if self.line else None,
             "is_logged": self.line is not None,
+            "may_have_arrived": self._may_have_arrived(),
             "ways": [asdict(way) for way in self.ways()],
             "received": [
                 {
@@ -163,6 +190,7 @@ def parse_line(entry: Mapping[str, Any]) -> Line | None:
         request_id=entry["request_id"],
         began=ended - entry["duration_ms"] / 1000,
         recipient=entry.get("recipient"),
+        to=entry.get("to"),
         status=entry["status"],
         reason=entry.get("reason"),
         channels=entry.get("channels", ()),
@@ -187,14 +215,13 @@ def joined(
 
 
 def _add(same_id: list[Notification], seen: Seen) -> None:
-    """Add a message to the notification that began last before it, or to a new one."""
+    """Add a message to the likeliest notification, or to a new one."""
     request_id = seen.message.request_id
     fitting = [known for known in same_id if request_id and known.takes(seen)]
     if not fitting:
         fitting = [Notification(request_id, seen.at)]
         same_id += fitting
-    best = min(fitting, key=lambda known: (known.began > seen.at, abs(known.began - seen.at)))
-    best.seen.append(seen)
+    min(fitting, key=lambda known: known.preference(seen)).seen.append(seen)
 
 
 def _newest(by_id: Mapping[str, list[Notification]], most: int) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 const POLL_MS = 1000;
 const TIMEOUT_MS = 5000;
 const SEND_TIMEOUT_MS = 65000;
+const NOTICE_MS = 10000;
 const MEANINGS = {
   accept: "Accepts every message.",
   503: "Answers 503, as if it were down.",
@@ -38,6 +39,7 @@ let changes = 0;                   // changes ever begun: an older state must no
 let asked = 0, answered = 0;       // requests for the state: a late answer is outdated
 let queue = Promise.resolve();
 let isLost = false;
+let noticeTimer;
 
 // Content goes through textContent, and only where it differs: focus, scroll and selection stay.
 function put(element, text) {
@@ -55,8 +57,11 @@ function copy(id) {
   return $(id).content.firstElementChild.cloneNode(true);
 }
 
-function notify(text) {
+// A notice stays until the next one, or for `ms`.
+function notify(text, ms = 0) {
+  clearTimeout(noticeTimer);
   put($("notice"), text);
+  if (ms) noticeTimer = setTimeout(notify, ms, "");
 }
 
 async function call(method, path, body, timeout = TIMEOUT_MS) {
@@ -82,7 +87,7 @@ function change(action) {
       await action();
       notify("");
     } catch (error) {
-      notify(`This could not be changed: ${error.message}`);
+      notify(`This could not be changed: ${error.message}`, NOTICE_MS);
     }
     saving -= 1;
     shown = "";
@@ -178,7 +183,9 @@ function fill(item, notification) {
   if (item.shown === text) return;
   item.shown = text;
   const title = item.querySelector("h3");
-  put(title, notification.title ?? "No provider received it: title unknown");
+  put(title, notification.title ?? (notification.may_have_arrived
+    ? "Title unknown: none of the sandbox’s providers received it"
+    : "No provider received it: title unknown"));
   title.classList.toggle("nothing", notification.title === null);
   if (notification.title === "") put(title, "No title");
   const result = item.querySelector(".result");

@@ -111,6 +111,8 @@ class _PageHandler(ProviderHandler):
             return
         try:
             answer = self._journal.send(str(fields.get("recipient", "")), fields)
+        except UnicodeEncodeError:
+            self.send_error(422, "recipient has to be valid Unicode")
         except ServiceUnreachable:
             self.send_error(502, f"no answer from the service at {self._journal.service}")
         else:
