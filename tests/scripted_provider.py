@@ -57,7 +57,7 @@ class Peer:
 
     def send_together(self, data: bytes) -> None:
         """Send `data` so that it arrives as a whole, although TLS makes several records of it."""
-        cork = getattr(socket, "TCP_CORK", None) or getattr(socket, "TCP_NOPUSH")  # noqa: B009 macOS
+        cork = getattr(socket, "TCP_CORK", 4)  # macOS: TCP_NOPUSH, which Python does not name
         self._sock.setsockopt(socket.IPPROTO_TCP, cork, 1)
         self.send(data)
         self._sock.setsockopt(socket.IPPROTO_TCP, cork, 0)

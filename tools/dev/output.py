@@ -114,12 +114,12 @@ class Log:
 
     def _shown(self, line: bytes) -> bytes:
         """Pass the line's entry on, and return the line as the output gets it."""
-        entry = readable.parse(line)
-        if entry is None:
-            return line
         try:
+            entry = readable.parse(line)
+            if entry is None:
+                return line
             self._heard(entry)
             text = readable.text(entry, colour=self._output.colour)
-        except (LookupError, TypeError, ValueError):  # the reader must go on: a full pipe blocks
+        except Exception:  # noqa: BLE001 an entry of any form: if the reader ended, the service would block
             return line
         return f"{text}\n".encode() if self._output.is_terminal else line

@@ -142,9 +142,9 @@ def ignored(environment: Mapping[str, str]) -> str:
 
 
 def unproxied(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return `no_proxy` of `environment` and this machine, whose servers no proxy knows."""
+    """Return `no_proxy` of `environment`, extended by 127.0.0.1: our servers need no proxy."""
     others = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
-    return {"no_proxy": f"{others},{HOST}"}
+    return {"no_proxy": others if others.strip() == "*" else f"{others},{HOST}"}
 
 
 def serving(environment: Mapping[str, str]) -> dict[str, str]:

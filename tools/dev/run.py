@@ -193,7 +193,7 @@ def _start_service(
 
 
 def _stop_service(service: "subprocess.Popen[bytes]", log: Log) -> None:
-    """Let the requests under way finish; a further signal cuts them off."""
+    """Let the requests in progress finish; a further signal aborts them."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: service.send_signal(signal.SIGINT))
     if service.stdin:

@@ -19,7 +19,7 @@ from notifier.settings import Settings, SettingsError
 from notifier.store.db import Database, first_line
 
 # Finds rows by their provider's name, its channel and a URL without its port. The ports must follow
-# each other as those of the mock providers do: one that does not was edited by a user.
+# each other as those of the mock providers do, in most of the rows: a user edited the others.
 _MOVE = """
 WITH ours AS (
     SELECT row.id, mock.name, mock.url,
@@ -34,7 +34,10 @@ UPDATE notification_preferences AS row
    SET host = ours.url
   FROM ours
  WHERE row.id = ours.id AND row.host <> ours.url
-   AND ours.first = (SELECT mode() WITHIN GROUP (ORDER BY first) FROM ours)
+   AND ours.first = (
+        SELECT first FROM ours GROUP BY first
+        HAVING count(*) > 1 AND 2 * count(*) > (SELECT count(*) FROM ours)
+   )
 RETURNING ours.name
 """
 
@@ -91,8 +94,8 @@ def move_rows(database: Database, providers: Iterable[Mock], host: str) -> list[
     """Point the rows of `providers` to their present ports; return the names of the moved ones.
 
     A row moves only if `add_rows` evidently made it: it has the name and the channel of a mock
-    provider, and its port on `host` fits those of the others. Rows that a user added or edited
-    stay.
+    provider, and its port on `host` fits those of most other such rows. Rows that a user added or
+    edited stay.
 
     Raises:
         psycopg.Error: PostgreSQL cannot be reached or refused.

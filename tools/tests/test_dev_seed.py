@@ -124,6 +124,23 @@ def test_a_row_that_somebody_added_or_edited_stays(
     assert rows(seeded)[0] == before
 
 
+@pytest.mark.parametrize(
+    "urls",
+    [
+        ("http://127.0.0.1:9090/", "http://127.0.0.1:5000/", "https://a/", "https://b/"),
+        ("http://127.0.0.1:5000/", "https://a/", "https://b/", "https://c/"),
+    ],
+)
+def test_rows_whose_ports_do_not_agree_stay(seeded: Environment, urls: tuple[str, ...]) -> None:
+    with connect(seeded) as connection:
+        statement = "UPDATE notification_preferences SET host = %s WHERE provider_name = %s"
+        for mock, url in zip(seeding.PROVIDERS, urls, strict=True):
+            connection.execute(statement, [url, mock.name])
+    before = rows(seeded)
+    assert moved(seeded, 7000) == []
+    assert rows(seeded) == before
+
+
 def test_rows_of_the_mock_providers_are_found_by_their_urls(seeded: Environment) -> None:
     database = Database.migrating(Settings.from_env(seeded))
     assert seeding.has_rows(database, seeding.PROVIDERS, "127.0.0.1")

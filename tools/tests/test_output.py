@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import select
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -56,6 +57,7 @@ def read_lines(terminal: int, count: int) -> list[bytes]:
     """Read from our end of a terminal until `count` lines have come."""
     shown = b""
     while shown.count(b"\n") < count:
+        assert select.select([terminal], [], [], 10)[0], shown
         shown += os.read(terminal, 10_000)
     return shown.splitlines()
 
@@ -70,14 +72,22 @@ def test_a_pipe_gets_the_services_own_bytes(pipe: tuple[IO[bytes], int]) -> None
     assert heard == [ENTRY, ENTRY]
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        json.dumps(ENTRY | {"message": "request", "status": 200, "channels": 7}),
+        json.dumps(ENTRY | {"message": "request", "status": 200, "channels": ["x"]}),
+        "[" * 50_000,
+    ],
+    ids=["number", "text", "deep"],
+)
 def test_an_entry_of_an_unknown_form_passes_as_it_is_and_the_log_goes_on(
-    terminal: tuple[int, int],
+    terminal: tuple[int, int], odd: str
 ) -> None:
     ours, theirs = terminal
-    odd = json.dumps(ENTRY | {"message": "request", "channels": 7}).encode() + b"\n"
-    relayed(odd + JSON, theirs, [])
+    relayed(odd.encode() + b"\n" + JSON, theirs, [])
     shown = read_lines(ours, 2)
-    assert shown[0] == odd.strip()
+    assert shown[0] == odd.encode()
     assert shown[1].endswith(b" listening")
 
 

@@ -193,7 +193,7 @@ def parse_line(entry: Mapping[str, Any]) -> Line | None:
         to=entry.get("to"),
         status=entry["status"],
         reason=entry.get("reason"),
-        channels=entry.get("channels", ()),
+        channels=[one for one in entry.get("channels", ()) if isinstance(one, dict)],
     )
 
 
