@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import requests
 
+from tests.timing import eventually
 from tools.dev.json_handler import MAX_BODY_BYTES
 from tools.dev.mock_provider import MAX_MESSAGES, MockProvider
 
@@ -37,7 +38,7 @@ def provider() -> Iterator[MockProvider]:
 @pytest.fixture
 def client() -> Iterator[requests.Session]:
     with requests.Session() as session:
-        session.trust_env = False  # a proxy of the environment has no business here
+        session.trust_env = False  # ignore the environment's proxies
         yield session
 
 
@@ -55,14 +56,6 @@ def post(provider: MockProvider, client: requests.Session) -> Callable[..., requ
 def put(provider: MockProvider, client: requests.Session) -> Callable[[Any], requests.Response]:
     """Ask the provider over HTTP for another behaviour."""
     return lambda body: client.put(f"{provider.url}behaviour", json=body, timeout=5)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread or process does and tells nobody about."""
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.002)
 
 
 def exchange(provider: MockProvider, request: bytes) -> bytes:
@@ -134,7 +127,7 @@ class TestBehaviours:
         provider.switch("slow", 60)
         with ThreadPoolExecutor() as pool:
             waiting = pool.submit(post)
-            until(lambda: provider.total == 1)
+            eventually(lambda: provider.total == 1)
             assert provider.messages[0].answer == "waiting to answer 200 OK"
 
             provider.switch("503")
@@ -149,7 +142,7 @@ class TestBehaviours:
         with ThreadPoolExecutor() as pool:
             for number in (1, 2):
                 pool.submit(post, title=str(number))
-                until(lambda: provider.total == number)  # noqa: B023 - called in the same round
+                eventually(lambda: provider.total == number)  # noqa: B023 - called in the same round
             provider.switch("accept")
 
         assert [message.title for message in provider.messages] == ["2", "1"]
@@ -163,11 +156,11 @@ class TestBehaviours:
             if reset:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
             connection.sendall(raw_notification())
-            until(lambda: provider.total == 1)
+            eventually(lambda: provider.total == 1)
 
         provider.switch("accept")
 
-        until(lambda: "waiting" not in provider.messages[0].answer)
+        eventually(lambda: "waiting" not in provider.messages[0].answer)
         assert provider.messages[0].answer.startswith("no answer: the client had left after")
 
     def test_an_unknown_behaviour_is_refused_in_python_too(self, provider: MockProvider) -> None:
@@ -423,7 +416,7 @@ class TestClearing:
         provider.switch("slow", 60)
         with ThreadPoolExecutor() as pool:
             waiting = pool.submit(post)
-            until(lambda: provider.total == 1)
+            eventually(lambda: provider.total == 1)
             provider.clear()
             provider.switch("accept")
             assert waiting.result(timeout=5).status_code == 200
@@ -519,7 +512,7 @@ class TestConnections:
         provider.start()
         with socket.create_connection((HOST, provider.port), timeout=5) as connection:
             connection.sendall(raw_notification())
-            until(lambda: provider.total == 1)
+            eventually(lambda: provider.total == 1)
             began = time.monotonic()
 
             provider.stop()

@@ -424,7 +424,7 @@ def sandbox(service: MockProvider) -> Iterator[Sandbox]:
 @pytest.fixture
 def client() -> Iterator[requests.Session]:
     with requests.Session() as session:
-        session.trust_env = False  # a proxy of the environment has no business here
+        session.trust_env = False  # ignore the environment's proxies
         yield session
 
 
