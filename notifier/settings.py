@@ -2,11 +2,9 @@
 
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from difflib import get_close_matches
 from typing import Any
 
 from notifier.environ import (
@@ -27,21 +25,6 @@ from notifier.environ import (
     secret_text,
     whole_number,
 )
-
-# Variables of the Go service's cache and framework that have no counterpart here.
-WITHOUT_EFFECT = ("GIN_MODE", "CACHE_NUM_COUNTERS", "CACHE_MAX_COST", "CACHE_BUFFER_ITEMS")
-
-# Prefixes of our variables that other programs' variables have as well.
-_COMMON_PREFIXES = {"APP_", "LOG_"}
-
-# Variables that systemd sets for its services.
-_SYSTEMD = {"CACHE_DIRECTORY", "NOTIFY_SOCKET"}
-
-# How similar a variable without our prefixes is to ours (difflib's ratio) to count as misspelt.
-_SIMILAR = 0.9
-
-# Kubernetes sets these for each of the namespace's services, one named `db` or `web` included.
-_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_[0-9]+_(TCP|UDP|SCTP)")
 
 # Seconds. With less time left no attempt begins.
 MIN_ATTEMPT = 0.25
@@ -210,6 +193,12 @@ class Settings:
         return self.db_username, self.db_password
 
     @classmethod
+    def variables(cls) -> list[str]:
+        """Return the names of the variables that `from_env` reads."""
+        names = [spec.name.upper() for spec in fields(cls)]
+        return names + [f"{s.name.upper()}_FILE" for s in fields(cls) if s.metadata["secret"]]
+
+    @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> "Settings":
         """Read the variables; an empty one counts as unset.
 
@@ -268,26 +257,3 @@ def settings_or_exit() -> Settings:
         return Settings.from_env(os.environ)
     except SettingsError as error:
         sys.exit(f"notifier cannot start: {error}")
-
-
-def unknown_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that are no settings but look like one, each with the nearest setting.
-
-    A variable looks like a setting if it has a prefix of ours, or nearly a name of ours. An empty
-    one counts as unset. Case does not matter: a setting in lower case is misspelt too.
-    """
-    names = [spec.name.upper() for spec in fields(Settings)]
-    names += [f"{spec.name.upper()}_FILE" for spec in fields(Settings) if spec.metadata["secret"]]
-    ours = tuple({f"{name.rpartition('_')[0]}_" for name in names} - _COMMON_PREFIXES)
-    unknown = {}
-    for name in environ.keys() - {*names, *WITHOUT_EFFECT, *_SYSTEMD}:
-        if not environ[name].strip() or _is_service_link(name, environ):
-            continue
-        least = 0.0 if name.upper().startswith(ours) else _SIMILAR
-        for nearest in get_close_matches(name.upper(), names, 1, least):
-            unknown[name] = nearest
-    return dict(sorted(unknown.items()))
-
-
-def _is_service_link(name: str, environ: Mapping[str, str]) -> bool:
-    return bool(_SERVICE_LINK.search(name)) or f"{name.removesuffix('PORT')}SERVICE_HOST" in environ

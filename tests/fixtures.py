@@ -17,9 +17,10 @@ from psycopg import sql
 
 from notifier import metrics
 from notifier.environ import Secret
-from notifier.settings import Settings, unknown_variables
+from notifier.settings import Settings
 from notifier.store import migrations
 from notifier.store.db import Database
+from notifier.variables import unknown_variables
 from notifier.wire import exchange, streams
 from notifier.wire.transport import Transport
 from tests.certificates import make_certificate
@@ -51,7 +52,7 @@ def _clean_environment() -> None:
     for name in _OURS:
         os.environ.pop(name.upper(), None)
         os.environ.pop(name, None)
-    for name in unknown_variables(os.environ):
+    for name in unknown_variables(os.environ, Settings.variables()):
         os.environ.pop(name)
 
 

@@ -15,13 +15,12 @@ from notifier import settings as settings_module
 from notifier.environ import Kind, Secret
 from notifier.settings import (
     MIN_DEADLINE,
-    WITHOUT_EFFECT,
     Settings,
     SettingsError,
     available_cpus,
     settings_or_exit,
-    unknown_variables,
 )
+from notifier.variables import WITHOUT_EFFECT, unknown_variables
 
 PASSWORD = "hunter2-p4ss"
 HERE = str(Path(__file__).parent)
@@ -282,6 +281,10 @@ def test_variables_of_the_go_service_without_effect_are_accepted() -> None:
     assert read(**dict.fromkeys(WITHOUT_EFFECT, "whatever")) == read()
 
 
+def unknown(environ: dict[str, str]) -> dict[str, str]:
+    return unknown_variables(environ, Settings.variables())
+
+
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
@@ -307,8 +310,8 @@ def test_variables_of_the_go_service_without_effect_are_accepted() -> None:
     ],
 )
 def test_a_misspelt_variable_is_unknown_and_its_nearest_is_named(name: str, nearest: str) -> None:
-    assert unknown_variables(REQUIRED | {name: "anything"}) == {name: nearest}
-    assert unknown_variables(REQUIRED | {name: " "}) == {}
+    assert unknown(REQUIRED | {name: "anything"}) == {name: nearest}
+    assert unknown(REQUIRED | {name: " "}) == {}
 
 
 OTHERS_VARIABLES = [
@@ -324,12 +327,12 @@ OTHERS_VARIABLES = [
 
 
 def test_variables_of_others_are_not_taken_for_misspelt_ones() -> None:
-    assert unknown_variables(dict.fromkeys(OTHERS_VARIABLES, "anything")) == {}
+    assert unknown(dict.fromkeys(OTHERS_VARIABLES, "anything")) == {}
 
 
 def test_no_variable_of_ours_is_unknown() -> None:
     ours = [*VARIABLES, *(f"{name}_FILE" for name in SECRETS), *WITHOUT_EFFECT]
-    assert unknown_variables(dict.fromkeys(ours, "anything")) == {}
+    assert unknown(dict.fromkeys(ours, "anything")) == {}
 
 
 def test_variables_are_read_in_capitals_only() -> None:

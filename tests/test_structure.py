@@ -25,8 +25,9 @@ from packaging.utils import canonicalize_name
 
 from notifier.serving import master
 from notifier.serving.worker import Worker
-from notifier.settings import WITHOUT_EFFECT, Settings
+from notifier.settings import Settings
 from notifier.store.db import DATABASE_WAIT
+from notifier.variables import WITHOUT_EFFECT
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "notifier"
@@ -54,6 +55,7 @@ LEVELS = {
     "metrics": 1,
     "models": 1,
     "single_flight": 1,
+    "variables": 1,
 }
 
 # Only these may import Flask or werkzeug.

@@ -8,7 +8,8 @@ import click
 from flask import current_app
 
 from notifier.attempts import Attempts
-from notifier.settings import Settings, SettingsError, settings_or_exit, unknown_variables
+from notifier.settings import Settings, SettingsError, settings_or_exit
+from notifier.variables import unknown_variables
 
 
 class Parts(Protocol):
@@ -38,7 +39,7 @@ def read_settings() -> Settings | None:
 
 
 def _warn_of_unknown_variables() -> None:
-    unknown = unknown_variables(os.environ).items()
+    unknown = unknown_variables(os.environ, Settings.variables()).items()
     if unknown:
         names = ", ".join(f"{name} (did you mean {nearest}?)" for name, nearest in unknown)
         click.echo(f"warning: unknown variables have no effect: {names}", err=True)

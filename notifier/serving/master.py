@@ -22,7 +22,8 @@ from typing import Any
 from gunicorn.glogging import Logger
 
 from notifier import logs
-from notifier.settings import WITHOUT_EFFECT, Settings, SettingsError, unknown_variables
+from notifier.settings import Settings, SettingsError
+from notifier.variables import WITHOUT_EFFECT, unknown_variables
 
 # Folder of a memory file system, where writes never wait for a disk; None if there is none.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 names are random
@@ -73,7 +74,7 @@ def on_starting(server: Any) -> None:
     if ignored:
         message = "variables of the Go service that have no effect here"
         logging.getLogger("notifier.settings").info(message, extra={"variables": ignored})
-    if unknown := unknown_variables(os.environ):
+    if unknown := unknown_variables(os.environ, Settings.variables()):
         seen = [{"name": name, "nearest": nearest} for name, nearest in unknown.items()]
         message = "unknown variables that have no effect, perhaps misspelt"
         logging.getLogger("notifier.settings").warning(message, extra={"variables": seen})
