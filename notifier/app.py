@@ -12,7 +12,7 @@ from notifier.cli import commands
 from notifier.cli.parts import read_settings
 from notifier.delivery import Delivery
 from notifier.notifications import Notifier
-from notifier.settings import MIN_DEADLINE, Settings
+from notifier.settings import MIN_ATTEMPT, MIN_DEADLINE, Settings
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
 from notifier.store.refresher import Refresher
@@ -60,7 +60,8 @@ def build(settings: Settings) -> Notifier:
     delivery = Delivery(preferences, attempts, settings.web_threads)
     # After the longest wait there is still time for an attempt.
     patience = min(PATIENCE, settings.notify_deadline - MIN_DEADLINE)
-    capacity = Capacity(settings.web_threads, patience)
+    latest = settings.notify_deadline - MIN_ATTEMPT
+    capacity = Capacity(settings.web_threads, patience, latest)
     return Notifier(settings, preferences, refresher, attempts, delivery, capacity)
 
 

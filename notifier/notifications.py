@@ -42,20 +42,21 @@ class Notifier:
         for close in (self.delivery.close, self.attempts.close, self.refresher.close):
             _close(close)
 
-    def notify(self, recipient: Recipient, read: Callable[[], Message], began: float) -> Report:
+    def notify(self, recipient: Recipient, message: Message, began: float) -> Report:
         """Deliver one message over every channel of `recipient`, and report how each ended.
 
         Args:
-            read: returns the message; called once there is a place, as reading may take time.
-            began: the start of the request, on `time.monotonic()`.
+            began: when the request arrived, on `time.monotonic()`.
 
         Raises:
             Overloaded: no place was free in time; nothing was sent.
-            Exception: any that `read` raises.
         """
-        with self.capacity:
+        self.capacity.take(began)
+        try:
             deadline = began + self.settings.notify_deadline
-            return self.delivery.deliver(recipient, read(), deadline)
+            return self.delivery.deliver(recipient, message, deadline)
+        finally:
+            self.capacity.give()
 
 
 def _close(close: Callable[[], None]) -> None:

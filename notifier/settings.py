@@ -35,6 +35,9 @@ MIN_DEADLINE = 0.3
 # Threads of a worker that refuse requests and answer operators.
 SPARE_THREADS = 4
 
+# Maximum size of a request's body.
+MAX_BODY_BYTES = 256 * 1024
+
 # Python's names, and those of zap, the Go service's logger.
 _LOG_LEVELS = {
     "debug": "DEBUG",

@@ -13,6 +13,8 @@ from notifier.serving.caller import BodyReader, Caller
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
 LARGE = b"x" * 2**22  # more than the kernel's buffers hold
+CONFIG = Config()
+CONFIG.set("keepalive", 1000)
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def pair() -> Iterator[tuple[Caller, socket.socket]]:
     ours, callers = socket.socketpair()
     with ours, callers:
         callers.settimeout(10)
-        yield Caller(Config(), ours, ("127.0.0.1", 1), ("127.0.0.1", 2)), callers
+        yield Caller(CONFIG, ours, ("127.0.0.1", 1), ("127.0.0.1", 2)), callers
 
 
 @pytest.fixture
@@ -42,11 +44,6 @@ def test_head_and_body_of_a_reply_are_sent_together(conn: Caller, caller: socket
         caller.recv(100)
     conn.flush()
     assert caller.recv(100) == b"headbody"
-
-
-def test_an_interim_reply_is_sent_at_once(conn: Caller, caller: socket.socket) -> None:
-    conn.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-    assert caller.recv(100).startswith(b"HTTP/1.1 100 ")
 
 
 def test_a_large_reply_arrives_whole(conn: Caller, caller: socket.socket) -> None:
@@ -73,52 +70,92 @@ def test_a_caller_that_does_not_read_its_reply_is_dropped(
 def test_a_request_is_read_without_blocking_and_the_connection_can_be_reused(
     conn: Caller, caller: socket.socket
 ) -> None:
-    assert not conn.has_head()
+    assert conn.receive() is None
     caller.sendall(HEAD[:-1])
-    assert not conn.has_head()
-    caller.sendall(HEAD[-1:] + b"body" + HEAD)
-    assert conn.has_head()
-    assert next(conn.parser).body.read() == b"body"
-    assert conn.end_request(0)
-    assert conn.has_read_head()  # of the next request
-    assert next(conn.parser).uri == "/"
+    assert conn.receive() is None
+    caller.sendall(HEAD[-1:] + b"bod")
+    assert conn.receive() is None
+    caller.sendall(b"y" + HEAD + b"body")
+    assert conn.receive().body.read() == b"body"
+    assert conn.end_request()
+    assert conn.has_request()
+    assert conn.receive().uri == "/"
 
 
-def test_a_body_must_arrive_within_the_time_of_its_request(
-    conn: Caller, caller: socket.socket, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("read", [True, False])
+def test_a_body_that_stops_early_is_given_to_the_application(
+    conn: Caller, caller: socket.socket, *, read: bool
 ) -> None:
-    monkeypatch.setattr(caller_module, "REQUEST_SECONDS", 0.1)
     caller.sendall(HEAD + b"bo")
-    assert conn.has_head()
-    request = next(conn.parser)
-    with pytest.raises(NoMoreData):
-        request.body.read()
+    assert conn.receive() is None
+    assert conn.give_up()
+    request = conn.receive()
+    assert not read or request.body.read() == b"bo"
+    assert not conn.end_request()
 
 
-def test_an_unread_body_is_dropped_and_an_incomplete_one_ends_the_connection(
+def test_a_head_that_stops_early_gets_no_reply(conn: Caller, caller: socket.socket) -> None:
+    caller.sendall(HEAD[:-1])
+    assert conn.receive() is None
+    assert not conn.give_up()
+
+
+def test_an_unread_body_is_dropped(conn: Caller, caller: socket.socket) -> None:
+    caller.sendall(HEAD + b"body" + HEAD + b"more")
+    conn.receive()
+    assert conn.end_request()
+    assert conn.receive().body.read() == b"more"
+
+
+def test_the_time_of_a_request_begins_with_its_first_byte(
     conn: Caller, caller: socket.socket
 ) -> None:
-    caller.sendall(HEAD + b"body" + HEAD + b"bo")
-    assert conn.has_head()
-    next(conn.parser)
-    assert conn.end_request(0)
-    next(conn.parser)
-    with pytest.raises(NoMoreData):
-        conn.end_request(0)
+    """An empty line is none (RFC 9112, section 2.2)."""
+    first_byte_by = conn.expires
+    for empty in (b"", b"\r", b"\n\r\n"):
+        caller.sendall(empty)
+        assert conn.receive() is None
+        assert conn.expires == first_byte_by
+    caller.sendall(HEAD[:1])
+    assert conn.receive() is None
+    last_byte_by = conn.expires
+    assert last_byte_by > first_byte_by
+    caller.sendall(HEAD[1:] + b"bod")
+    assert conn.receive() is None
+    assert conn.expires == last_byte_by
+
+    caller.sendall(b"y\r\n")
+    assert conn.receive()
+    assert conn.end_request()
+    kept_until = conn.expires
+    assert kept_until > last_byte_by + CONFIG.keepalive / 2
+    caller.sendall(b"\r\n" * 3)
+    assert conn.receive() is None
+    assert conn.expires == kept_until
+    caller.sendall(HEAD + b"body")
+    assert conn.receive()
 
 
-def test_an_idle_connection_expires_later_than_one_that_has_begun_a_request(
-    conn: Caller, caller: socket.socket
+@pytest.mark.parametrize(
+    ("field", "sent", "interim"),
+    [
+        (b"Expect: 100-Continue", b"", True),
+        (b"Expect: 100-continue", b"bod", True),
+        (b"Expect: 100-continue", b"body", False),
+        (b"X: y", b"", False),
+    ],
+)
+def test_a_caller_that_expects_an_interim_reply_gets_it_at_once(
+    conn: Caller, caller: socket.socket, field: bytes, sent: bytes, *, interim: bool
 ) -> None:
-    conn.expire_after(1000)
-    idle = conn.expires
-    caller.sendall(HEAD[:10])
-    assert not conn.has_head()
-    conn.expire_after(1000)
-    begun = conn.expires
-    assert begun < idle - 900
-    conn.expire_after(1000)  # a second call does not extend the request's time
-    assert conn.expires == pytest.approx(begun)
+    caller.sendall(HEAD[:-2] + field + b"\r\n\r\n" + sent)
+    conn.receive()
+    caller.settimeout(10 if interim else 0.05)
+    if interim:
+        assert caller.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    else:
+        with pytest.raises(TimeoutError):
+            caller.recv(100)
 
 
 def test_malformed_chunks_raise_the_os_error_that_wsgi_libraries_expect() -> None:

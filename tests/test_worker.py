@@ -1,8 +1,6 @@
 """Slow callers cost a connection, but neither a thread nor the time of other callers."""
 
-import errno
 import json
-import logging
 import selectors
 import signal
 import socket
@@ -12,14 +10,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import requests
 
-from notifier.serving import worker as worker_module
-from notifier.serving.caller import HEAD_BYTES, REQUEST_SECONDS, UNREAD_BODY_SECONDS
-from notifier.serving.worker import SHORTAGE_SECONDS, Worker
+from notifier.serving.caller import HEAD_BYTES, REQUEST_SECONDS
 from tests.fixtures import MakeProvider
 from tests.scripted_provider import Peer, Received, answer
 from tests.service import MESSAGE, Service
@@ -83,9 +78,9 @@ def test_a_head_may_arrive_in_pieces_and_the_next_request_with_it(service: Servi
             sock.send(bytes([byte]))
         sock.sendall(BODY + HEAD[:20])
         assert until(b"successfully", sock).startswith(OK)
-        stays_open(sock, 2 * UNREAD_BODY_SECONDS)
+        stays_open(sock, 0.4)
         sock.sendall(HEAD[20:-1])
-        stays_open(sock, UNREAD_BODY_SECONDS)
+        stays_open(sock, 0.2)
         sock.sendall(HEAD[-1:] + BODY + HEAD + BODY)
         replies = until(b"successfully", sock, times=2)
         assert replies.count(OK) == 2
@@ -148,16 +143,35 @@ def drip(sock: socket.socket, begin: bytes, then: bytes) -> bytes:
             return b""
 
 
-def test_missing_bodies_hold_places_for_a_while_but_do_not_delay_operators(
-    service: Service,
-) -> None:
-    with callers(service, HEAD):
-        with within(3):  # waiting for a place takes a second; unread bodies are awaited
-            assert requests.get(f"{service.url}/healthz", timeout=30).status_code == 200
-        eventually(lambda: service.metric("http_server_active_requests") == 2)
-        assert service.notify().status_code == 503
-        eventually(lambda: service.notify().status_code == 200)
-    assert service.metric("http_server_requests_total", http_status_code="422") == 2
+CHUNKED = HEAD.replace(b"Content-Length: %d" % len(BODY), b"Transfer-Encoding: chunked")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [HEAD, HEAD + BODY[:1], HEAD + BODY[:-1], CHUNKED, CHUNKED + b"5\r\nabc", CHUNKED + b"0\r\n"],
+)
+def test_incomplete_bodies_hold_neither_a_thread_nor_a_place(service: Service, data: bytes) -> None:
+    with callers(service, data) as socks:
+        for _ in range(10):
+            answers_at_once(service)
+        assert service.metric("http_server_active_requests") == 0
+        for sock in socks:
+            assert sock.recv(65536).startswith(WRONG)
+    assert service.metric("http_server_requests_total", http_status_code="422") == MANY
+    assert service.metric("notifications_refused_total") == 0
+
+
+def test_a_body_may_arrive_in_pieces_and_the_next_request_with_it(service: Service) -> None:
+    chunks = b"".join(b"1;x=y\r\n%c\r\n" % byte for byte in BODY) + b"0\r\nX: y\r\n\r\n"
+    with connect(service) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for request in (HEAD + BODY, CHUNKED + chunks):
+            for byte in request[:-1]:
+                sock.send(bytes([byte]))
+            stays_open(sock, 0.1)
+            sock.sendall(request[-1:] + PING)
+            assert until(b"running", sock).count(OK) == 2
+    assert service.metric("notifications_total", outcome="delivered") == 2
 
 
 @pytest.mark.parametrize(
@@ -343,22 +357,6 @@ def test_threads_start_when_requests_need_them_and_end_when_they_do_not(
         assert {reply.result().status_code for reply in replies} == {200}
     eventually(lambda: worker.num_threads() < few)
     assert service.notify().status_code == 200
-
-
-@pytest.mark.parametrize(("number", "pauses"), [(errno.EMFILE, 1), (errno.ECONNABORTED, 0)])
-def test_a_worker_pauses_before_the_next_accept_only_if_it_lacks_descriptors(
-    monkeypatch: pytest.MonkeyPatch, number: int, pauses: int
-) -> None:
-    class Listener:
-        def accept(self) -> None:
-            raise OSError(number, "no")
-
-    paused: list[float] = []
-    monkeypatch.setattr(worker_module, "time", SimpleNamespace(sleep=paused.append))
-    worker = object.__new__(Worker)
-    worker.log = logging.getLogger("a test")
-    worker._connect(Listener())
-    assert paused == [SHORTAGE_SECONDS] * pauses
 
 
 def test_without_keep_alive_each_reply_closes_its_connection(start_service: StartService) -> None:

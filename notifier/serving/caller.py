@@ -1,31 +1,45 @@
 """One caller's connection: reads requests within a time limit, sends each reply in one piece.
 
-No thread waits here for the head of a request, or for the caller to close after the last reply. A
-thread does wait for a body, and to send a reply that is larger than the kernel's send buffer.
+No thread waits here for a request, or for the caller to close after the last reply. A thread does
+wait to send a reply that is larger than the kernel's send buffer.
 """
 
 import io
+import re
 import socket
+import struct
+import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from gunicorn.http import RequestParser
 from gunicorn.http.errors import NoMoreData, ParseException
 from gunicorn.http.unreader import Unreader
 
-# Maximum seconds to read a request from its first byte to its last, and to send a reply.
-REQUEST_SECONDS = 5.0
+from notifier.serving.framing import Framing, framing_of
+from notifier.serving.refusals import check_host
 
-# Maximum seconds and bytes to read of a body after an early reply, such as a refusal, so that the
-# connection can be reused. Without an idle thread there is no wait.
-UNREAD_BODY_SECONDS = 0.2
-UNREAD_BODY_BYTES = 64 * 1024
+# Maximum seconds from the connection to its first byte, from the first byte of a request to its
+# last, and to send a reply.
+REQUEST_SECONDS = 5.0
 
 # A longer head goes to the parser incomplete, and the parser refuses it.
 HEAD_BYTES = 64 * 1024
 
-_READ_BYTES = 8 * 1024
-_MAX_READ_BYTES = 256 * 1024
+_READ_BYTES = 64 * 1024
+
+# Empty lines before a request (RFC 9112, section 2.2), and half of one.
+_EMPTY_LINES = re.compile(rb"(?:\r\n)*")
+_NOTHING = (b"", b"\r")
+
+_INTERIM_REPLY = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+# Seconds. The kernel counts shorter times too roughly.
+TICK = 0.01
+
+# Position of tcpi_last_data_recv in Linux's struct tcp_info: milliseconds since data arrived.
+_LAST_DATA = struct.Struct("=52xI")
 
 
 class Caller(Unreader):
@@ -48,104 +62,128 @@ class Caller(Unreader):
         self.fd = sock.fileno()
         self.client = client
         self.server = server
-        self.parser = RequestParser(cfg, (), client)
-        self.parser.unreader = self  # type: ignore[assignment]  # replaces gunicorn's own
         self.leaving = False
-        self.expires = 0.0  # when to close it if nothing arrives, on time.monotonic()
-        self._due: float | None = None  # when the current read must be complete
+        self._ended = time.monotonic()  # when the last request ended, or the connection began
+        self.expires = self._ended + REQUEST_SECONDS  # when to close it
+        self._parser = RequestParser(cfg, (), client)
+        self._parser.unreader = self  # type: ignore[assignment]  # replaces gunicorn's own
+        self._keepalive: float = cfg.keepalive
+        self._has_begun = False  # a request has begun to arrive
+        self._has_ended = False  # the caller has closed its sending side, or its time is over
+        self._request: Any = None  # whose body has not arrived
+        self._framing: Framing | None = None
         self._reply: list[bytes] = []
 
     # --- reading
 
-    def has_head(self) -> bool:
-        """Read without waiting; return True if the parser can now read a head, or refuse it.
+    def receive(self) -> Any:
+        """Read without waiting; return gunicorn's request once it has arrived, else None.
+
+        A request has arrived with the last byte of its body. If its body stops early or is too
+        long, it is returned with the part that there is, for the application to refuse it.
 
         Raises:
-            NoMoreData: the caller closed the connection, or the head is late.
+            ParseException: the head is malformed or too long.
+            NoMoreData: the caller closed the connection between requests or within a head.
         """
-        if not self.has_read_head():
-            data = self.buf.getvalue() + self._receive()
-            self.buf = io.BytesIO(data)
-        if self.has_read_head():
-            return True
-        if self._has_begun() and self._time_left() < 0:
-            raise NoMoreData
-        return False
+        if not self.has_request():
+            self._read()
+        if self._request is None and self._has_head():
+            self._parse()
+        if self._request is None:
+            if self._has_ended:
+                raise NoMoreData
+            return None
+        if not self.has_request():
+            return None
+        request, self._request = self._request, None
+        return request
 
-    def has_read_head(self) -> bool:
-        """Return True if the parser can read a head, or refuse it, from the bytes in `buf`."""
-        data = self.buf.getvalue()
-        if b"\r\n\r\n" in data:
-            return True
-        if len(data) > HEAD_BYTES:
-            self._set_due(0)  # or the parser would wait for the end of the head
-            return True
-        return data.count(b"\n") != data.count(b"\r\n")  # the parser refuses bare line feeds
+    def has_request(self) -> bool:
+        """Return True if `receive` can return a request, or refuse it, without reading."""
+        if self._request is None:
+            return self._has_head()
+        return self._has_ended or self._has_body()
+
+    def arrived(self) -> float:
+        """Return when the last byte of the request arrived, on `time.monotonic()`."""
+        now = time.monotonic()
+        if not sys.platform.startswith("linux"):
+            return now
+        info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA.size)
+        (milliseconds,) = _LAST_DATA.unpack(info)
+        waited = milliseconds / 1000
+        return now if waited < TICK else max(now - waited, self._ended)
 
     def chunk(self, size_hint: int | None = None) -> bytes:
-        """Return more bytes of the request that the parser is reading; wait for them if necessary.
+        """Return no more bytes: gunicorn's parser gets only those that have arrived."""
+        return b""
 
-        Raises:
-            NoMoreData: nothing arrived in time.
-        """
-        size = min(max(size_hint or 0, _READ_BYTES), _MAX_READ_BYTES)
+    def end_request(self) -> bool:
+        """Discard the rest of the body; return True if the connection can be reused."""
+        if not self._parser.finish_body() or self._has_ended:
+            return False
+        self._has_begun = False
+        self._ended = time.monotonic()
+        self.expires = self._ended + self._keepalive
+        self._begin()
+        return True
+
+    def give_up(self) -> bool:
+        """End the time of the request; return True if its head deserves a reply."""
+        self._has_ended = True
+        return self._request is not None
+
+    def is_idle(self) -> bool:
+        """Return True if no byte from the caller is waiting to be read."""
         try:
-            return self.socket.recv(size)
-        except BlockingIOError:
-            pass
-        self.socket.settimeout(max(0.0, self._time_left()))
-        try:
-            return self.socket.recv(size)
-        except (TimeoutError, BlockingIOError):
-            raise NoMoreData from None
-        finally:
-            self.socket.setblocking(False)
+            return not self.socket.recv(1, socket.MSG_PEEK)  # b"": it closed the connection
+        except OSError:  # BlockingIOError is one
+            return True
 
-    def end_request(self, patience: float) -> bool:
-        """Discard the rest of the body; return True if the connection can be reused.
-
-        Args:
-            patience: seconds to wait for the rest.
-
-        Raises:
-            NoMoreData: the rest did not arrive in time.
-        """
-        self._set_due(patience)
-        complete: bool = self.parser.finish_body(max_bytes=UNREAD_BODY_BYTES)
-        self._due = None
-        return complete
-
-    def expire_after(self, idle_seconds: float) -> None:
-        """Set `expires` to when the current read is due, or `idle_seconds` from now without one."""
-        left = self._time_left() if self.leaving or self._has_begun() else idle_seconds
-        self.expires = time.monotonic() + left
-
-    def _has_begun(self) -> bool:
-        return self.buf.getbuffer().nbytes > 0
-
-    def _set_due(self, seconds: float) -> None:
-        self._due = time.monotonic() + seconds
-
-    def _time_left(self) -> float:
-        now = time.monotonic()
-        if self._due is None:
-            self._due = now + REQUEST_SECONDS
-        return self._due - now
-
-    def _receive(self) -> bytes:
+    def _read(self) -> None:
         try:
             data = self.socket.recv(_READ_BYTES)
         except BlockingIOError:
-            return b""
-        if not data:
-            raise NoMoreData
-        return data
+            return
+        self._has_ended = not data
+        self.buf.seek(0, io.SEEK_END)
+        self.buf.write(data)
+        if not self._has_begun:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Drop empty lines before a request, and start its time with its first byte."""
+        data = self.buf.getvalue()
+        if data.startswith(b"\r\n"):
+            data = _EMPTY_LINES.sub(b"", data, 1)
+            self.buf = io.BytesIO(data)
+        if data not in _NOTHING:
+            self._has_begun = True
+            self.expires = time.monotonic() + REQUEST_SECONDS
+
+    def _has_head(self) -> bool:
+        """Return True if the parser can read a head, or refuse it."""
+        data = self.buf.getvalue()
+        if b"\r\n\r\n" in data or len(data) > HEAD_BYTES:
+            return True
+        return data.count(b"\n") != data.count(b"\r\n")  # the parser refuses bare line feeds
+
+    def _has_body(self) -> bool:
+        return self._framing is None or self._framing.is_complete(self.buf.getvalue())
+
+    def _parse(self) -> None:
+        """Parse a head, and send the interim reply if the caller waits for one."""
+        request = next(self._parser)
+        check_host(request)
+        self._request, self._framing = request, framing_of(request)
+        if not self._has_body() and _expects_interim_reply(request):
+            self.socket.send(_INTERIM_REPLY)
 
     # --- writing
 
     def send(self, data: bytes) -> None:
-        """Send an interim reply at once, under the name that gunicorn calls."""
-        self.socket.send(data)
+        """Drop `data`, gunicorn's interim reply: `receive` has sent it if the caller needs it."""
 
     def sendall(self, data: bytes) -> None:
         """Add `data` to the reply: gunicorn's response writes its head and body separately."""
@@ -170,6 +208,10 @@ class Caller(Unreader):
             finally:
                 self.socket.setblocking(False)
 
+    def discard(self) -> None:
+        """Discard the reply, of which nothing has been sent."""
+        self._reply.clear()
+
     # --- closing
 
     def leave(self) -> None:
@@ -179,9 +221,9 @@ class Caller(Unreader):
         reset could erase the last reply before the caller reads it (RFC 9112, section 9.6).
         """
         self.leaving = True
-        self._reply.clear()
+        self.discard()
         self.take_buffered()
-        self._set_due(REQUEST_SECONDS)
+        self.expires = time.monotonic() + REQUEST_SECONDS
         self.socket.shutdown(socket.SHUT_WR)
 
     def drop(self) -> None:
@@ -190,13 +232,21 @@ class Caller(Unreader):
         Raises:
             NoMoreData: the caller closed the connection, or its time is over.
         """
-        self._receive()
-        if self._time_left() < 0:
+        with suppress(BlockingIOError):
+            if not self.socket.recv(_READ_BYTES):
+                raise NoMoreData
+        if time.monotonic() > self.expires:
             raise NoMoreData
 
     def close(self) -> None:
         """Close the socket."""
         self.socket.close()
+
+
+def _expects_interim_reply(request: Any) -> bool:
+    """Return True for `Expect: 100-continue` (RFC 9110, section 10.1.1)."""
+    is_current = request.version >= (1, 1)
+    return is_current and any(name == "EXPECT" for name, _ in request.headers)
 
 
 class BodyReader:

@@ -1,23 +1,26 @@
 """The gunicorn worker: its threads share one queue of connections that can be read.
 
-A connection occupies a thread from the arrival of a request's head until the reply is sent. The
+A connection occupies a thread from the arrival of a whole request until the reply is sent. The
 main thread accepts connections and closes expired ones, and never waits for a caller.
 """
 
 import errno
+import itertools
 import mmap
 import os
 import selectors
 import threading
 import time
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Any
 
 from gunicorn.http import wsgi
 from gunicorn.workers import base
 
-from notifier.serving.caller import UNREAD_BODY_SECONDS, BodyReader, Caller
+from notifier.serving.caller import BodyReader, Caller
 from notifier.serving.poller import NOTHING, STOPPED, Poller
+from notifier.serving.refusals import Refusal, placeholder
 
 # Seconds between checks for expired connections.
 LOOK_SECONDS = 1.0
@@ -28,7 +31,7 @@ LINGER_SECONDS = 2.0
 # Seconds after which an idle thread ends: fewer threads compete less for the interpreter.
 THREAD_IDLE_SECONDS = 10.0
 
-# Seconds to wait after an accept() that failed for lack of descriptors or memory.
+# Seconds without accepting connections after a lack of descriptors or memory.
 SHORTAGE_SECONDS = 0.5
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
@@ -59,6 +62,7 @@ class Worker(base.Worker):
         self._idle = 0
         self._selector = selectors.DefaultSelector()
         self._accepting = False
+        self._accept_from = 0.0  # when to accept connections again, on time.monotonic()
         self._next_look = 0.0  # when to check for expired connections, on time.monotonic()
         # As plain attributes: reading a setting costs 0.4 us, and the parser reads eighteen.
         vars(self.cfg).update({name: each.get() for name, each in self.cfg.settings.items()})
@@ -73,8 +77,8 @@ class Worker(base.Worker):
         try:
             while self.alive and self.ppid == os.getppid():
                 self.notify()
-                self._accept(wanted=len(self._connections) < self.cfg.worker_connections)
-                self._wait(LOOK_SECONDS)
+                self._accept(wanted=self._has_room())
+                self._wait(LOOK_SECONDS if self._accepting else SHORTAGE_SECONDS)
                 self._close_expired()
             self._finish()
         finally:
@@ -91,6 +95,10 @@ class Worker(base.Worker):
             self._close_expired()
         for listener in self.sockets:
             listener.close()
+
+    def _has_room(self) -> bool:
+        is_full = len(self._connections) >= self.cfg.worker_connections
+        return not is_full and time.monotonic() >= self._accept_from
 
     def _accept(self, *, wanted: bool) -> None:
         """Start or stop accepting connections."""
@@ -118,14 +126,26 @@ class Worker(base.Worker):
         except OSError as error:  # usually another worker took it, or the caller left
             if error.errno in _SHORTAGES:
                 self.log.error("cannot accept connections: %s", error.strerror)  # noqa: TRY400 no traceback
-                time.sleep(SHORTAGE_SECONDS)
+                self._accept_from = time.monotonic() + SHORTAGE_SECONDS
+                self._make_room()
             return
+        if len(self._connections) >= self.cfg.worker_connections - self.cfg.threads:
+            self._make_room()
         conn = Caller(self.cfg, sock, client, listener.getsockname())
         self._connections.add(conn)
-        conn.expire_after(self.cfg.keepalive)
         self._waiting[conn.fd] = conn
         with suppress(OSError):  # a thread closed it already
             self._poller.add(conn.fd)
+
+    def _make_room(self) -> None:
+        """Close the connections that have been idle for longest, one for each thread.
+
+        `_waiting` has them in the order of their last activity.
+        """
+        idle = (conn for conn in list(self._waiting.values()) if conn.is_idle())
+        for conn in itertools.islice(idle, self.cfg.threads):
+            if self._waiting.pop(conn.fd, None) is not None:
+                self._close(conn)
 
     def _close_expired(self) -> None:
         now = time.monotonic()
@@ -138,7 +158,14 @@ class Worker(base.Worker):
             if not self.alive:
                 conn.expires = min(conn.expires, now + LINGER_SECONDS)
             if conn.expires < now and self._waiting.pop(conn.fd, None) is not None:
-                self._close(conn)
+                self._expire(conn)
+
+    def _expire(self, conn: Caller) -> None:
+        """Close `conn`, or let a thread refuse its request if only the body is late."""
+        if conn.give_up():
+            self._arm(conn)
+        else:
+            self._close(conn)
 
     def _close(self, conn: Caller) -> None:
         self._connections.discard(conn)
@@ -191,7 +218,7 @@ class Worker(base.Worker):
         try:
             if conn.leaving:
                 conn.drop()
-            elif conn.has_head() and not self._answer(conn):
+            elif not self._answer(conn):
                 conn.leave()
         except OSError:
             return False
@@ -201,34 +228,38 @@ class Worker(base.Worker):
         return True
 
     def _arm(self, conn: Caller) -> None:
-        """Let an idle thread attend to `conn` when data arrives."""
-        conn.expire_after(self.cfg.keepalive)
+        """Let an idle thread attend to `conn` when data arrives, or soon if a request has."""
         self._waiting[conn.fd] = conn
         with suppress(OSError):  # it expired at once and was closed
-            if not conn.leaving and conn.has_read_head():
+            if not conn.leaving and conn.has_request():
                 self._poller.after_others(conn.fd)
             else:
                 self._poller.again(conn.fd)
 
     def _answer(self, conn: Caller) -> bool:
-        """Answer a request; return True if the connection can be reused."""
-        request = None
+        """Answer a request that has arrived; return True if the connection can be reused."""
         try:
-            request = next(conn.parser)
-            if not self._call(request, conn):
-                return False
-            return conn.end_request(UNREAD_BODY_SECONDS if self._idle else 0.0)
-        except (StopIteration, OSError):  # the caller left or was too slow
-            return False
-        except Exception as error:  # noqa: BLE001 handle_error logs it
-            self.handle_error(request, conn.socket, conn.client, error)
+            request = conn.receive()
+            if request is None:
+                return True
+            return self._call(request, conn) and conn.end_request()
+        except OSError:  # the caller left
+            raise
+        except Exception as error:
+            refusal = Refusal.of(error)
+            if refusal.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+                self.log.exception("could not serve a request")
+            conn.discard()
+            self._call(placeholder(self.cfg, conn.client), conn, refusal)
             return False
 
-    def _call(self, request: Any, conn: Caller) -> bool:
+    def _call(self, request: Any, conn: Caller, refusal: Refusal | None = None) -> bool:
         """Send the application's reply; return True if the reply keeps the connection open."""
         request.body.reader = BodyReader(request.body.reader)
         reply, environ = wsgi.create(request, conn, conn.client, conn.server, self.cfg)
         environ["wsgi.multithread"] = True
+        environ["notifier.arrived"] = conn.arrived()
+        environ["notifier.refusal"] = refusal
         if self._is_last():
             reply.force_close()
         chunks = self.wsgi(environ, reply.start_response)
@@ -248,6 +279,5 @@ class Worker(base.Worker):
         if self.nr >= self.max_requests and self.alive:
             self.log.info("restarting after %d requests", self.nr)
             self.alive = False
-        room = self.cfg.worker_connections - self.cfg.threads
-        is_full = len(self._waiting) >= room
+        is_full = len(self._connections) >= self.cfg.worker_connections
         return not self.alive or not self.cfg.keepalive or bool(self.draining[0]) or is_full

@@ -10,11 +10,11 @@ from werkzeug.exceptions import RequestEntityTooLarge
 
 from notifier.errors import InvalidRequest
 from notifier.models import Message
+from notifier.settings import MAX_BODY_BYTES
 
 MAX_TO = 320
 MAX_TITLE = 255
 MAX_MESSAGE = 10_000
-MAX_BODY_BYTES = 256 * 1024
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")

@@ -1,6 +1,6 @@
 """Turns every error into JSON. No other module does."""
 
-from flask import Flask, Response, jsonify
+from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException, InternalServerError, MethodNotAllowed
 
 from notifier.errors import ApiError, DeliveryFailed, InvalidRequest
@@ -11,6 +11,16 @@ _HTTP_ERRORS = {
     404: ("E103", "no such path"),
     405: ("E104", "method not allowed"),
     413: ("E105", "body too large"),
+}
+
+# Messages of the code E112, by the status of a request that the server refused to pass on.
+_REFUSALS = {
+    400: "malformed HTTP request",
+    403: "not allowed for this address",
+    414: "URL too long",
+    417: "only the expectation 100-continue is supported",
+    431: "too many header fields, or one that is too long",
+    501: "this transfer coding is not supported",
 }
 
 
@@ -38,11 +48,22 @@ def _api_error(error: ApiError) -> Response:
 
 
 def _http_error(error: HTTPException) -> Response:
+    if refusal := request.environ.get("notifier.refusal"):
+        return _refused(*refusal)
     if error.code not in _HTTP_ERRORS:
         return _api_error(InvalidRequest("the request could not be understood"))
     response = _envelope(error.code, *_HTTP_ERRORS[error.code])
     if isinstance(error, MethodNotAllowed) and error.valid_methods:
         response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
+    return response
+
+
+def _refused(status: int, reason: str) -> Response:
+    """Answer a request that the server refused to pass on; `request` is a placeholder."""
+    if status not in _REFUSALS:
+        return _api_error(DeliveryFailed())
+    response = _envelope(status, "E112", _REFUSALS[status])
+    current_request().log_fields.update(reason=reason, ip=request.remote_addr)
     return response
 
 

@@ -4,7 +4,7 @@ from flask import Blueprint, Response
 
 from notifier.errors import DeliveryFailed, InvalidRequest
 from notifier.logs import mask_address
-from notifier.models import ChannelOutcome, Message, Recipient
+from notifier.models import ChannelOutcome, Recipient
 from notifier.web.body import read_message
 from notifier.web.requests import current_request, notifier
 
@@ -18,13 +18,9 @@ def notify(recipient: str) -> Response:
     """Deliver one notification; reply 200 only if every channel delivered."""
     to, current = _parse_recipient(recipient), current_request()
     current.log_fields["recipient"] = to
-
-    def read() -> Message:
-        message = read_message()
-        current.log_fields["to"] = mask_address(message.to)
-        return message
-
-    report = notifier().notify(to, read, current.began)
+    message = read_message()
+    current.log_fields["to"] = mask_address(message.to)
+    report = notifier().notify(to, message, current.began)
     current.log_fields["channels"] = report.log_fields()
     if report.outcome is not ChannelOutcome.DELIVERED:
         raise DeliveryFailed

@@ -30,7 +30,7 @@ _USABLE_REQUEST_ID = re.compile(r"[\x20-\x7e]{1,128}")
 class CurrentRequest:
     """The request that this thread is answering.
 
-    `began` is on `time.monotonic()`; `log_fields` go into the request's log line.
+    `began` is when it arrived, on `time.monotonic()`; `log_fields` go into its log line.
     """
 
     began: float
@@ -58,7 +58,8 @@ def register(app: Flask) -> None:
 def _begin() -> None:
     given = request.environ.get("HTTP_X_REQUEST_ID", "")
     request_id.set(given if _USABLE_REQUEST_ID.fullmatch(given) else _new_request_id())
-    g.current = CurrentRequest(time.monotonic(), request.blueprint == OPERATORS)
+    began = request.environ.get("notifier.arrived") or time.monotonic()
+    g.current = CurrentRequest(began, request.blueprint == OPERATORS)
     if not g.current.is_operators:
         metrics.ACTIVE_REQUESTS.inc()
 
