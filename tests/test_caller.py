@@ -42,13 +42,13 @@ def test_head_and_body_of_a_reply_are_sent_together(conn: Caller, caller: socket
     caller.settimeout(0.05)
     with pytest.raises(TimeoutError):
         caller.recv(100)
-    conn.flush()
+    conn.flush(lambda: None)
     assert caller.recv(100) == b"headbody"
 
 
 def test_a_large_reply_arrives_whole(conn: Caller, caller: socket.socket) -> None:
     conn.sendall(LARGE)
-    sender = threading.Thread(target=conn.flush)
+    sender = threading.Thread(target=conn.flush, args=(lambda: None,))
     sender.start()
     received = 0
     while received < len(LARGE):
@@ -63,7 +63,7 @@ def test_a_caller_that_does_not_read_its_reply_is_dropped(
     monkeypatch.setattr(caller_module, "REQUEST_SECONDS", 0.1)
     conn.sendall(LARGE)
     with pytest.raises(TimeoutError):
-        conn.flush()
+        conn.flush(lambda: None)
     assert conn.socket.gettimeout() == 0
 
 

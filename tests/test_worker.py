@@ -323,7 +323,7 @@ import runpy
 
 globals().update(runpy.run_path("gunicorn.conf.py"))
 
-from notifier.serving import worker as serving
+from notifier.serving import turns as serving
 
 serving.THREAD_IDLE_SECONDS = 0.3
 """

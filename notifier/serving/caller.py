@@ -5,11 +5,13 @@ wait to send a reply that is larger than the kernel's send buffer.
 """
 
 import io
+import math
 import re
 import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -63,12 +65,14 @@ class Caller(Unreader):
         self.client = client
         self.server = server
         self.leaving = False
+        self.beginning = False  # its request does not wait for anybody else yet
         self._ended = time.monotonic()  # when the last request ended, or the connection began
         self.expires = self._ended + REQUEST_SECONDS  # when to close it
         self._parser = RequestParser(cfg, (), client)
         self._parser.unreader = self  # type: ignore[assignment]  # replaces gunicorn's own
         self._keepalive: float = cfg.keepalive
         self._has_begun = False  # a request has begun to arrive
+        self._has_served = False  # a request before it has had its reply
         self._has_ended = False  # the caller has closed its sending side, or its time is over
         self._request: Any = None  # whose body has not arrived
         self._framing: Framing | None = None
@@ -123,7 +127,7 @@ class Caller(Unreader):
         """Discard the rest of the body; return True if the connection can be reused."""
         if not self._parser.finish_body() or self._has_ended:
             return False
-        self._has_begun = False
+        self._has_begun, self._has_served = False, True
         self._ended = time.monotonic()
         self.expires = self._ended + self._keepalive
         self._begin()
@@ -140,6 +144,10 @@ class Caller(Unreader):
             return not self.socket.recv(1, socket.MSG_PEEK)  # b"": it closed the connection
         except OSError:  # BlockingIOError is one
             return True
+
+    def pause(self) -> float:
+        """Return the seconds since the last reply, or infinity before the first."""
+        return time.monotonic() - self._ended if self._has_served else math.inf
 
     def _read(self) -> None:
         try:
@@ -189,8 +197,11 @@ class Caller(Unreader):
         """Add `data` to the reply: gunicorn's response writes its head and body separately."""
         self._reply.append(data)
 
-    def flush(self) -> None:
+    def flush(self, waits: Callable[[], None]) -> None:
         """Send the reply.
+
+        Args:
+            waits: called before a wait for the caller.
 
         Raises:
             OSError: the caller closed the connection, or does not read the reply in time.
@@ -202,6 +213,7 @@ class Caller(Unreader):
         except BlockingIOError:
             sent = 0
         if sent < len(data):
+            waits()
             self.socket.settimeout(REQUEST_SECONDS)
             try:
                 self.socket.sendall(memoryview(data)[sent:])

@@ -12,6 +12,9 @@ import sys
 # Results of `wait` that are not file descriptors.
 STOPPED, NOTHING = -1, -2
 
+# Maximum number of file descriptors that `ready` returns.
+MANY = 1000
+
 if sys.platform == "linux":
 
     class _Once:
@@ -36,6 +39,9 @@ if sys.platform == "linux":
         def _next(self, seconds: float) -> int:
             events = self._epoll.poll(seconds, maxevents=1)
             return events[0][0] if events else NOTHING
+
+        def _all(self) -> list[int]:
+            return [fd for fd, _ in self._epoll.poll(0, maxevents=MANY)]
 
 else:
 
@@ -63,6 +69,9 @@ else:
             events = self._kqueue.control(None, 1, seconds)
             return events[0].ident if events else NOTHING
 
+        def _all(self) -> list[int]:
+            return [event.ident for event in self._kqueue.control(None, MANY, 0)]
+
 
 class Poller(_Once):
     """Reports file descriptors that are ready. Any thread may call any method."""
@@ -80,6 +89,10 @@ class Poller(_Once):
         """
         fd = self._next(seconds)
         return STOPPED if fd == self._stop else fd
+
+    def ready(self) -> list[int]:
+        """Return the file descriptors that are ready now, without waiting."""
+        return [fd for fd in self._all() if fd != self._stop]
 
     def stop(self) -> None:
         """Let every `wait()` return `STOPPED`."""

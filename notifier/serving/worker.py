@@ -5,11 +5,11 @@ main thread accepts connections and closes expired ones, and never waits for a c
 """
 
 import errno
+import functools
 import itertools
 import mmap
 import os
 import selectors
-import threading
 import time
 from contextlib import suppress
 from http import HTTPStatus
@@ -19,17 +19,15 @@ from gunicorn.http import wsgi
 from gunicorn.workers import base
 
 from notifier.serving.caller import BodyReader, Caller
-from notifier.serving.poller import NOTHING, STOPPED, Poller
+from notifier.serving.poller import STOPPED
 from notifier.serving.refusals import Refusal, placeholder
+from notifier.serving.turns import Turns
 
 # Seconds between checks for expired connections.
 LOOK_SECONDS = 1.0
 
 # Seconds that a stopping worker keeps idle connections: a request may be in transit.
 LINGER_SECONDS = 2.0
-
-# Seconds after which an idle thread ends: fewer threads compete less for the interpreter.
-THREAD_IDLE_SECONDS = 10.0
 
 # Seconds without accepting connections after a lack of descriptors or memory.
 SHORTAGE_SECONDS = 0.5
@@ -42,9 +40,9 @@ STOP_LOOK_SECONDS = 0.1
 class Worker(base.Worker):
     """A gunicorn worker that starts threads as requests need them, up to `cfg.threads`.
 
-    Shared by all threads: `_connections`, all open connections; `_waiting`, the connections that no
-    thread uses, by file descriptor; and, guarded by `_lock`, the numbers of threads and of idle
-    threads. The thread that pops a connection from `_waiting` owns it.
+    Shared by all threads: `_connections`, all open connections, and `_waiting`, the connections
+    that no thread uses, by file descriptor. The thread that pops a connection from `_waiting` owns
+    it.
     """
 
     # Set by the master before the fork; both processes share the maps.
@@ -54,12 +52,9 @@ class Worker(base.Worker):
 
     def init_process(self) -> None:
         """Make the state of this process, load the application, and run."""
-        self._poller = Poller()
+        self._turns = Turns(self.cfg.threads, self._work, self._pause)
         self._connections: set[Caller] = set()
         self._waiting: dict[int, Caller] = {}
-        self._lock = threading.Lock()
-        self._threads = 0
-        self._idle = 0
         self._selector = selectors.DefaultSelector()
         self._accepting = False
         self._accept_from = 0.0  # when to accept connections again, on time.monotonic()
@@ -73,7 +68,7 @@ class Worker(base.Worker):
     def run(self) -> None:
         """Serve until a signal arrives or the master ends."""
         self._selector.register(self.PIPE[0], selectors.EVENT_READ, self._wake)
-        self._start_thread()
+        self._turns.start()
         try:
             while self.alive and self.ppid == os.getppid():
                 self.notify()
@@ -82,7 +77,7 @@ class Worker(base.Worker):
                 self._close_expired()
             self._finish()
         finally:
-            self._poller.stop()
+            self._turns.stop()
 
     def _finish(self) -> None:
         """Stop accepting connections, and finish the requests under way."""
@@ -135,7 +130,7 @@ class Worker(base.Worker):
         self._connections.add(conn)
         self._waiting[conn.fd] = conn
         with suppress(OSError):  # a thread closed it already
-            self._poller.add(conn.fd)
+            self._turns.poller.add(conn.fd)
 
     def _make_room(self) -> None:
         """Close the connections that have been idle for longest, one for each thread.
@@ -151,9 +146,10 @@ class Worker(base.Worker):
         now = time.monotonic()
         if self.alive and now < self._next_look:
             return
-        if not self.alive and not self._idle:  # a request may wait for a thread
+        if not self.alive and not self._turns.idle:  # a request may wait for a thread
             return
         self._next_look = now + LOOK_SECONDS
+        self._turns.look()
         for conn in list(self._waiting.values()):
             if not self.alive:
                 conn.expires = min(conn.expires, now + LINGER_SECONDS)
@@ -176,42 +172,34 @@ class Worker(base.Worker):
 
     # --- the threads
 
-    def _start_thread(self) -> None:
-        threading.Thread(target=self._work, name="request").start()
-        self._threads += 1
-        self._idle += 1
-
     def _work(self) -> None:
         """Serve connections, one after the other."""
-        while (fd := self._poller.wait(THREAD_IDLE_SECONDS)) != STOPPED:
-            if fd == NOTHING and self._retire():
-                return
+        while (fd := self._turns.take()) != STOPPED:
             conn = self._waiting.pop(fd, None)
             if conn is not None:  # else it expired meanwhile
                 self._serve(conn)
+            else:
+                self._turns.ended()
 
     def _serve(self, conn: Caller) -> None:
-        with self._lock:
-            self._idle -= 1
-            if not self._idle and self._threads < self.cfg.threads:
-                with suppress(RuntimeError):  # no more threads are available
-                    self._start_thread()
+        conn.beginning = True
         kept = self._attend(conn)
-        with self._lock:
-            self._idle += 1  # before arming `conn`, or its next request starts a thread
+        if conn.beginning:
+            self._turns.ended()
         if kept:
             self._arm(conn)
         else:
             self._close(conn)
 
-    def _retire(self) -> bool:
-        """Count this thread as ended and return True, unless no other thread is idle."""
-        with self._lock:
-            if self._idle == 1:
-                return False
-            self._idle -= 1
-            self._threads -= 1
-            return True
+    def _begun(self, conn: Caller) -> None:
+        """Let another request begin: the one of `conn` waits for somebody else."""
+        if conn.beginning:
+            conn.beginning = False
+            self._turns.begun()
+
+    def _pause(self, fd: int) -> float:
+        conn = self._waiting.get(fd)
+        return conn.pause() if conn else 0.0
 
     def _attend(self, conn: Caller) -> bool:
         """Read from `conn` and answer a request that is ready; return False to close `conn`."""
@@ -232,9 +220,9 @@ class Worker(base.Worker):
         self._waiting[conn.fd] = conn
         with suppress(OSError):  # it expired at once and was closed
             if not conn.leaving and conn.has_request():
-                self._poller.after_others(conn.fd)
+                self._turns.poller.after_others(conn.fd)
             else:
-                self._poller.again(conn.fd)
+                self._turns.poller.again(conn.fd)
 
     def _answer(self, conn: Caller) -> bool:
         """Answer a request that has arrived; return True if the connection can be reused."""
@@ -260,6 +248,7 @@ class Worker(base.Worker):
         environ["wsgi.multithread"] = True
         environ["notifier.arrived"] = conn.arrived()
         environ["notifier.refusal"] = refusal
+        waits = environ["notifier.waits"] = functools.partial(self._begun, conn)
         if self._is_last():
             reply.force_close()
         chunks = self.wsgi(environ, reply.start_response)
@@ -270,7 +259,7 @@ class Worker(base.Worker):
         finally:
             if hasattr(chunks, "close"):
                 chunks.close()
-        conn.flush()
+        conn.flush(waits)
         return not reply.should_close()
 
     def _is_last(self) -> bool:

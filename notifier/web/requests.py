@@ -48,6 +48,15 @@ def notifier() -> Notifier:
     return cast("Notifier", current_app.extensions["notifier"])
 
 
+def let_others_begin() -> None:
+    """Tell the server that this request waits now, so that it begins others."""
+    request.environ.get("notifier.waits", _nothing)()
+
+
+def _nothing() -> None:
+    """Stand in for the server where there is none, as in `flask run`."""
+
+
 def register(app: Flask) -> None:
     """Count, time and log every request of `app`, and give it an id."""
     app.before_request(_begin)
