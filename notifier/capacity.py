@@ -1,9 +1,11 @@
 """Limits the notifications that run at once in this worker: others wait, or are refused."""
 
+import heapq
+import itertools
 import math
 import threading
 import time
-from collections import deque
+from typing import NamedTuple
 
 from notifier import metrics
 from notifier.errors import Overloaded
@@ -12,11 +14,27 @@ from notifier.errors import Overloaded
 READING_SECONDS = 0.01
 
 
+class Arrival(NamedTuple):
+    """When a request arrived, on `time.monotonic()`, and its rank in queues: the lowest is first.
+
+    A rank is a time, too: the arrival, or earlier if the request has an advantage.
+    """
+
+    time: float
+    rank: float
+
+    @classmethod
+    def now(cls) -> "Arrival":
+        """Return the arrival of a request that has not waited."""
+        now = time.monotonic()
+        return cls(now, now)
+
+
 class Capacity:
     """The places of a worker: `take` one, then `give` it back.
 
-    First come, first served: a place that is given back goes to the thread that has waited longest,
-    and becomes free only if no thread waits. Shared between threads: `_free` and `_waiting`,
+    A place that is given back goes to the request in the queue with the lowest rank, and becomes
+    free only if no request waits. Shared between threads: `_free` and `_waiting`,
     guarded by `_lock`, which is never held while waiting.
 
     Times count from the arrival of a request, so they include the wait for a thread.
@@ -33,28 +51,26 @@ class Capacity:
         self._latest = latest
         self._lock = threading.Lock()
         self._free = places
-        self._waiting: deque[threading.Lock] = deque()
+        self._numbers = itertools.count()
+        self._waiting: list[_Turn] = []  # a heap
         metrics.PLACES.set(places)
 
-    def take(self, arrived: float) -> None:
+    def take(self, arrival: Arrival) -> None:
         """Take a place; wait in the queue if none is free.
-
-        Args:
-            arrived: when the request arrived, on `time.monotonic()`.
 
         Raises:
             Overloaded: the queue is full, no place became free in time, or it is too late.
         """
         turn = None
         try:
-            turn = self._free_place_or_turn(arrived)
+            turn = self._free_place_or_turn(arrival)
             if turn:
-                self._wait(turn, arrived + self._patience)
+                self._wait(turn, arrival.time + self._patience)
         except Overloaded:
             metrics.REFUSED.inc()
             raise
         finally:
-            waited = time.monotonic() - arrived
+            waited = time.monotonic() - arrival.time
             if turn or waited >= READING_SECONDS:
                 metrics.WAIT.observe(waited)
 
@@ -62,13 +78,13 @@ class Capacity:
         """Give the place back, to the next thread in the queue if there is one."""
         with self._lock:
             if self._waiting:
-                self._waiting.popleft().release()
+                heapq.heappop(self._waiting).lock.release()
             else:
                 self._free += 1
 
-    def _free_place_or_turn(self, arrived: float) -> "threading.Lock | None":
-        """Take a free place, or join the queue and return a lock that is released with a place."""
-        if time.monotonic() - arrived > self._latest:
+    def _free_place_or_turn(self, arrival: Arrival) -> "_Turn | None":
+        """Take a free place, or join the queue and return a turn."""
+        if time.monotonic() - arrival.time > self._latest:
             raise Overloaded(reason="no time left")
         with self._lock:
             if self._free:
@@ -76,20 +92,29 @@ class Capacity:
                 return None
             if len(self._waiting) >= self._places:
                 raise Overloaded(reason="the queue is full")
-            turn = threading.Lock()
-            turn.acquire()
-            self._waiting.append(turn)
+            turn = _Turn(arrival.rank, next(self._numbers), threading.Lock())
+            turn.lock.acquire()
+            heapq.heappush(self._waiting, turn)
         return turn
 
-    def _wait(self, turn: threading.Lock, until: float) -> None:
+    def _wait(self, turn: "_Turn", until: float) -> None:
         seconds = max(0.0, until - time.monotonic())
-        if not turn.acquire(timeout=seconds) and self._give_up(turn):
+        if not turn.lock.acquire(timeout=seconds) and self._give_up(turn):
             raise Overloaded(reason="no place in time")
 
-    def _give_up(self, turn: threading.Lock) -> bool:
+    def _give_up(self, turn: "_Turn") -> bool:
         """Leave the queue; return False if this thread has just got a place."""
         with self._lock:
             if turn not in self._waiting:
                 return False
             self._waiting.remove(turn)
+            heapq.heapify(self._waiting)
             return True
+
+
+class _Turn(NamedTuple):
+    """A request in the queue; `lock` is released when it gets a place. Equal ranks are numbered."""
+
+    rank: float
+    number: int
+    lock: "threading.Lock"

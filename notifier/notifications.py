@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from notifier import metrics
 from notifier.attempts import Attempts
-from notifier.capacity import Capacity
+from notifier.capacity import Arrival, Capacity
 from notifier.delivery import Delivery, Report
 from notifier.models import Message, Recipient
 from notifier.settings import Settings
@@ -42,18 +42,15 @@ class Notifier:
         for close in (self.delivery.close, self.attempts.close, self.refresher.close):
             _close(close)
 
-    def notify(self, recipient: Recipient, message: Message, began: float) -> Report:
+    def notify(self, recipient: Recipient, message: Message, arrival: Arrival) -> Report:
         """Deliver one message over every channel of `recipient`, and report how each ended.
-
-        Args:
-            began: when the request arrived, on `time.monotonic()`.
 
         Raises:
             Overloaded: no place was free in time; nothing was sent.
         """
-        self.capacity.take(began)
+        self.capacity.take(arrival)
         try:
-            deadline = began + self.settings.notify_deadline
+            deadline = arrival.time + self.settings.notify_deadline
             return self.delivery.deliver(recipient, message, deadline)
         finally:
             self.capacity.give()

@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from notifier import capacity as capacity_module
-from notifier.capacity import Capacity
+from notifier.capacity import Arrival, Capacity
 from notifier.errors import Overloaded
 from notifier.serving.caller import REQUEST_SECONDS
 from tests.fixtures import Growth, MakeProvider
@@ -34,9 +34,14 @@ NOTIFY = "/api/v1.0/recipient/buyer/notify"
 OVERLOADED = {"error": {"code": "E106", "message": "too many requests, try again later"}}
 
 
+def arrived(seconds_ago: float) -> Arrival:
+    at = time.monotonic() - seconds_ago
+    return Arrival(at, at)
+
+
 def take(capacity: Capacity, places: int = 1) -> None:
     for _ in range(places):
-        capacity.take(time.monotonic())
+        capacity.take(Arrival.now())
 
 
 def give(capacity: Capacity, places: int = 1) -> None:
@@ -179,9 +184,9 @@ def test_a_place_handed_over_just_as_the_wait_times_out_is_not_lost(
 
 def test_times_count_from_the_arrival_of_a_request(growth: Growth) -> None:
     capacity = Capacity(1, patience=LONG, latest=2 * LONG)
-    capacity.take(time.monotonic() - 1.5 * LONG)
+    capacity.take(arrived(1.5 * LONG))
     with pytest.raises(Overloaded) as raised, within(LONG / 10):
-        capacity.take(time.monotonic() - 1.5 * LONG)
+        capacity.take(arrived(1.5 * LONG))
     assert raised.value.reason == "no place in time"
     assert growth("notification_wait_seconds_count") == {(): 2}
     assert growth("notification_wait_seconds_sum")[()] >= 3 * LONG
@@ -190,7 +195,7 @@ def test_times_count_from_the_arrival_of_a_request(growth: Growth) -> None:
 def test_a_request_that_comes_too_late_for_an_attempt_is_refused(growth: Growth) -> None:
     capacity = Capacity(1, patience=SHORT, latest=LONG)
     with pytest.raises(Overloaded) as raised:
-        capacity.take(time.monotonic() - 1.1 * LONG)
+        capacity.take(arrived(1.1 * LONG))
     assert raised.value.reason == "no time left"
     assert growth("notifications_refused_total") == {(): 1}
     assert is_as_new(capacity, 1)

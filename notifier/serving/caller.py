@@ -19,6 +19,7 @@ from gunicorn.http import RequestParser
 from gunicorn.http.errors import NoMoreData, ParseException
 from gunicorn.http.unreader import Unreader
 
+from notifier.capacity import Arrival
 from notifier.serving.framing import Framing, framing_of
 from notifier.serving.refusals import check_host
 
@@ -39,6 +40,12 @@ _INTERIM_REPLY = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 # Seconds. The kernel counts shorter times too roughly.
 TICK = 0.01
+
+# A request ranks by its arrival, less so many times its pause after the last reply on the same
+# connection, up to a second. So a caller that sends one request after the other cannot crowd out
+# others, and waits for a second more at most.
+ADVANTAGE = 10
+MAX_ADVANTAGE = 1.0
 
 # Position of tcpi_last_data_recv in Linux's struct tcp_info: milliseconds since data arrived.
 _LAST_DATA = struct.Struct("=52xI")
@@ -109,15 +116,23 @@ class Caller(Unreader):
             return self._has_head()
         return self._has_ended or self._has_body()
 
-    def arrived(self) -> float:
-        """Return when the last byte of the request arrived, on `time.monotonic()`."""
-        now = time.monotonic()
+    def arrival(self) -> Arrival:
+        """Return when the last byte of the request arrived, and the rank of the request.
+
+        A request has an advantage over requests on connections that send the next one at once.
+        """
+        at = max(time.monotonic() - self._seconds_since_data(), self._ended)
+        pause = at - self._ended if self._has_served else math.inf
+        return Arrival(at, at - min(ADVANTAGE * pause, MAX_ADVANTAGE))
+
+    def _seconds_since_data(self) -> float:
+        """Return the seconds since the last byte arrived; 0 for a short time, or if unknown."""
         if not sys.platform.startswith("linux"):
-            return now
+            return 0.0
         info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA.size)
         (milliseconds,) = _LAST_DATA.unpack(info)
-        waited = milliseconds / 1000
-        return now if waited < TICK else max(now - waited, self._ended)
+        seconds: float = milliseconds / 1000
+        return seconds if seconds >= TICK else 0.0
 
     def chunk(self, size_hint: int | None = None) -> bytes:
         """Return no more bytes: gunicorn's parser gets only those that have arrived."""
@@ -144,10 +159,6 @@ class Caller(Unreader):
             return not self.socket.recv(1, socket.MSG_PEEK)  # b"": it closed the connection
         except OSError:  # BlockingIOError is one
             return True
-
-    def pause(self) -> float:
-        """Return the seconds since the last reply, or infinity before the first."""
-        return time.monotonic() - self._ended if self._has_served else math.inf
 
     def _read(self) -> None:
         try:

@@ -4,13 +4,11 @@ Threads share the interpreter, so requests that are all begun at once are all sl
 threads begin requests at the same time. A request has begun once it waits for somebody else, such
 as a provider, or has its reply.
 
-While no thread may begin another request, ready connections queue. A connection that was quiet
-since its last reply goes ahead of connections that send their next request at once.
+While no thread may begin another request, ready connections queue by the rank of their requests.
 """
 
 import heapq
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -21,11 +19,6 @@ BEGINNERS = 3
 
 # Seconds after which an idle thread ends: fewer threads compete less for the interpreter.
 THREAD_IDLE_SECONDS = 10.0
-
-# A connection counts as ready earlier than it is, by so many times its pause since the last reply,
-# and by a second at most: so no other connection waits for much longer.
-ADVANTAGE = 10
-MAX_ADVANTAGE = 1.0
 
 
 class Turns:
@@ -38,14 +31,14 @@ class Turns:
     Args:
         most: maximum number of threads.
         work: what a thread runs: it calls `take` and then `begun`, again and again.
-        pause: returns the seconds since the last reply on a connection, by file descriptor.
+        rank: returns the rank of a connection's request by file descriptor: the lowest is first.
     """
 
-    def __init__(self, most: int, work: Callable[[], None], pause: Callable[[int], float]) -> None:
+    def __init__(self, most: int, work: Callable[[], None], rank: Callable[[int], float]) -> None:
         self.poller = Poller()
         self._most = most
         self._work = work
-        self._pause = pause
+        self._rank = rank
         self._lock = threading.Lock()
         self._threads = 0
         self._idle = 0  # wait for a ready connection
@@ -53,7 +46,7 @@ class Turns:
         self._begun = self._begun_before = 0  # in all, and at the last look
         self._extra = 0
         self._resting: list[threading.Lock] = []  # released to call a thread
-        self._queue: list[tuple[float, int]] = []  # a heap of times and file descriptors
+        self._queue: list[tuple[float, int]] = []  # a heap of ranks and file descriptors
         self._stopped = False
 
     @property
@@ -126,12 +119,10 @@ class Turns:
         self._call_thread()
 
     def _next_in_queue(self) -> int:
-        """Return the connection that is ready for longest, or `NOTHING`."""
+        """Return the connection in the queue with the lowest rank, or `NOTHING`."""
         if not self._idle:
-            now = time.monotonic()
             for fd in self.poller.ready():
-                advantage = min(ADVANTAGE * self._pause(fd), MAX_ADVANTAGE)
-                heapq.heappush(self._queue, (now - advantage, fd))
+                heapq.heappush(self._queue, (self._rank(fd), fd))
         return heapq.heappop(self._queue)[1] if self._queue else NOTHING
 
     def _listen(self) -> int:

@@ -52,7 +52,7 @@ class Worker(base.Worker):
 
     def init_process(self) -> None:
         """Make the state of this process, load the application, and run."""
-        self._turns = Turns(self.cfg.threads, self._work, self._pause)
+        self._turns = Turns(self.cfg.threads, self._work, self._rank)
         self._connections: set[Caller] = set()
         self._waiting: dict[int, Caller] = {}
         self._selector = selectors.DefaultSelector()
@@ -197,9 +197,9 @@ class Worker(base.Worker):
             conn.beginning = False
             self._turns.begun()
 
-    def _pause(self, fd: int) -> float:
+    def _rank(self, fd: int) -> float:
         conn = self._waiting.get(fd)
-        return conn.pause() if conn else 0.0
+        return conn.arrival().rank if conn else 0.0  # it expired meanwhile
 
     def _attend(self, conn: Caller) -> bool:
         """Read from `conn` and answer a request that is ready; return False to close `conn`."""
@@ -246,7 +246,7 @@ class Worker(base.Worker):
         request.body.reader = BodyReader(request.body.reader)
         reply, environ = wsgi.create(request, conn, conn.client, conn.server, self.cfg)
         environ["wsgi.multithread"] = True
-        environ["notifier.arrived"] = conn.arrived()
+        environ["notifier.arrival"] = conn.arrival()
         environ["notifier.refusal"] = refusal
         waits = environ["notifier.waits"] = functools.partial(self._begun, conn)
         if self._is_last():

@@ -21,7 +21,7 @@ def notify(recipient: str) -> Response:
     message = read_message()
     current.log_fields["to"] = mask_address(message.to)
     let_others_begin()
-    report = notifier().notify(to, message, current.began)
+    report = notifier().notify(to, message, current.arrival)
     current.log_fields["channels"] = report.log_fields()
     if report.outcome is not ChannelOutcome.DELIVERED:
         raise DeliveryFailed

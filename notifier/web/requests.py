@@ -11,6 +11,7 @@ from typing import Any, cast
 from flask import Flask, Response, current_app, g, request
 
 from notifier import metrics
+from notifier.capacity import Arrival
 from notifier.logs import request_id
 from notifier.notifications import Notifier
 
@@ -30,10 +31,10 @@ _USABLE_REQUEST_ID = re.compile(r"[\x20-\x7e]{1,128}")
 class CurrentRequest:
     """The request that this thread is answering.
 
-    `began` is when it arrived, on `time.monotonic()`; `log_fields` go into its log line.
+    `log_fields` go into its log line.
     """
 
-    began: float
+    arrival: Arrival
     is_operators: bool
     log_fields: dict[str, Any] = field(default_factory=dict)
 
@@ -67,8 +68,8 @@ def register(app: Flask) -> None:
 def _begin() -> None:
     given = request.environ.get("HTTP_X_REQUEST_ID", "")
     request_id.set(given if _USABLE_REQUEST_ID.fullmatch(given) else _new_request_id())
-    began = request.environ.get("notifier.arrived") or time.monotonic()
-    g.current = CurrentRequest(began, request.blueprint == OPERATORS)
+    arrival = request.environ.get("notifier.arrival") or Arrival.now()
+    g.current = CurrentRequest(arrival, request.blueprint == OPERATORS)
     if not g.current.is_operators:
         metrics.ACTIVE_REQUESTS.inc()
 
@@ -81,7 +82,7 @@ def _new_request_id() -> str:
 def _end(response: Response) -> Response:
     response.headers["X-Request-Id"] = request_id.get() or ""
     current = current_request()
-    seconds = time.monotonic() - current.began
+    seconds = time.monotonic() - current.arrival.time
     method = request.method if request.method in METHODS else "_OTHER"
     rule = request.url_rule
     route = rule.rule if rule else "unmatched"
