@@ -17,6 +17,7 @@ from gunicorn.http import wsgi
 from gunicorn.workers import base
 
 from notifier.serving.caller import UNREAD_BODY_SECONDS, BodyReader, Caller
+from notifier.serving.listening import plain
 from notifier.serving.poller import NOTHING, STOPPED, Poller
 
 # Seconds between checks for expired connections.
@@ -120,7 +121,7 @@ class Worker(base.Worker):
                 self.log.error("cannot accept connections: %s", error.strerror)  # noqa: TRY400 no traceback
                 time.sleep(SHORTAGE_SECONDS)
             return
-        conn = Caller(self.cfg, sock, client, listener.getsockname())
+        conn = Caller(self.cfg, sock, plain(client), listener.getsockname())
         self._connections.add(conn)
         conn.expire_after(self.cfg.keepalive)
         self._waiting[conn.fd] = conn
