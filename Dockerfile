@@ -20,8 +20,9 @@ STOPSIGNAL SIGTERM
 # Not urllib, which would use a proxy from the environment.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-c", "\
 import http.client, os; \
-port = (os.environ.get('HTTP_SERVER_PORT') or '8080').strip().lstrip(':'); \
-connection = http.client.HTTPConnection('127.0.0.1', int(port), timeout=4); \
+host = os.environ.get('HTTP_SERVER_HOST', '').strip() or '127.0.0.1'; \
+port = os.environ.get('HTTP_SERVER_PORT', '').strip().lstrip(':') or '8080'; \
+connection = http.client.HTTPConnection(host, int(port), timeout=4); \
 connection.request('GET', '/healthz'); \
 exit(connection.getresponse().status != 200)"]
 CMD ["gunicorn"]

@@ -1,24 +1,26 @@
 """gunicorn's configuration. In this folder, `gunicorn` starts the service without arguments."""
 
-from notifier.serving import master
+import math
+
+from notifier.serving import descriptors, listening, master
 from notifier.serving.worker import Worker
 from notifier.settings import settings_or_exit
 
 settings = settings_or_exit()
 
 wsgi_app = "notifier.app:create_app()"
-bind = f"0.0.0.0:{settings.http_server_port}"
+bind = listening.addresses(settings.http_server_host, settings.http_server_port)
 workers = settings.web_concurrency
 threads = settings.server_threads
 preload_app = False
 worker_class = Worker
 http_parser = "python"  # serving/caller.py relies on its strictness
 
-# Maximum connections per worker, with room for many idle ones beside those that threads serve.
-worker_connections = max(1000, 2 * threads)
+# Maximum connections per worker.
+worker_connections = descriptors.connections(settings, descriptors.raise_limit())
 
-# Seconds that idle connections are kept: longer than the minute of most load balancers.
-keepalive = 75
+# Seconds that idle connections are kept; gunicorn takes whole ones.
+keepalive = math.ceil(settings.http_server_keepalive)
 
 # Ignore headers that set the path or the scheme, even from this machine.
 forwarder_headers = ""
@@ -43,12 +45,17 @@ class JsonLogger(master.JsonLogger):
 logger_class = JsonLogger
 
 
+def on_starting(server):
+    """Check the configuration and the environment, and log what is noteworthy."""
+    master.on_starting(server)
+    descriptors.log_shortage(settings)
+
+
 def when_ready(server):
     """Make the state that workers share, before the first fork."""
     master.when_ready(server, settings)
 
 
-on_starting = master.on_starting
 pre_fork = master.pre_fork
 post_fork = master.post_fork
 post_worker_init = master.post_worker_init

@@ -4,6 +4,7 @@ import re
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,6 +106,12 @@ def _readable(text: str) -> str:
         raise ValueError(text) from None
 
 
+def _address(text: str) -> str:
+    if "%" in text:  # gunicorn cannot bind to an address with a zone
+        raise ValueError(text)
+    return str(ip_address(text))
+
+
 def _filled(text: str) -> str:
     if not text.strip():
         raise ValueError(text)
@@ -120,6 +127,7 @@ DELAY = Kind("0s or a duration such as 500ms or 5s, up to 24h", _parse_delay)
 COUNT = whole_number(1, 1_000_000)
 PORT = whole_number(1, 65_535)
 PORTS = list_of(PORT)
+ADDRESS = Kind("an IP address without brackets, such as 127.0.0.1 or ::1", _address)
 LISTEN_PORT = Kind("a port such as 8080 or :8080", lambda text: PORT.parse(text.removeprefix(":")))
 CA_BUNDLE = Kind("a readable PEM file, or folder, of certificates", _ca_bundle)
 ROOT_CERT = Kind("a readable PEM file of certificates", lambda text: _ca_bundle(_readable(text)))

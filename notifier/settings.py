@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from notifier.environ import (
+    ADDRESS,
     CA_BUNDLE,
     COUNT,
     DELAY,
@@ -77,7 +78,9 @@ class Settings:
     app_name: str = _variable(TEXT, "notification-service")
     log_level: str = _variable(one_of(_LOG_LEVELS), "INFO")
 
+    http_server_host: str | None = _variable(ADDRESS, None)
     http_server_port: int = _variable(LISTEN_PORT, 8080)
+    http_server_keepalive: float = _variable(DELAY, 75.0)
     web_concurrency: int = _variable(whole_number(1, 256), min(4, available_cpus()))
     web_threads: int = _variable(whole_number(1, 512), 32)
 

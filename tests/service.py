@@ -39,7 +39,8 @@ class Service:
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        host = environment.get("HTTP_SERVER_HOST", "127.0.0.1")
+        self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
         self.log = folder / f"service-{self.port}.log"
         ours = {"HTTP_SERVER_PORT": str(self.port), "WEB_CONCURRENCY": "1", "LOG_LEVEL": "DEBUG"}
         with self.log.open("wb") as log:

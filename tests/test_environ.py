@@ -8,6 +8,7 @@ import pytest
 
 from notifier import environ
 from notifier.environ import (
+    ADDRESS,
     CA_BUNDLE,
     COUNT,
     DELAY,
@@ -70,6 +71,20 @@ KINDS: list[tuple[Kind, str, dict[str, object], list[str]]] = [
         "a port such as 8080 or :8080",
         {"9090": 9090, ":9090": 9090, "1": 1, "65535": 65535},
         [*NO_NUMBERS, "0", "65536", ":", "::8080", ":-1", "0.0.0.0:8080", "8080/tcp"],
+    ),
+    (
+        ADDRESS,
+        "an IP address without brackets, such as 127.0.0.1 or ::1",
+        {
+            "0.0.0.0": "0.0.0.0",
+            "127.0.0.1": "127.0.0.1",
+            "::": "::",
+            "2001:DB8:0::7": "2001:db8::7",
+        },
+        [
+            *("localhost", "*", "0", "8080", "[::1]", "[::", "::1]", "127.1", "127.0.0.01"),
+            *("127.0.0.1:8080", "[::1]:8080", "10.0.0.0/8", "fe80::1%eth0", "1.2.3.4,::1", "::g"),
+        ],
     ),
     (
         PORTS,

@@ -44,7 +44,9 @@ VALUES_OF_REQUIRED = {
 DEFAULTS = {
     "app_name": "notification-service",
     "log_level": "INFO",
+    "http_server_host": None,
     "http_server_port": 8080,
+    "http_server_keepalive": 75.0,
     "web_concurrency": min(4, available_cpus()),
     "web_threads": 32,
     "drain_delay": 0.0,
@@ -87,7 +89,9 @@ CA_BUNDLES = (HERE, HERE, __file__, kinds.CA_BUNDLE)
 VARIABLES: dict[str, tuple[str, object, str | None, Kind | str]] = {
     "APP_NAME": (" notifier-eu ", "notifier-eu", ANY, kinds.TEXT),
     "LOG_LEVEL": (" debug ", "DEBUG", "loud", "one of debug, info, warn, "),
+    "HTTP_SERVER_HOST": ("::1", "::1", "localhost", kinds.ADDRESS),
     "HTTP_SERVER_PORT": (":9090", 9090, "::9090", kinds.LISTEN_PORT),
+    "HTTP_SERVER_KEEPALIVE": ("0s", 0.0, "75", kinds.DELAY),
     "WEB_CONCURRENCY": ("256", 256, "257", "a whole number from 1 to 256"),
     "WEB_THREADS": ("512", 512, "513", "a whole number from 1 to 512"),
     "DRAIN_DELAY": ("0", 0.0, "none", kinds.DELAY),
@@ -294,7 +298,7 @@ def unknown(environ: dict[str, str]) -> dict[str, str]:
         ("DB_PASSWORD_FILES", "DB_PASSWORD_FILE"),
         ("DB_USERNAME_FILE", "DB_USERNAME"),
         ("HTTP_CLIENT_TIMOUT", "HTTP_CLIENT_TIMEOUT"),
-        ("HTTP_SERVER_HOST", "HTTP_SERVER_PORT"),
+        ("HTTP_SERVER_HOSTS", "HTTP_SERVER_HOST"),
         ("CIRCUIT_BREAKER_WINDOWS", "CIRCUIT_BREAKER_WINDOW"),
         ("CACHE_EXPIRE_TIME", "CACHE_EXPIRED_TIME"),
         ("NOTIFY_DEADLIN", "NOTIFY_DEADLINE"),

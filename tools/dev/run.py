@@ -100,7 +100,7 @@ def run(stack: ExitStack, output: Output, stopping: threading.Event, began: floa
         return
     output.say("4/4 starting the sandbox and the service")
     sandbox = _sandbox(stack, settings, mocks)
-    service = _start_service(stack, environment, settings, Log(output, sandbox.heard))
+    service = _start_service(stack, environment, Log(output, sandbox.heard))
     if _until_ready(service, settings, stopping):
         output.say(_welcome(output, settings, mocks, secret, time.monotonic() - began))
     while not stopping.wait(0.2) and _surroundings() == surroundings:
@@ -173,16 +173,15 @@ def _sandbox(stack: ExitStack, settings: Settings, mocks: Sequence[Mock]) -> San
 
 
 def _start_service(
-    stack: ExitStack, environment: Environment, settings: Settings, log: Log
+    stack: ExitStack, environment: Environment, log: Log
 ) -> "subprocess.Popen[bytes]":
     # The service gets a session of its own: the terminal's Ctrl-C reaches only us, and we ask the
     # service to stop once. If we are killed, the guard stops the service.
     python = [sys.executable, "-m"]
-    bind = f"{HOST}:{settings.http_server_port}"
     service = subprocess.Popen(
-        [*python, "tools.dev.guard", *python, "gunicorn", "--bind", bind],
+        [*python, "tools.dev.guard", *python, "gunicorn"],
         cwd=ROOT,
-        env=postgres.serving(environment),
+        env=postgres.serving(environment) | {"HTTP_SERVER_HOST": HOST},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
