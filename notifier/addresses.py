@@ -64,9 +64,8 @@ class Addresses:
         if (is_local and not self._allow_local) or domain.isdecimal():
             return 0
         try:
-            if not domain.isascii():
-                # The library maps by UTS 46. IDNA 2008 knows only case and composition.
-                idna.encode(unicodedata.normalize("NFC", domain.lower()), strict=True)
+            if not (domain.isascii() or _is_mapped_by_case_only(domain)):
+                return 0
             found = email_validator.validate_email(
                 f"a@{domain}",
                 allow_domain_literal=True,
@@ -78,6 +77,17 @@ class Addresses:
         return max(len(domain.encode()), len(found.ascii_domain))
 
 
+def _is_mapped_by_case_only(domain: str) -> bool:
+    """Return True if UTS 46, by which the library maps, changes only case and composition.
+
+    The provider gets the domain unmapped, and IDNA 2008 knows no fullwidth or ignorable characters.
+    Each character is lowered by itself, as a final sigma has no capital of its own.
+    """
+    lowered = "".join(map(str.lower, domain))
+    mapped = idna.uts46_remap(domain, std3_rules=False, transitional=False)
+    return mapped == unicodedata.normalize("NFC", lowered)
+
+
 def _is_local_part(local: str) -> bool:
     grammar = _QUOTED if local[:1] == '"' else _DOT_ATOM
     if not grammar.fullmatch(local):
@@ -86,9 +96,9 @@ def _is_local_part(local: str) -> bool:
 
 
 def _is_safe(local: str, grammar: re.Pattern[str]) -> bool:
-    """Return True if every character can be seen, and `local` stays valid if a vendor maps it.
+    """Return True if `local` has no invisible character, and stays valid if a vendor normalizes it.
 
-    Normalization makes a comma of U+FF0C and a semicolon of U+037E.
+    NFKC turns U+FF0C into a comma, and even NFC turns U+037E into a semicolon.
     """
     shown = _without_joiners(local)
     starts_with_mark = unicodedata.category(shown.lstrip('"')[:1] or " ")[0] == "M"
@@ -101,9 +111,17 @@ def _is_safe(local: str, grammar: re.Pattern[str]) -> bool:
 
 
 def _without_joiners(local: str) -> str:
-    """Remove each ZWJ and ZWNJ that its script needs (RFC 5892, appendix A)."""
+    """Remove each ZWJ and ZWNJ that its script needs."""
     return "".join(
         character
         for position, character in enumerate(local)
-        if character not in _JOINERS or not idna.valid_contextj(local, position)
+        if character not in _JOINERS or not _is_needed(local, position)
     )
+
+
+def _is_needed(local: str, position: int) -> bool:
+    """Return True if the joiner at `position` follows a letter that it shapes (RFC 5892, A.1-2)."""
+    try:
+        return idna.valid_contextj(local, position)
+    except ValueError:  # the character before it has no name
+        return False

@@ -18,6 +18,7 @@ VALID = [
     # Domains in Unicode and in ASCII, in upper case and decomposed.
     *["a@b\u00fccher.example", "a@xn--bcher-kva.example", "a@XN--BCHER-KVA.example"],
     *["a@B\u00dcCHER.example", "a@bu\u0308cher.example", "a@xn--bcher-kva.b\u00fccher.example"],
+    *["a@\u0395\u039b\u039b\u0391\u03a3.gr", "a@\u03b5\u03bb\u03bb\u03b1\u03c2.gr"],
     *["a@\u0909\u0926\u093e\u0939\u0930\u0923.\u092d\u093e\u0930\u0924", "a@fa\u00df.example"],
     *[
         "a@\u0e15\u0e31\u0e27\u0e2d\u0e22\u0e48\u0e32\u0e07.\u0e44\u0e17\u0e22",
@@ -106,11 +107,19 @@ INVALID = [
     *["a\u034fb@x.com", "a\ufe0fb@x.com", "a\u2800b@x.com", "a\U000e0041b@x.com", "a\u200db@x.com"],
     *["a\u200cb@x.com", "\u200d@x.com", "a\u0378b@x.com", "a\ue000b@x.com", "a\uffffb@x.com"],
     *["\u0301a@x.com", '"\u0301a"@x.com', "a@\u0301x.com", "a@x.\u0301com", "a\u2028b@x.com"],
-    *["a@exa\u00admple.com", "a@exa\u200bmple.com", "a@exa\ufe0fmple.com", "a@exa\u034fmple.com"],
+    *[
+        "a\ue000\u200db@x.com",
+        "\U00017000\u200cb@x.com",
+        "a@exa\u00admple.com",
+        "a@exa\u200bmple.com",
+        "a@exa\ufe0fmple.com",
+        "a@exa\u034fmple.com",
+    ],
     *["a@exa\u3164mple.com", "a@exa\u202emple.com", "a@exa\u0378mple.com", "a@exa\ue000mple.com"],
     # IDNA 2008: joiners in a domain (the library's rule), and the rule for right-to-left names.
     *["a@\u0dc1\u0dca\u200d\u0dbb\u0dd3.com", "a@1.\u05d0\u05d1.com", "a@\u05d0a.com"],
     *["a@\u0661a.com", "a@" + "\u00fc" * 60 + ".com", "a@\u2665.com", "a@xn--i-7iq.com"],
+    *["a@\u017fhop.com", "a@\ufb01sh.com", "a@x\uff61com"],
     # Quoted local parts that somebody may take for several addresses, or for none.
     *['"a,b"@x.com', '"a;b"@x.com', '"a@b"@x.com', '"a<b>"@x.com', '"a:b"@x.com', '"a(b)"@x.com'],
     *[r'"a\"b"@x.com', r'"a\\b"@x.com', r'"a\ b"@x.com', '"a[b]"@x.com', '"a\uff0cb"@x.com'],

@@ -134,6 +134,62 @@ def test_domains_in_ascii_are_judged_as_the_library_does() -> None:
         assert (problem(address) is None) == is_valid_to_the_library(address), address
 
 
+PIECES = [
+    *[
+        "\u200c",
+        "\u200d",
+        "\u094d",
+        "\u0915",
+        "\u0645",
+        "\u05d0",
+        "\u0661",
+        "\u00b7",
+        "\u30fb",
+        "\u0375",
+    ],
+    *[
+        "\ue000",
+        "\u0378",
+        "\U00017000",
+        "\ud800",
+        "\u0301",
+        "\u00fc",
+        "\u00df",
+        "\u3002",
+        "\ufe0f",
+        "\x00",
+    ],
+    *[
+        "xn--",
+        "-",
+        ".",
+        "@",
+        '"',
+        "[",
+        "]",
+        "IPv6:",
+        "::",
+        "1",
+        "a",
+        "A",
+        " ",
+        "\\",
+        "%",
+        "\u0130",
+        "\u03a3",
+    ],
+]
+
+
+def test_no_text_raises_an_exception() -> None:
+    chance = random.Random(1_000_003)
+    answers = {None, MALFORMED, LOCAL_PART_TOO_LONG, TOO_LONG}
+    for _ in range(4000):
+        local, domain = ("".join(chance.choices(PIECES, k=chance.randint(1, 6))) for _ in "ab")
+        for address in (f"{local}@{domain}", f"{local}@x.com", f"a@{domain}", f"a@{domain}.com"):
+            assert problem(address, allow_local=True) in answers
+
+
 def test_no_address_is_looked_up_in_dns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dns", None)  # its import fails
     monkeypatch.setitem(sys.modules, "email_validator.deliverability", None)
