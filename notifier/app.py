@@ -5,6 +5,7 @@ from urllib.request import getproxies_environment
 from flask import Flask
 
 from notifier import __version__
+from notifier.addresses import Addresses
 from notifier.attempts import Attempts
 from notifier.breakers import Breakers, Policy
 from notifier.capacity import Capacity
@@ -16,7 +17,7 @@ from notifier.settings import MIN_ATTEMPT, MIN_DEADLINE, Settings
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
 from notifier.store.refresher import Refresher
-from notifier.web import errors, notify, ops, requests
+from notifier.web import body, errors, notify, ops, requests
 from notifier.wire.transport import Transport
 
 # Maximum seconds that a notification waits for a place: a quick refusal beats a growing queue.
@@ -30,6 +31,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.url_map.merge_slashes = False  # or a doubled slash would get a redirect, in HTML
     if settings:  # None where flask only looks for a command
         app.extensions["notifier"] = build(settings)
+        body.register(app, Addresses(allow_local=settings.allow_local_addresses == "on"))
     app.register_blueprint(notify.blueprint)
     app.register_blueprint(ops.blueprint)
     requests.register(app)

@@ -99,6 +99,8 @@ class Settings:
 
     cache_invalidation: str = _variable(SWITCH, "on")
 
+    allow_local_addresses: str = _variable(SWITCH, "off")
+
     db_host: str = _variable(HOSTS)
     db_port: str = _variable(PORTS)
     db_name: str = _variable(TEXT)

@@ -2,53 +2,78 @@
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from flask import request
+from flask import Flask, current_app, request
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate
 from werkzeug.exceptions import RequestEntityTooLarge
 
+from notifier.addresses import Addresses
+from notifier.characters import (
+    BIDI_EMBEDDINGS_AND_OVERRIDES,
+    CONTROL,
+    CONTROL_EXCEPT_TAB_LF_CR,
+    INVISIBLE,
+    SURROGATES,
+)
 from notifier.errors import InvalidRequest
 from notifier.models import Message
 from notifier.settings import MAX_BODY_BYTES
 
-MAX_TO = 320
 MAX_TITLE = 255
 MAX_MESSAGE = 10_000
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_UNCODED = {"", "identity"}
+
+_VISIBLE = re.compile(rf"[^\s{INVISIBLE}]")
+
+# The names and ranges of the characters that a field may not contain.
+_NOT_IN_TO = {"lone surrogates": SURROGATES, "control characters": CONTROL}
+_NOT_IN_TITLE = _NOT_IN_TO | {
+    "bidirectional embeddings or overrides": BIDI_EMBEDDINGS_AND_OVERRIDES
+}
+_NOT_IN_MESSAGE = _NOT_IN_TO | {"control characters": CONTROL_EXCEPT_TAB_LF_CR}
+
+_Rule = Callable[[str], object]
+
+_EXTENSION = "notifier.message_schema"
 
 
 def _not_blank(value: str) -> None:
     if not value.strip():
         raise ValidationError("must not be empty or blank")
+    if not _VISIBLE.search(value):
+        raise ValidationError("must not consist of invisible characters only")
 
 
-def _no_lone_surrogates(value: str) -> None:
-    if _SURROGATE.search(value):
-        raise ValidationError("must not contain lone surrogates")
+def _at_most(longest: int) -> _Rule:
+    return validate.Length(max=longest, error=f"must be at most {longest} characters")
 
 
-def _no_control_characters(value: str) -> None:
-    if _CONTROL.search(value):
-        raise ValidationError("must not contain control characters")
+def _without(kinds: dict[str, str]) -> _Rule:
+    """Return a rule that forbids the characters of `kinds`, given as their names and ranges."""
+    forbidden = re.compile(f"[{''.join(kinds.values())}]")
+
+    def check(value: str) -> None:
+        found = forbidden.search(value)
+        if found:
+            names = (name for name, ranges in kinds.items() if re.match(f"[{ranges}]", found[0]))
+            raise ValidationError(f"must not contain {next(names)}")
+
+    return check
 
 
-_EMAIL = validate.Email(error="must be an email address")
+def _valid(addresses: Addresses) -> _Rule:
+    def check(value: str) -> None:
+        if problem := addresses.problem(value):
+            raise ValidationError(problem)
 
-
-def _email_address(value: str) -> None:
-    _EMAIL(value)
-    if not value.isprintable():  # the validator accepts line separators and invisible characters
-        raise ValidationError(_EMAIL.error)
+    return check
 
 
 class _Text(fields.String):
-    """A required string of 1 to `longest` characters that are not all white space.
-
-    Only the first broken rule is reported.
-    """
+    """A required string with a visible character. Only the first broken rule is reported."""
 
     default_error_messages = {  # noqa: RUF012 marshmallow merges these over the class hierarchy
         "required": "is missing",
@@ -56,16 +81,11 @@ class _Text(fields.String):
         "invalid": "must be a string",
     }
 
-    def __init__(self, longest: int, *rules: Any) -> None:
-        too_long = f"must be at most {longest} characters"
-        length = validate.Length(max=longest, error=too_long)
-        super().__init__(
-            required=True,
-            validate=_first_of(_not_blank, length, _no_lone_surrogates, *rules),
-        )
+    def __init__(self, *rules: _Rule) -> None:
+        super().__init__(required=True, validate=_first_of(_not_blank, *rules))
 
 
-def _first_of(*rules: Any) -> Any:
+def _first_of(*rules: _Rule) -> _Rule:
     def check(value: str) -> None:
         for rule in rules:
             rule(value)
@@ -73,22 +93,32 @@ def _first_of(*rules: Any) -> Any:
     return check
 
 
-class NotificationSchema(Schema):
-    """The body of a request: `{"to", "title", "message"}`, other fields ignored."""
+class _MessageSchema(Schema):
+    """Makes a `Message` of an object, whose other fields it ignores."""
 
     class Meta:
         unknown = EXCLUDE
-
-    to = _Text(MAX_TO, _no_control_characters, _email_address)
-    title = _Text(MAX_TITLE, _no_control_characters)
-    message = _Text(MAX_MESSAGE)
 
     @post_load
     def _make(self, data: dict[str, str], **_: Any) -> Message:
         return Message(**data)
 
 
-_SCHEMA = NotificationSchema()  # loading does not change it, so all threads share it
+def message_schema(addresses: Addresses) -> Schema:
+    """Return the schema of a body: `{"to", "title", "message"}`. All threads may share it."""
+    schema = _MessageSchema.from_dict(
+        {
+            "to": _Text(_without(_NOT_IN_TO), _valid(addresses)),
+            "title": _Text(_at_most(MAX_TITLE), _without(_NOT_IN_TITLE)),
+            "message": _Text(_at_most(MAX_MESSAGE), _without(_NOT_IN_MESSAGE)),
+        }
+    )
+    return schema()
+
+
+def register(app: Flask, addresses: Addresses) -> None:
+    """Let `read_message` check bodies in `app`, and addresses by `addresses`."""
+    app.extensions[_EXTENSION] = message_schema(addresses)
 
 
 def read_message() -> Message:
@@ -98,14 +128,14 @@ def read_message() -> Message:
         InvalidRequest: its message names the field and the problem.
         RequestEntityTooLarge: the body is larger than `MAX_BODY_BYTES`.
     """
-    return _parse(_read_json())
+    return _parse(_read_json(), current_app.extensions[_EXTENSION])
 
 
-def _parse(body: object) -> Message:
+def _parse(body: object, schema: Schema) -> Message:
     if not isinstance(body, dict):
         raise InvalidRequest("body: must be a JSON object")
     try:
-        message: Message = _SCHEMA.load(body)
+        message: Message = schema.load(body)
     except ValidationError as error:
         raise InvalidRequest(_joined(error.messages_dict)) from None
     return message
@@ -120,13 +150,17 @@ def _read_json() -> object:
     """Return the parsed body; its content type does not matter.
 
     Raises:
-        InvalidRequest: the body is not UTF-8 or not JSON, too deep, or has too long a number.
+        InvalidRequest: the body is compressed, not UTF-8 or not JSON, too deep, or has too long a
+            number.
         RequestEntityTooLarge: the body is larger than `MAX_BODY_BYTES`.
     """
+    _require_identity(request.environ.get("HTTP_CONTENT_ENCODING", ""))
     try:
         text = _read_body().decode()
     except UnicodeDecodeError:
         raise InvalidRequest("body: must be UTF-8") from None
+    if text.startswith("\ufeff"):
+        raise InvalidRequest("body: must not begin with a byte order mark")
     if not text.strip():
         raise InvalidRequest("body: must not be empty, expected a JSON object")
     try:
@@ -138,6 +172,12 @@ def _read_json() -> object:
         raise InvalidRequest("body: nested too deeply") from None
     except ValueError:  # json takes numbers of any length, int() does not
         raise InvalidRequest("body: contains a number that is too long or not allowed") from None
+
+
+def _require_identity(codings: str) -> None:
+    """Refuse a compressed body; the header may list `identity`, or nothing."""
+    if codings and not {coding.strip().lower() for coding in codings.split(",")} <= _UNCODED:
+        raise InvalidRequest("Content-Encoding: must be absent or identity")
 
 
 def _read_body() -> bytes:
