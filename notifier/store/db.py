@@ -11,6 +11,8 @@ import psycopg
 
 from notifier.environ import Secret
 from notifier.settings import Settings
+from notifier.single_flight import start
+from notifier.variables import withdraw
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -22,6 +24,9 @@ COMMAND_WAIT = 10.0
 
 # Extra seconds to wait, so that the server's more exact error arrives first.
 GRACE = 0.5
+
+# A path that cannot exist. For a file that is unset, libpq would look in ~/.postgresql.
+NO_FILE = "/dev/null/none"
 
 NO_TABLE = "there is no table notification_preferences: run flask --app notifier.app migrate"
 
@@ -100,6 +105,8 @@ REASONS_BY_TEXT = {
 class Database:
     """Opens connections to one place as one role, and keeps none of them.
 
+    libpq's own variables and files have no effect: a `Database` removes the variables.
+
     `hosts` names the place in log lines. `wait` is the maximum seconds that a request waits for a
     connection: `DATABASE_WAIT` per host.
 
@@ -117,6 +124,7 @@ class Database:
         role: tuple[str, Secret] | None = None,
         primary: bool = False,
     ) -> None:
+        withdraw(os.environ)
         self.username, self._password = role or (settings.db_username, settings.db_password)
         host, port = place or settings.serve_place
         self.hosts = _hosts(host.split(","), port.split(","))
@@ -127,9 +135,10 @@ class Database:
             "dbname": settings.db_name,
             "user": self.username,
             "sslmode": settings.db_sslmode,
-            "sslrootcert": settings.db_sslrootcert,
-            "sslcert": settings.db_sslcert,
-            "sslkey": settings.db_sslkey,
+            "sslrootcert": settings.db_sslrootcert or NO_FILE,
+            "sslcert": settings.db_sslcert or NO_FILE,
+            "sslkey": settings.db_sslkey or NO_FILE,
+            "sslcrl": NO_FILE,
             "connect_timeout": int(DATABASE_WAIT),
             "client_encoding": "utf8",  # or a database in SQL_ASCII returns bytes
             "application_name": settings.app_name,
@@ -198,7 +207,7 @@ def bounded(connection: Connection, seconds: float) -> Iterator[None]:
     with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
         timer = threading.Timer(seconds, _shut_down, (duplicate,))
         timer.daemon = True
-        timer.start()
+        start(timer)
         try:
             yield
         finally:

@@ -169,7 +169,7 @@ class Preferences:
             self._waiting_ends = time.monotonic() + self._database.wait
         if self._clock() >= self._first_load_at:
             wait = max(0.0, min(deadline, self._waiting_ends) - time.monotonic())
-            with suppress(TimeoutError):
+            with suppress(OSError):  # no result in time, or no thread to get one
                 self._first_load.run("all", self._ask, wait)
         held = self._held  # the refresher may have filled it
         self._count["error" if held is None else "miss"].inc()
