@@ -35,6 +35,7 @@ _IS_STANDBY = "the server is a standby"
 _LACKS_PRIVILEGE = "the user lacks a privilege: migrate grants it"
 _NO_ANSWER = "no answer in time"
 _NOT_THERE = "the database, the user or the table does not exist"
+_SHORTAGE = "this machine has no free descriptor, port, thread or memory"
 
 # The reasons that log lines give for errors, because PostgreSQL's messages name hosts and users.
 # The SQLSTATE decides if there is one: messages are in the server's language (lc_messages).
@@ -95,6 +96,12 @@ REASONS_BY_TEXT = {
     "does not exist": _NOT_THERE,
     "permission denied": _LACKS_PRIVILEGE,
     "Connection refused": "refused",
+    "no error details": _SHORTAGE,  # libpq has no message for a lack of descriptors
+    "Too many open files": _SHORTAGE,
+    "can't start new thread": _SHORTAGE,
+    "Cannot allocate memory": _SHORTAGE,
+    "No buffer space available": _SHORTAGE,
+    "Cannot assign requested address": _SHORTAGE,
     "could not translate host name": "no such host",
     "failed to resolve host": "no such host",
     "No such file or directory": "no such socket",
