@@ -601,8 +601,15 @@ def test_a_shortage_of_this_machine_is_an_error_with_a_reason(
     assert reason(raised.value) == why
 
 
-def test_a_connection_without_a_free_descriptor_has_a_reason(database: Environment) -> None:
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_connection_without_a_free_descriptor_has_a_reason(
+    database: Environment, tmp_path: Path, from_file: bool
+) -> None:
     described = database_of(database)
+    if from_file:
+        file = tmp_path / "password"
+        file.write_text(database["DB_PASSWORD"])
+        described = database_of(database, DB_PASSWORD="", DB_PASSWORD_FILE=str(file))
     with descriptors_left(0):
         why = refusal(described)
     assert why == "this machine has no free descriptor, port, thread or memory"

@@ -59,6 +59,9 @@ REASONS_BY_STATE = {
 # Otherwise the first text below that the error's message contains decides. psycopg has no SQLSTATE
 # for a connection that fails or breaks, even if the server sent one. pgbouncer has one for all.
 REASONS_BY_TEXT = {
+    "Too many open files": _SHORTAGE,  # of whichever file or socket
+    "can't start new thread": _SHORTAGE,
+    "Cannot allocate memory": _SHORTAGE,
     "through a pooler": "no notification arrives through a pooler: set DB_LISTEN_HOST or "
     "DB_LISTEN_PORT to PostgreSQL itself, or CACHE_INVALIDATION=off",
     "cannot read the password": "the password file cannot be read",
@@ -97,9 +100,6 @@ REASONS_BY_TEXT = {
     "permission denied": _LACKS_PRIVILEGE,
     "Connection refused": "refused",
     "no error details": _SHORTAGE,  # libpq has no message for a lack of descriptors
-    "Too many open files": _SHORTAGE,
-    "can't start new thread": _SHORTAGE,
-    "Cannot allocate memory": _SHORTAGE,
     "No buffer space available": _SHORTAGE,
     "Cannot assign requested address": _SHORTAGE,
     "could not translate host name": "no such host",
@@ -177,9 +177,10 @@ class Database:
         """
         try:
             password = self._password.read()
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
             file = self._password.file
-            raise psycopg.OperationalError(f"cannot read the password in {file}") from None
+            why = f": {error.strerror}" if isinstance(error, OSError) else ""
+            raise psycopg.OperationalError(f"cannot read the password in {file}{why}") from None
         # Prepared statements gain nothing for few queries and break behind transaction poolers.
         connection = psycopg.connect(
             **self._parameters, password=password, autocommit=True, prepare_threshold=None
