@@ -1,6 +1,6 @@
 """The application factory. Only this module wires the parts; no other module imports it."""
 
-from urllib.request import getproxies_environment
+import os
 
 from flask import Flask
 
@@ -17,6 +17,7 @@ from notifier.settings import MIN_ATTEMPT, MIN_DEADLINE, Settings
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
 from notifier.store.refresher import Refresher
+from notifier.variables import proxies
 from notifier.web import body, errors, notify, ops, requests
 from notifier.wire.transport import Transport
 
@@ -53,7 +54,7 @@ def build(settings: Settings) -> Notifier:
     )
     transport = Transport(
         ca_bundle=settings.requests_ca_bundle or settings.curl_ca_bundle,
-        proxies=getproxies_environment(),
+        proxies=proxies(os.environ),
         # A seller's notification has two calls in progress.
         connections=2 * settings.web_threads,
         user_agent=f"notifier/{__version__}",

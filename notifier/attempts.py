@@ -27,6 +27,8 @@ _BY_FAULT = {
     Fault.DNS: AttemptOutcome.NOT_SENT,
     Fault.CONNECT: AttemptOutcome.NOT_SENT,
     Fault.TLS: AttemptOutcome.NOT_SENT,
+    Fault.PROXY: AttemptOutcome.NOT_SENT,
+    Fault.SHORTAGE: AttemptOutcome.NOT_SENT,
     Fault.TIMEOUT: AttemptOutcome.UNKNOWN,
     Fault.RESET: AttemptOutcome.UNKNOWN,
     Fault.PROTOCOL: AttemptOutcome.UNKNOWN,

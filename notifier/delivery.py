@@ -2,10 +2,13 @@
 
 import contextvars
 import logging
+import threading
 import time
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -85,6 +88,29 @@ class Report:
         return [result.log_fields() for result in self.channels]
 
 
+class _Once:
+    """Work that the first thread to reach it runs: one of the pool, or the one that needs it."""
+
+    def __init__(self, work: Callable[[], ChannelResult]) -> None:
+        self._work = work
+        self._begun = threading.Lock()
+        self._future: Future[ChannelResult] = Future()
+
+    def run(self) -> None:
+        """Run the work, unless a thread has begun it."""
+        if not self._begun.acquire(blocking=False):
+            return
+        try:
+            self._future.set_result(self._work())
+        except BaseException as error:  # noqa: BLE001 handed to the waiting thread
+            self._future.set_exception(error)
+
+    def result(self) -> ChannelResult:
+        """Return the result, or raise the error; run the work here if no thread has begun it."""
+        self.run()
+        return self._future.result()
+
+
 class Delivery:
     """Delivers messages. One per worker; called by request threads.
 
@@ -128,14 +154,16 @@ class Delivery:
         try:
             result = self._through(first, message, deadline)
         finally:
-            wait(running)
-        return (result, *(future.result() for future in running))
+            ended = [work.result() for work in running]
+        return (result, *ended)
 
-    def _submit(
-        self, channel: Channel, message: Message, deadline: float
-    ) -> "Future[ChannelResult]":
+    def _submit(self, channel: Channel, message: Message, deadline: float) -> "_Once":
         run = contextvars.copy_context().run  # so that log lines have the request id
-        return self._pool.submit(run, self._through, channel, message, deadline)
+        work = _Once(partial(run, self._through, channel, message, deadline))
+        # If no thread can start, the pool raises, although another of its threads may yet run it.
+        with suppress(RuntimeError):
+            self._pool.submit(work.run)
+        return work
 
     def _through(self, channel: Channel, message: Message, deadline: float) -> ChannelResult:
         result = self._try(channel, message, deadline)

@@ -1,11 +1,23 @@
 """The errors: the replies that they become, and the outcomes of attempts at providers."""
 
+import errno
 import re
+import socket
 from enum import StrEnum
 from typing import ClassVar
 
 # Maximum length of `detail`, in characters.
 MAX_DETAIL = 200
+
+# The system's codes for a lack of descriptors, memory, ports, addresses and threads.
+_SHORTAGES = frozenset(
+    {
+        *(errno.EMFILE, errno.ENFILE),
+        *(errno.ENOMEM, errno.ENOBUFS),
+        errno.EADDRNOTAVAIL,
+        errno.EAGAIN,  # of a thread that cannot start; sockets here never raise it
+    }
+)
 
 # Parts of an OpenSSL message to remove: the error's name, and the C source line.
 _OPENSSL_SOURCE = re.compile(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$")
@@ -61,12 +73,14 @@ class PreferencesUnavailable(Exception):
 
 
 class Fault(StrEnum):
-    """The step at which an exchange ended that has no status line."""
+    """The step or the cause that ended an exchange without a status line."""
 
     URL = "url"  # no request can be made of the URL and the header fields
     DNS = "dns"
-    CONNECT = "connect"  # a proxy's tunnel included
+    CONNECT = "connect"
     TLS = "tls"
+    PROXY = "proxy"  # the proxy is unreachable, or opened no tunnel
+    SHORTAGE = "shortage"  # this machine lacks descriptors, memory, ports or threads
     # From here on the provider may have the request.
     TIMEOUT = "timeout"
     RESET = "reset"
@@ -95,6 +109,15 @@ class TransportError(Exception):
         return words[:1].lower() + words[1:]
 
 
+def is_shortage(error: BaseException) -> bool:
+    """Return True if this machine lacked a resource, so that no peer is to blame."""
+    if isinstance(error, socket.gaierror):  # its numbers are not errno's
+        return error.errno == socket.EAI_MEMORY
+    if isinstance(error, OSError):
+        return error.errno in _SHORTAGES
+    return isinstance(error, MemoryError)
+
+
 class AttemptOutcome(StrEnum):
     """How one attempt at a provider ended.
 
@@ -120,6 +143,9 @@ class AttemptOutcome(StrEnum):
 OPEN = "open"  # the endpoint's breaker did not admit it
 DEADLINE = "deadline"  # the request's deadline cut it short, or was too near to begin it
 
+# Reasons that say nothing about the endpoint.
+_OURS = (DEADLINE, Fault.SHORTAGE)
+
 
 class AttemptFailed(Exception):
     """A provider did not accept the message.
@@ -135,8 +161,8 @@ class AttemptFailed(Exception):
 
     @property
     def endpoint_failed(self) -> bool | None:
-        """As `AttemptOutcome.endpoint_failed`; None if the deadline cut the attempt short."""
-        return None if self.reason == DEADLINE else self.outcome.endpoint_failed
+        """As `AttemptOutcome.endpoint_failed`; None if the cause lay with us, not the endpoint."""
+        return None if self.reason in _OURS else self.outcome.endpoint_failed
 
     @property
     def status(self) -> int | None:

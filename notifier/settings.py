@@ -26,6 +26,7 @@ from notifier.environ import (
     secret_text,
     whole_number,
 )
+from notifier.variables import proxy_problems
 
 # Seconds. With less time left no attempt begins.
 MIN_ATTEMPT = 0.25
@@ -220,6 +221,7 @@ class Settings:
                 _read(spec, environ, values)
             except SettingsError as error:
                 problems.append(str(error))
+        problems += proxy_problems(environ)
         if problems:
             raise SettingsError("; ".join(problems))
         return cls(**values)

@@ -5,6 +5,7 @@ PostgreSQL. The work runs in its own thread, and callers stop waiting when their
 """
 
 import contextvars
+import errno
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
@@ -12,6 +13,18 @@ from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
+
+
+def start(thread: threading.Thread) -> None:
+    """Start `thread`.
+
+    Raises:
+        OSError: the system has no resources for another thread.
+    """
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, "can't start new thread") from error
 
 
 class SingleFlight(Generic[Key, Result]):
@@ -27,6 +40,7 @@ class SingleFlight(Generic[Key, Result]):
 
         Raises:
             TimeoutError: no result within `timeout` seconds; the run continues.
+            OSError: the system has no resources for a thread.
             Exception: any error that the run raised.
         """
         with self._lock:
@@ -37,9 +51,8 @@ class SingleFlight(Generic[Key, Result]):
         flight: Future[Result] = Future()
         fly = contextvars.copy_context().run  # log lines carry the first caller's request id
         # A daemon: a hung look-up must not keep a stopping worker alive.
-        threading.Thread(
-            target=fly, args=(self._fly, key, work, flight), name=self._name, daemon=True
-        ).start()
+        args = (self._fly, key, work, flight)
+        start(threading.Thread(target=fly, args=args, name=self._name, daemon=True))
         self._flights[key] = flight
         return flight
 

@@ -1,8 +1,13 @@
-"""The environment variables that are not settings: those without effect, and misspelt ones."""
+"""The environment variables that are not settings.
+
+Some have no effect, some are misspelt settings, and some are read by libraries.
+"""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 from difflib import get_close_matches
+from ipaddress import IPv6Address
+from urllib.parse import unquote
 
 # Variables of the Go service's cache and framework that have no counterpart here.
 WITHOUT_EFFECT = ("GIN_MODE", "CACHE_NUM_COUNTERS", "CACHE_MAX_COST", "CACHE_BUFFER_ITEMS")
@@ -18,6 +23,17 @@ _SIMILAR = 0.9
 
 # Kubernetes sets these for each of the namespace's services, one named `db` or `web` included.
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_[0-9]+_(TCP|UDP|SCTP)")
+
+_PROXY = re.compile(
+    r"(?:(?P<scheme>[^:/?#@\s]*)://)?"
+    r"(?:(?P<user>[^/?#\s]*)@)?"
+    r"(?P<host>\[[^]\s]*]|[^][:/?#@\s]*)"
+    r"(?::(?P<port>[^/?#@\s]*))?/?"
+)
+_LABEL = "[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_NAME = re.compile(rf"(?=.{{1,253}}$){_LABEL}(?:\.{_LABEL})*\.?")
+_PORTS = range(1, 65_536)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def unknown_variables(environ: Mapping[str, str], settings: Collection[str]) -> dict[str, str]:
@@ -42,3 +58,95 @@ def unknown_variables(environ: Mapping[str, str], settings: Collection[str]) -> 
 
 def _is_service_link(name: str, environ: Mapping[str, str]) -> bool:
     return bool(_SERVICE_LINK.search(name)) or f"{name.removesuffix('PORT')}SERVICE_HOST" in environ
+
+
+def proxies(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the URL of the proxy for `http` and for `https`, and the exceptions as `no`.
+
+    Without a proxy the dict is empty. The variables are those that
+    `urllib.request.getproxies_environment` reads, under its rules.
+    """
+    found = {scheme: url for scheme, (_, url) in _proxies(environ).items()}
+    return found | {"no": _read(environ, "no_proxy")[1]} if found else {}
+
+
+def proxy_problems(environ: Mapping[str, str]) -> list[str]:
+    """Return a line for each variable in use that names no usable proxy.
+
+    The lines never show the value: what looks like a port may be a password.
+    """
+    urls = dict(_proxies(environ).values())
+    problems = {name: _proxy_problem(url) for name, url in urls.items()}
+    return [
+        f"{name} cannot be used ({problem}): expected http://HOST:PORT or https://HOST:PORT, with "
+        "USER:PASSWORD@ before the host if needed, and special characters in them as %XX"
+        for name, problem in problems.items()
+        if problem
+    ]
+
+
+def _proxies(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Return the variable and the URL of the proxy for each scheme that has one."""
+    if _read(environ, "no_proxy")[1] == "*":
+        return {}
+    either = _read(environ, "all_proxy")
+    by_scheme = {
+        scheme: own if (own := _read(environ, f"{scheme}_proxy"))[1] else either
+        for scheme in ("http", "https")
+    }
+    return {scheme: (name, url) for scheme, (name, url) in by_scheme.items() if url}
+
+
+def _read(environ: Mapping[str, str], variable: str) -> tuple[str, str]:
+    """Return the name and the value of `variable` in the case that counts; lower case wins."""
+    names = [name for name in environ if name.lower() == variable]
+    if variable == "http_proxy" and "REQUEST_METHOD" in environ:
+        # In a CGI script the other spellings may be a caller's header.
+        names = [name for name in names if name.endswith("_proxy")]
+    name = max(names, key=lambda name: (name == variable, name.endswith("_proxy")), default="")
+    return name, environ.get(name, "").strip()
+
+
+def _proxy_problem(url: str) -> str:
+    """Return why `url` cannot be used as a proxy, or an empty string."""
+    parts = _PROXY.fullmatch(url)
+    if not parts:
+        return "it is not the URL of a proxy"
+    scheme, user, host, port = parts.groups()
+    if scheme is not None and scheme.lower() not in ("http", "https"):
+        return "its scheme is neither http nor https"
+    if port and not (re.fullmatch("[0-9]{1,5}", port) and int(port) in _PORTS):
+        return "its port is not a number from 1 to 65535"
+    if not _is_host(host):
+        return "it has no valid host"
+    return "" if _is_sendable(unquote(user or "")) else "its user or password cannot be sent"
+
+
+def _is_host(text: str) -> bool:
+    if not text.startswith("["):
+        return _NAME.fullmatch(text) is not None
+    try:
+        IPv6Address(text[1:-1])
+    except ValueError:
+        return False
+    return True
+
+
+def _is_sendable(credentials: str) -> bool:
+    """Return True if HTTP's basic authentication can carry `credentials` (RFC 7617)."""
+    try:
+        credentials.encode("latin-1")
+    except UnicodeEncodeError:
+        return False
+    return not _CONTROL.search(credentials)
+
+
+def withdraw(environ: MutableMapping[str, str]) -> None:
+    """Remove the variables by which libraries would bypass the settings.
+
+    These are libpq's, of which some outrank explicit parameters (PGSERVICE), and the file to which
+    some builds of OpenSSL write the keys of TLS connections.
+    """
+    for name in [*environ]:
+        if name.startswith("PG") or name == "SSLKEYLOGFILE":
+            environ.pop(name, None)

@@ -1,5 +1,7 @@
-"""Loopback ports that do not answer, each in its own way, and a reader that expects no reset."""
+"""Loopback ports that do not answer, a lack of descriptors, and a reader that expects no reset."""
 
+import os
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,6 +37,20 @@ def not_answering() -> Iterator[int]:
             except TimeoutError:
                 break
         yield listener.getsockname()[1]
+
+
+@contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    """Let this process open only `count` more descriptors during the block."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [os.open(os.devnull, os.O_RDONLY) for _ in range(count + 1)]
+    for number in free:
+        os.close(number)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(free), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def until_the_end(sock: socket.socket) -> bytes:

@@ -178,6 +178,8 @@ def test_each_other_status_has_its_outcome_and_is_logged_as_a_warning(
         ("dns", "not_sent", True),
         ("connect", "not_sent", True),
         ("tls", "not_sent", True),
+        ("proxy", "not_sent", True),
+        ("shortage", "not_sent", None),
         ("timeout", "unknown", True),
         ("reset", "unknown", True),
         ("protocol", "unknown", True),
@@ -209,7 +211,9 @@ def test_a_failed_attempt_is_logged_with_the_systems_words(
     assert record.__dict__["detail"] == "connection refused"
 
 
-@pytest.mark.parametrize("kind", ["dns", "connect", "tls", "timeout", "reset", "protocol"])
+@pytest.mark.parametrize(
+    "kind", ["dns", "connect", "tls", "proxy", "shortage", "timeout", "reset", "protocol"]
+)
 def test_an_attempt_cut_short_by_the_requests_deadline_records_nothing(
     kind: str, breakers: RecordingBreakers, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -334,7 +338,9 @@ def test_the_refusals_of_each_provider_are_logged(
     assert [record.__dict__["provider_id"] for record in refused] == [7, 8]
 
 
-@pytest.mark.parametrize("kind", ["dns", "connect", "tls", "timeout", "reset", "protocol"])
+@pytest.mark.parametrize(
+    "kind", ["dns", "connect", "tls", "proxy", "shortage", "timeout", "reset", "protocol"]
+)
 @pytest.mark.parametrize("deadline", [3600.0, 0.0], ids=["in time", "cut short"])
 def test_a_call_without_an_answer_is_counted_by_its_fault(
     kind: str, deadline: float, breakers: RecordingBreakers, growth: Growth

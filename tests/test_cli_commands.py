@@ -57,6 +57,19 @@ def test_all_commands_are_tested_here(make_settings: MakeSettings) -> None:
     assert {"providers", *map(name_of, COMMANDS)} == ours
 
 
+def test_a_proxy_that_cannot_be_used_is_reported_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("DB_HOST", "DB_NAME", "DB_USERNAME", "DB_PASSWORD"):
+        monkeypatch.setenv(name, "nothing")
+    monkeypatch.setenv("DB_PORT", "1")
+    monkeypatch.setenv("ALL_PROXY", "socks5://user:s3cr3t@proxy")
+    result = flask("migrate")
+    assert result.exit_code == 1
+    assert "ALL_PROXY cannot be used (its scheme" in result.output
+    assert "s3cr3t" not in result.output
+
+
 @pytest.mark.parametrize("loud", [False, True])
 def test_the_help_lists_the_commands_in_any_environment(
     loud: bool, monkeypatch: pytest.MonkeyPatch

@@ -2,9 +2,11 @@
 
 import os
 import secrets
+import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from notifier.store.db import (
 from tests.certificates import make_certificate
 from tests.fixtures import Environment, connect, one_role
 from tests.pgbouncer import PgBouncer
-from tests.sockets import LOOPBACK, not_answering, refusing, silent
+from tests.sockets import LOOPBACK, descriptors_left, not_answering, refusing, silent
 from tests.system_postgres import SystemPostgres, Tls
 from tests.timing import eventually, within
 
@@ -115,6 +117,14 @@ def with_certificate(certificate: Path, key: Path | None = None) -> Environment:
     return {"DB_SSLCERT": str(certificate), "DB_SSLKEY": str(key)}
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home directory, with the folder where libpq looks for files."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".postgresql").mkdir()
+    return tmp_path
+
+
 @pytest.mark.needs("postgresql")
 def test_a_server_is_verified_by_its_authority_and_its_name(tls_server: Environment) -> None:
     with database_of(tls_server).connect() as connection:
@@ -139,9 +149,9 @@ def test_an_unknown_authority_is_refused(
 
 @pytest.mark.needs("postgresql")
 def test_a_server_cannot_be_verified_without_authorities(
-    tls_server: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tls_server: Environment, home: Path
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))  # libpq looks for authorities there
+    shutil.copy(tls_server["DB_SSLROOTCERT"], home / ".postgresql/root.crt")
     database = database_of(tls_server, DB_SSLROOTCERT="")
     assert refusal(database) == "tls: DB_SSLROOTCERT is missing or is no file of certificates"
 
@@ -215,6 +225,28 @@ def test_a_client_whose_certificate_or_key_cannot_be_used_is_refused(
     assert refusal(database_of(strict_server | given)) == "tls: DB_SSLCERT cannot be used"
 
 
+@pytest.mark.needs("postgresql")
+@pytest.mark.parametrize("name", ["root.crt", "root.crl", "postgresql.crt"])
+def test_libpqs_own_files_have_no_effect(
+    tls_server: Environment, certificates: Certificates, home: Path, name: str
+) -> None:
+    """Of another authority, they would make libpq verify a server that nobody asked to verify."""
+    shutil.copy(certificates.stranger, home / ".postgresql" / name)
+    database_of(tls_server, DB_SSLMODE="require", DB_SSLROOTCERT="").connect().close()
+    if name != "root.crt":
+        database_of(tls_server).connect().close()
+
+
+@pytest.mark.needs("postgresql")
+def test_a_client_certificate_in_the_home_directory_is_not_presented(
+    strict_server: Environment, certificates: Certificates, home: Path
+) -> None:
+    shutil.copy(certificates.client, home / ".postgresql/postgresql.crt")
+    shutil.copy(certificates.client.with_name("key.pem"), home / ".postgresql/postgresql.key")
+    wanted = "tls: the server requires a certificate, see DB_SSLCERT"
+    assert refusal(database_of(strict_server)) == wanted
+
+
 def migrate(environment: Environment) -> tuple[int, str]:
     """Run the command `migrate`; return its exit code and its output on both streams."""
     app = create_app(Settings.from_env(environment))
@@ -237,6 +269,84 @@ def test_migrate_reports_a_tls_error_in_one_line_and_works_without_one(
     code, output = migrate(tls_server)
     assert (code, output.splitlines()[0][:12]) == (0, "applied 0001")
     assert migrate(tls_server) == (0, "nothing to apply, the schema is up to date\n")
+
+
+# --- libpq's environment
+
+# Each would break or change a connection.
+LIBPQ = {
+    "PGAPPNAME": "somebody else",
+    "PGCHANNELBINDING": "require",
+    "PGCLIENTENCODING": "nonsense",
+    "PGDATESTYLE": "nonsense",
+    "PGGSSENCMODE": "require",
+    "PGHOSTADDR": "127.0.0.2",
+    "PGLOADBALANCEHOSTS": "nonsense",
+    "PGMINPROTOCOLVERSION": "nonsense",
+    "PGOPTIONS": "-c search_path=nowhere",
+    "PGREQUIREAUTH": "none",
+    "PGREQUIREPEER": "nobody",
+    "PGSERVICE": "nowhere",
+    "PGSSLCERTMODE": "nonsense",
+    "PGSSLMODE": "require",
+    "PGSSLNEGOTIATION": "nonsense",
+    "PGTARGETSESSIONATTRS": "standby",
+    "PGTZ": "Asia/Tokyo",
+}
+
+
+def test_each_variable_of_libpq_that_a_connection_could_read_is_withdrawn(
+    database: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for option in psycopg.pq.Conninfo.get_defaults():
+        if option.envvar:
+            monkeypatch.setenv(option.envvar.decode(), "nonsense")
+    database_of(database).connect().close()
+
+
+@pytest.mark.parametrize("name", LIBPQ)
+def test_a_variable_of_libpq_has_no_effect(
+    database: Environment, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def seen() -> list[Any]:
+        with database_of(database).connect() as connection:
+            settings = (
+                "search_path",
+                "TimeZone",
+                "DateStyle",
+                "client_encoding",
+                "application_name",
+            )
+            return [value(connection, "SELECT current_setting(%s)", each) for each in settings]
+
+    expected = seen()
+    monkeypatch.setenv(name, LIBPQ[name])
+    assert seen() == expected
+
+
+def test_libpqs_files_of_services_and_passwords_have_no_effect(
+    database: Environment, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the home directory and in the places that variables name."""
+    files = {"PGSERVICEFILE": ".pg_service.conf", "PGPASSFILE": ".pgpass"}
+    (home / ".pg_service.conf").write_text("[mine]\nhost=127.0.0.2\n")
+    (home / ".pgpass").write_text("*:*:*:*:wrong\n")
+    (home / ".pgpass").chmod(0o600)
+    for variable, file in files.items():
+        monkeypatch.setenv(variable, str(home / file))
+    monkeypatch.setenv("PGSERVICE", "mine")
+    monkeypatch.setenv("PGSYSCONFDIR", str(home))
+    with database_of(database).connect() as connection:
+        assert host_of(connection).startswith(LOOPBACK)
+
+
+def test_commands_ignore_libpqs_variables_too(
+    empty_database: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in LIBPQ.items():
+        monkeypatch.setenv(name, text)
+    code, output = migrate(empty_database)
+    assert (code, output.splitlines()[0][:12]) == (0, "applied 0001")
 
 
 # --- rotation
@@ -468,6 +578,41 @@ def test_a_stopped_server_process_does_not_block_its_client(database: Environmen
         os.kill(backend, signal.SIGCONT)
     assert reason(raised.value) == "the connection broke"
     assert connection.broken
+
+
+@pytest.mark.parametrize("lack", ["descriptor", "thread"])
+def test_a_shortage_of_this_machine_is_an_error_with_a_reason(
+    database: Environment, monkeypatch: pytest.MonkeyPatch, lack: str
+) -> None:
+    """Without the time limit, a hung server would block its client for ever."""
+
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with database_of(database).connect() as connection, ExitStack() as stack:
+        if lack == "thread":
+            monkeypatch.setattr(threading.Thread, "start", fail)
+        else:
+            stack.enter_context(descriptors_left(0))
+        with pytest.raises(OSError) as raised, bounded(connection, 5):  # noqa: PT011 by its reason
+            pass
+        monkeypatch.undo()
+    why = "this machine has no free descriptor, port, thread or memory"
+    assert reason(raised.value) == why
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_connection_without_a_free_descriptor_has_a_reason(
+    database: Environment, tmp_path: Path, from_file: bool
+) -> None:
+    described = database_of(database)
+    if from_file:
+        file = tmp_path / "password"
+        file.write_text(database["DB_PASSWORD"])
+        described = database_of(database, DB_PASSWORD="", DB_PASSWORD_FILE=str(file))
+    with descriptors_left(0):
+        why = refusal(described)
+    assert why == "this machine has no free descriptor, port, thread or memory"
 
 
 def test_a_transaction_within_its_time_limit_is_not_interrupted(database: Environment) -> None:

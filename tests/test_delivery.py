@@ -1,5 +1,6 @@
 """Delivery through real providers: their order, the outcomes, the breakers and the deadline."""
 
+import errno
 import json
 import logging
 import socket
@@ -7,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ from tests.scripted_provider import (
     hang,
     reset,
 )
-from tests.sockets import LOOPBACK, not_answering, refusing, silent
+from tests.sockets import LOOPBACK, descriptors_left, not_answering, refusing, silent
 from tests.timing import within
 
 MESSAGE = Message("buyer@example.com", "Hello", "It is on its way.")
@@ -366,6 +367,13 @@ def test_a_buyer_is_reached_by_email_only(
     assert (len(email.received), len(push.received)) == (1, 0)
 
 
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
+
+
 def together(barrier: threading.Barrier) -> Script:
     """Return a script that answers 200 once all parties wait at the barrier, or else 500."""
 
@@ -407,6 +415,92 @@ def test_the_second_channels_of_several_requests_run_in_parallel(
     made = make(Known(email=rows(email.url), push=rows(push.url, channel=Channel.PUSH)))
     with ThreadPoolExecutor(3) as pool:
         assert all(pool.map(made.to, [Recipient.SELLER] * 3))
+
+
+@contextmanager
+def no_thread_to_fan_out() -> Iterator[None]:
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name.startswith("fan-out"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        yield
+
+
+def test_without_a_thread_for_it_the_second_channel_follows_the_first_in_the_same_thread(
+    make: Callable[..., Made], make_provider: MakeProvider, results: Callable[[], list[str]]
+) -> None:
+    email, push = make_provider(), make_provider()
+    made = make(Known(email=rows(email.url), push=rows(push.url, channel=Channel.PUSH)))
+    with no_thread_to_fan_out():
+        assert made.to(Recipient.SELLER)
+    assert results() == [
+        "Email delivered: email 1 accepted",
+        "PushNotification delivered: push 1 accepted",
+    ]
+    assert made.to(Recipient.SELLER)
+    made.delivery.close()  # the pool's queue still held the first notification's work
+    assert (len(email.received), len(push.received)) == (2, 2)
+
+
+def test_a_busy_thread_of_the_pool_does_not_repeat_the_second_channel_later(
+    make: Callable[..., Made], make_provider: MakeProvider
+) -> None:
+    hanging, released = threading.Event(), threading.Event()
+
+    def hang_once(peer: Peer, received: Received) -> None:
+        if not hanging.is_set():
+            hanging.set()
+            released.wait(10)
+        answer()(peer, received)
+
+    email, push = make_provider(), make_provider(hang_once)
+    made = make(Known(email=rows(email.url), push=rows(push.url, channel=Channel.PUSH)))
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(made.to, Recipient.SELLER)
+        assert hanging.wait(10)
+        with no_thread_to_fan_out():
+            assert made.to(Recipient.SELLER)
+        released.set()
+        assert first.result()
+    made.delivery.close()
+    assert (len(email.received), len(push.received)) == (2, 2)
+
+
+@pytest.mark.parametrize("lack", ["descriptors", "a thread for the look-up"])
+def test_our_own_shortage_is_neutral_for_the_breaker_and_the_next_provider_is_tried(
+    make: Callable[..., Made],
+    make_provider: MakeProvider,
+    results: Callable[[], list[str]],
+    growth: Growth,
+    lack: str,
+) -> None:
+    first, second = make_provider(), make_provider()
+    by_name = first.url.replace(LOOPBACK, "localhost")
+    made = make(Known(email=rows(by_name, second.url)), min_calls=1)
+    made.delivery._attempts.send(rows(second.url)[0], MESSAGE, time.monotonic() + 5)  # kept open
+    with ExitStack() as stack:
+        if lack == "descriptors":
+            stack.enter_context(descriptors_left(0))
+            stack.enter_context(pytest.MonkeyPatch.context()).setattr(
+                "notifier.wire.transport.WireAdapter._close_idle", lambda _: False
+            )
+        else:
+            error = OSError(errno.EAGAIN, "can't start new thread")
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setattr("notifier.wire.connector.SingleFlight.run", raising(error))
+        for _ in range(5):
+            assert made.to(Recipient.BUYER)
+    assert results() == ["Email delivered: email 1 not_sent shortage, email 2 accepted"]
+    endpoint = first.endpoint.replace(LOOPBACK, "localhost")
+    assert made.recorded(endpoint) == "nothing"
+    assert growth("http_client_requests_total")["POST", endpoint, "", "shortage"] == 5
+    assert made.to(Recipient.BUYER)
+    assert results() == ["Email delivered: email 1 accepted"]
 
 
 @pytest.mark.parametrize("failing", ["email", "push"])

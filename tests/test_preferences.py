@@ -355,6 +355,21 @@ def test_without_free_descriptors_the_preferences_are_unavailable(
         ask(known)
 
 
+def test_without_a_thread_for_the_first_load_the_preferences_are_unavailable_and_the_log_says_why(
+    known: Preferences, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(PreferencesUnavailable):
+            ask(known)
+    (line,) = (record for record in caplog.records if record.message == "database error")
+    assert line.__dict__["reason"] == "this machine has no free descriptor, port, thread or memory"
+    assert ask(known) == ()
+
+
 def test_each_look_up_is_counted_by_its_result(
     known: Preferences, counting: Counting, clock: Clock, growth: Growth
 ) -> None:

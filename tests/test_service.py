@@ -257,6 +257,9 @@ def test_a_start_warns_once_of_variables_that_are_perhaps_misspelt(start_service
         ({"DB_PORT": "abc"}, 'DB_PORT is "abc": expected a whole number from 1 to 65535'),
         ({"HTTP_CLIENT_TIMEOUT": "5"}, 'HTTP_CLIENT_TIMEOUT is "5": expected a duration'),
         ({"WEB_CONCURRENCY": "0"}, 'WEB_CONCURRENCY is "0": expected'),
+        ({"ALL_PROXY": "socks5://a"}, "ALL_PROXY cannot be used (its scheme is neither"),
+        ({"HTTP_PROXY": "http://proxy.corp:port"}, "HTTP_PROXY cannot be used (its port is"),
+        ({"https_proxy": "http://"}, "https_proxy cannot be used (it has no valid host)"),
     ],
 )
 @pytest.mark.usefixtures("processes")

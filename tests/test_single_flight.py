@@ -169,3 +169,17 @@ def test_the_thread_of_a_run_has_a_name_and_is_a_daemon(
     assert thread is not threading.current_thread()
     assert thread.name == "a-flight"
     assert thread.daemon
+
+
+def test_a_run_for_which_no_thread_can_start_is_an_error_of_the_system_and_can_be_repeated(
+    flights: SingleFlight[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        for _ in range(2):
+            with pytest.raises(OSError, match="can't start new thread"):
+                flights.run("key", lambda: "a result", LONG)
+    assert flights.run("key", lambda: "a result", LONG) == "a result"

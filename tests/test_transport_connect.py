@@ -1,8 +1,12 @@
 """Connecting: look-ups, addresses and TLS. Each failure gives its fault by the deadline."""
 
+import errno
+import os
 import re
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,7 +20,7 @@ from tests.certificates import make_certificate, name_in_folder
 from tests.fixtures import MakeProvider, MakeTransport
 from tests.posting import failed, failure, post
 from tests.scripted_provider import answer
-from tests.sockets import LOOPBACK, not_answering, refusing, silent
+from tests.sockets import LOOPBACK, descriptors_left, not_answering, refusing, silent
 from tests.timing import eventually, within
 
 Certificate = tuple[Path, ssl.SSLContext]
@@ -183,6 +187,138 @@ def test_an_address_of_a_family_that_this_machine_lacks_is_skipped(
     provider = make_provider()
     resolve(lambda: [address(provider.port, socket.AF_UNIX), address(provider.port)])
     assert post(transport, "http://mail.example.com/") == 200
+
+
+def test_the_error_is_that_of_the_address_that_the_system_prefers(
+    transport: Transport, resolve: Callable[..., None]
+) -> None:
+    """An address of a family that this machine lacks comes last, and says nothing of the peer."""
+    with refusing() as port:
+        resolve(lambda: [address(port), address(port, socket.AF_UNIX)])
+        expected = ("connect", "connection refused")
+        assert failed(transport, "http://mail.example.com/") == expected
+
+
+NAMED = "http://mail.example.com/"
+SHORTAGES = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL]
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def lower(words: str) -> str:
+    return words[:1].lower() + words[1:]
+
+
+@pytest.mark.parametrize("code", SHORTAGES)
+@pytest.mark.parametrize("step", ["look-up", "connect", "authorities", "handshake"])
+def test_our_own_shortage_is_not_blamed_on_the_provider(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch, code: int, step: str
+) -> None:
+    seams = {
+        "look-up": "notifier.wire.streams.look_up",
+        "connect": "notifier.wire.streams._connect",
+        "authorities": "notifier.wire.connector.trust",
+        "handshake": "notifier.wire.streams.Plain.send",
+    }
+    monkeypatch.setattr(seams[step], raising(OSError(code, os.strerror(code))))
+    with silent() as port:
+        shortage = failed(transport, f"https://{LOOPBACK}:{port}/", seconds=5)
+    assert shortage == ("shortage", lower(os.strerror(code)))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), socket.gaierror(socket.EAI_MEMORY, "Memory allocation failure")]
+)
+def test_a_lack_of_memory_is_a_shortage(
+    transport: Transport, resolve: Callable[..., None], error: Exception
+) -> None:
+    resolve(raising(error))
+    assert failure(transport, NAMED) == "shortage"
+
+
+def test_a_look_up_for_which_no_thread_can_start_is_a_shortage_and_the_next_one_works(
+    transport: Transport,
+    resolve: Callable[..., None],
+    make_provider: MakeProvider,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    provider = make_provider()
+    resolve(lambda: [address(provider.port)])
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
+        assert failed(transport, NAMED) == ("shortage", "can't start new thread")
+    assert post(transport, NAMED) == 200
+
+
+@pytest.mark.parametrize("host", [LOOPBACK, "localhost"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_lack_of_descriptors_is_a_shortage(transport: Transport, scheme: str, host: str) -> None:
+    with silent() as port, descriptors_left(0):
+        expected = ("shortage", "too many open files")
+        assert failed(transport, f"{scheme}://{host}:{port}/", seconds=5) == expected
+
+
+def test_a_lack_of_a_descriptor_for_the_authorities_is_a_shortage(transport: Transport) -> None:
+    with silent() as port, descriptors_left(1):
+        assert failure(transport, f"https://{LOOPBACK}:{port}/", seconds=5) == "shortage"
+
+
+@pytest.mark.parametrize(
+    ("seam", "error"),
+    [
+        ("streams.look_up", socket.gaierror(socket.EAI_NONAME, "Name or service not known")),
+        (
+            "connector.TLS",
+            ssl.SSLCertVerificationError(1, "unable to get local issuer certificate"),
+        ),
+    ],
+)
+def test_a_lack_of_descriptors_that_a_library_hides_is_a_shortage(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch, seam: str, error: Exception
+) -> None:
+    """As glibc does in a process's first look-up, and OpenSSL for a folder of authorities."""
+
+    def fail(*_: Any) -> Any:
+        numbers.enter_context(descriptors_left(0))
+        raise error
+
+    monkeypatch.setattr(f"notifier.wire.{seam}", fail)
+    with silent() as port, ExitStack() as numbers:
+        expected = ("shortage", "too many open files")
+        assert failed(transport, f"https://{LOOPBACK}:{port}/", seconds=5) == expected
+
+
+CONNECTING = """
+import os, resource, sys, time
+from notifier.errors import TransportError
+from notifier.wire.transport import Transport
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+transport = Transport(None, {}, connections=1, user_agent="notifier/test")
+taken = []
+try:
+    while True:
+        taken.append(os.open(os.devnull, os.O_RDONLY))
+except OSError:
+    pass
+try:
+    transport.post("http://localhost:1/", b"", {}, time.monotonic() + 5)
+except TransportError as error:
+    print(error.fault, error.detail)
+"""
+
+
+@pytest.mark.usefixtures("processes")
+def test_the_first_look_up_of_a_process_without_a_free_descriptor_is_a_shortage() -> None:
+    """glibc then says that it does not know the name."""
+    command = [sys.executable, "-c", CONNECTING]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said == "shortage too many open files\n"
 
 
 def test_no_connection_is_started_after_the_deadline(

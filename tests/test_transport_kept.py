@@ -3,9 +3,14 @@
 Every test runs over plain HTTP and over TLS.
 """
 
+import errno
+import itertools
+import os
+import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +34,7 @@ from tests.scripted_provider import (
     say_goodbye,
     sends,
 )
+from tests.sockets import LOOPBACK
 from tests.timing import eventually
 
 
@@ -292,3 +298,78 @@ def test_a_reused_connection_keeps_to_the_deadline_of_the_next_request(
     provider.script = reads_one
     assert post(transport, provider.url, seconds=30) == 200
     assert failure(transport, provider.url, b"x" * 8 * 1024**2, seconds=0.4) == "timeout"
+
+
+class Exhausted(socket.socket):
+    """A socket whose kernel has buffers for `sends` sends of the transport, and then for none."""
+
+    sends = 0
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        if Exhausted.sends <= 0:
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        Exhausted.sends -= 1
+        return super().send(data[:1000], flags)
+
+
+@pytest.mark.parametrize(("sends", "fault"), [(0, "shortage"), (1, "protocol")])
+def test_a_shortage_is_certain_to_have_sent_nothing_only_before_the_first_byte(
+    make_transport: MakeTransport,
+    make_provider: MakeProvider,
+    monkeypatch: pytest.MonkeyPatch,
+    sends: int,
+    fault: str,
+) -> None:
+    provider, transport = make_provider(), make_transport()
+    monkeypatch.setattr(Exhausted, "sends", sends)
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "socket", Exhausted)
+        assert failure(transport, provider.url, bytes(10_000), seconds=5) == fault
+    assert provider.received == []
+
+
+def test_a_shortage_on_a_kept_connection_is_certain_to_have_sent_nothing_too(
+    transport: Transport, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert post(transport, provider.url) == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(streams.Plain, "send", raising(errno.ENOBUFS))
+        assert failure(transport, provider.url) == "shortage"
+    assert post(transport, provider.url) == 200
+    assert len(provider.received) == 2
+
+
+def raising(code: int) -> Callable[..., None]:
+    def fail(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def test_a_shortage_closes_idle_connections_to_make_room_for_a_new_one(
+    make_transport: MakeTransport, make_provider: MakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle, other, transport = make_provider(), make_provider(), make_transport()
+    assert post(transport, idle.url) == 200
+    real, tries = streams._connect, itertools.count()
+
+    def fail_once(*args: Any) -> streams.Plain:
+        return real(*args) if next(tries) else raising(errno.EMFILE)(*args)
+
+    monkeypatch.setattr(streams, "_connect", fail_once)
+    assert post(transport, other.url) == 200
+    closed_by_now(idle)
+
+
+def test_a_shortage_without_idle_connections_is_not_tried_again(
+    make_transport: MakeTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[Any] = []
+
+    def fail(*args: Any) -> None:
+        tries.append(args)
+        raising(errno.EMFILE)()
+
+    monkeypatch.setattr(streams, "_connect", fail)
+    assert failure(make_transport(), f"http://{LOOPBACK}:1/") == "shortage"
+    assert len(tries) == 1

@@ -24,7 +24,7 @@ from tests.scripted_provider import (
     hang,
     reset,
 )
-from tests.sockets import LOOPBACK, refusing, silent
+from tests.sockets import LOOPBACK, descriptors_left, refusing, silent
 
 NOWHERE = "http://mail.example.com/send"
 
@@ -206,15 +206,15 @@ def test_a_tunnel_opens_only_with_a_valid_200(
 ) -> None:
     """An open tunnel then fails as TLS, because no provider is behind it."""
     proxy.script = lambda peer, _: (peer.send(head), peer.close())[0]
-    assert failure(tunnelled, "https://mail.example.com/") == ("tls" if opens else "connect")
+    assert failure(tunnelled, "https://mail.example.com/") == ("tls" if opens else "proxy")
 
 
 @pytest.mark.parametrize("script", [close, reset], ids=["closes", "resets"])
-def test_a_proxy_that_ends_the_connection_without_an_answer_fails_as_connect(
+def test_a_proxy_that_ends_the_connection_without_an_answer_fails_as_proxy(
     tunnelled: Transport, proxy: ScriptedProvider, script: Script
 ) -> None:
     proxy.script = script
-    assert failure(tunnelled, "https://mail.example.com/") == "connect"
+    assert failure(tunnelled, "https://mail.example.com/") == "proxy"
 
 
 @pytest.mark.parametrize("status", [301, 403, 407, 429, 502, 503])
@@ -224,32 +224,70 @@ def test_a_refused_tunnel_is_not_taken_for_the_providers_answer(
     """The message has not been sent, and the proxy's status says nothing about the provider."""
     proxy.script = answer(status, b"<html>no</html>")
     assert failed(tunnelled, "https://mail.example.com/") == (
-        "connect",
+        "proxy",
         f"the proxy answered {status}",
     )
 
 
-def test_a_proxy_that_refuses_the_connection_fails_as_connect(
-    make_transport: MakeTransport,
+URLS = [NOWHERE, "https://mail.example.com/"]
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_proxy_that_refuses_the_connection_fails_as_proxy(
+    make_transport: MakeTransport, url: str
 ) -> None:
     with refusing() as port:
-        proxies = dict.fromkeys(("http", "https"), f"http://{LOOPBACK}:{port}")
-        transport = make_transport(proxies=proxies)
-        assert failure(transport, NOWHERE) == "connect"
-        assert failure(transport, "https://mail.example.com/") == "connect"
+        transport = make_transport(proxies={"all": f"http://{LOOPBACK}:{port}"})
+        assert failed(transport, url) == ("proxy", "connection refused")
 
 
-@pytest.mark.parametrize("url", [NOWHERE, "https://mail.example.com/"])
+@pytest.mark.parametrize("url", URLS)
+def test_a_proxy_whose_name_does_not_resolve_fails_as_proxy(
+    make_transport: MakeTransport, url: str
+) -> None:
+    transport = make_transport(proxies={"all": "http://proxy.invalid:3128"})
+    assert failure(transport, url, seconds=5) == "proxy"
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_proxy_of_an_unknown_authority_fails_as_proxy(
+    make_transport: MakeTransport, make_provider: MakeProvider, certificate: Certificate, url: str
+) -> None:
+    proxy = make_provider(tls=certificate[1])
+    transport = make_transport(proxies={"all": f"https://{proxy.endpoint}"})
+    fault, detail = failed(transport, url, seconds=5)
+    assert fault == "proxy"
+    assert "certificate verify failed" in str(detail)
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_lack_of_descriptors_is_not_blamed_on_the_proxy(
+    make_transport: MakeTransport, proxy: ScriptedProvider, url: str
+) -> None:
+    transport = make_transport(proxies={"all": f"http://{proxy.endpoint}"})
+    with descriptors_left(0):
+        assert failed(transport, url) == ("shortage", "too many open files")
+
+
+def test_an_unusable_proxy_is_not_blamed_on_the_providers_url(
+    make_transport: MakeTransport,
+) -> None:
+    assert failure(make_transport(proxies={"all": "http://[proxy"}), NOWHERE) == "proxy"
+
+
+@pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_silent_proxy_is_given_up_at_the_deadline(
     make_transport: MakeTransport, scheme: str, url: str
 ) -> None:
+    """Only a plain proxy of a plain URL may have passed on the request."""
     with silent() as port:
-        proxy = f"{scheme}://{LOOPBACK}:{port}"
-        assert failure(make_transport(proxies={"http": proxy, "https": proxy}), url)
+        transport = make_transport(proxies={"all": f"{scheme}://{LOOPBACK}:{port}"})
+        may_have_it = scheme == "http" and url == NOWHERE
+        assert failure(transport, url) == ("timeout" if may_have_it else "proxy")
 
 
-@pytest.mark.parametrize("url", [NOWHERE, "https://mail.example.com/"])
+@pytest.mark.parametrize("url", URLS)
 def test_a_proxy_that_drips_over_tls_is_given_up_at_the_deadline(
     make_transport: MakeTransport,
     make_provider: MakeProvider,

@@ -11,6 +11,8 @@ import psycopg
 
 from notifier.environ import Secret
 from notifier.settings import Settings
+from notifier.single_flight import start
+from notifier.variables import withdraw
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -23,6 +25,9 @@ COMMAND_WAIT = 10.0
 # Extra seconds to wait, so that the server's more exact error arrives first.
 GRACE = 0.5
 
+# A path that cannot exist. For a file that is unset, libpq would look in ~/.postgresql.
+NO_FILE = "/dev/null/none"
+
 NO_TABLE = "there is no table notification_preferences: run flask --app notifier.app migrate"
 
 _ENDED = "PostgreSQL ended the connection"
@@ -30,6 +35,7 @@ _IS_STANDBY = "the server is a standby"
 _LACKS_PRIVILEGE = "the user lacks a privilege: migrate grants it"
 _NO_ANSWER = "no answer in time"
 _NOT_THERE = "the database, the user or the table does not exist"
+_SHORTAGE = "this machine has no free descriptor, port, thread or memory"
 
 # The reasons that log lines give for errors, because PostgreSQL's messages name hosts and users.
 # The SQLSTATE decides if there is one: messages are in the server's language (lc_messages).
@@ -53,6 +59,9 @@ REASONS_BY_STATE = {
 # Otherwise the first text below that the error's message contains decides. psycopg has no SQLSTATE
 # for a connection that fails or breaks, even if the server sent one. pgbouncer has one for all.
 REASONS_BY_TEXT = {
+    "Too many open files": _SHORTAGE,  # of whichever file or socket
+    "can't start new thread": _SHORTAGE,
+    "Cannot allocate memory": _SHORTAGE,
     "through a pooler": "no notification arrives through a pooler: set DB_LISTEN_HOST or "
     "DB_LISTEN_PORT to PostgreSQL itself, or CACHE_INVALIDATION=off",
     "cannot read the password": "the password file cannot be read",
@@ -90,6 +99,9 @@ REASONS_BY_TEXT = {
     "does not exist": _NOT_THERE,
     "permission denied": _LACKS_PRIVILEGE,
     "Connection refused": "refused",
+    "no error details": _SHORTAGE,  # libpq has no message for a lack of descriptors
+    "No buffer space available": _SHORTAGE,
+    "Cannot assign requested address": _SHORTAGE,
     "could not translate host name": "no such host",
     "failed to resolve host": "no such host",
     "No such file or directory": "no such socket",
@@ -99,6 +111,8 @@ REASONS_BY_TEXT = {
 
 class Database:
     """Opens connections to one place as one role, and keeps none of them.
+
+    libpq's own variables and files have no effect: a `Database` removes the variables.
 
     `hosts` names the place in log lines. `wait` is the maximum seconds that a request waits for a
     connection: `DATABASE_WAIT` per host.
@@ -117,6 +131,7 @@ class Database:
         role: tuple[str, Secret] | None = None,
         primary: bool = False,
     ) -> None:
+        withdraw(os.environ)
         self.username, self._password = role or (settings.db_username, settings.db_password)
         host, port = place or settings.serve_place
         self.hosts = _hosts(host.split(","), port.split(","))
@@ -127,9 +142,10 @@ class Database:
             "dbname": settings.db_name,
             "user": self.username,
             "sslmode": settings.db_sslmode,
-            "sslrootcert": settings.db_sslrootcert,
-            "sslcert": settings.db_sslcert,
-            "sslkey": settings.db_sslkey,
+            "sslrootcert": settings.db_sslrootcert or NO_FILE,
+            "sslcert": settings.db_sslcert or NO_FILE,
+            "sslkey": settings.db_sslkey or NO_FILE,
+            "sslcrl": NO_FILE,
             "connect_timeout": int(DATABASE_WAIT),
             "client_encoding": "utf8",  # or a database in SQL_ASCII returns bytes
             "application_name": settings.app_name,
@@ -161,9 +177,10 @@ class Database:
         """
         try:
             password = self._password.read()
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
             file = self._password.file
-            raise psycopg.OperationalError(f"cannot read the password in {file}") from None
+            why = f": {error.strerror}" if isinstance(error, OSError) else ""
+            raise psycopg.OperationalError(f"cannot read the password in {file}{why}") from None
         # Prepared statements gain nothing for few queries and break behind transaction poolers.
         connection = psycopg.connect(
             **self._parameters, password=password, autocommit=True, prepare_threshold=None
@@ -198,7 +215,7 @@ def bounded(connection: Connection, seconds: float) -> Iterator[None]:
     with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
         timer = threading.Timer(seconds, _shut_down, (duplicate,))
         timer.daemon = True
-        timer.start()
+        start(timer)
         try:
             yield
         finally:

@@ -6,7 +6,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Set
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import LiteralString
 
@@ -169,8 +168,13 @@ class Preferences:
             self._waiting_ends = time.monotonic() + self._database.wait
         if self._clock() >= self._first_load_at:
             wait = max(0.0, min(deadline, self._waiting_ends) - time.monotonic())
-            with suppress(TimeoutError):
+            try:
                 self._first_load.run("all", self._ask, wait)
+            except TimeoutError:
+                pass
+            except OSError as error:  # no thread could start
+                fields = log_fields(error, self._database.hosts)
+                log.error("database error", extra=fields)  # noqa: TRY400 expected
         held = self._held  # the refresher may have filled it
         self._count["error" if held is None else "miss"].inc()
         if held is None:

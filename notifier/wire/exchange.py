@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import httptools
 
-from notifier.errors import Fault, TransportError
+from notifier.errors import Fault, TransportError, is_shortage
 from notifier.wire.streams import Budget, Overlong, Plain, Stream
 
 # Limits on reading the rest of an answer once its status is known.
@@ -155,7 +155,7 @@ class Connection:
         Raises:
             TransportError: no status line was received.
         """
-        self.reusable = False
+        self.reusable = self._plain.has_sent = False
         try:
             return self._exchange(budget, request, wanted)
         except (_Disconnected, ssl.SSLEOFError) as error:
@@ -166,8 +166,9 @@ class Connection:
             raise TransportError(Fault.TIMEOUT) from error
         except ConnectionError as error:
             raise TransportError(Fault.RESET) from error
-        except (OSError, Overlong, Malformed) as error:
-            raise TransportError(Fault.PROTOCOL) from error
+        except (OSError, MemoryError, Overlong, Malformed) as error:
+            unsent = is_shortage(error) and not self._plain.has_sent
+            raise TransportError(Fault.SHORTAGE if unsent else Fault.PROTOCOL) from error
         finally:
             if not self.reusable:
                 self.close()

@@ -52,8 +52,7 @@ class Proxies:
     """The proxies that the environment configures.
 
     Args:
-        by_scheme: proxy URLs by scheme, and the exceptions under `no`, as
-            `urllib.request.getproxies_environment` returns them.
+        by_scheme: as `variables.proxies` returns them.
     """
 
     def __init__(self, by_scheme: Mapping[str, str]) -> None:
@@ -71,7 +70,7 @@ class Proxies:
         proxy_url = requests.utils.select_proxy(url, self._by_scheme)
         if not proxy_url:
             return None
-        proxy_url = requests.utils.prepend_scheme_if_needed(proxy_url, "http")
+        proxy_url = proxy_url if "://" in proxy_url else f"http://{proxy_url}"
         return Proxy(Origin.of(proxy_url), _credentials(proxy_url))
 
     def _is_exempt(self, host: str) -> bool:

@@ -121,6 +121,7 @@ class Plain:
     """
 
     def __init__(self, sock: socket.socket) -> None:
+        self.has_sent = False  # a byte, since the caller last cleared it
         self._sock = sock
         self._received = 0
         self._readable = select.poll()
@@ -132,6 +133,7 @@ class Plain:
             budget.time_left()
             try:
                 rest = rest[self._sock.send(rest, socket.MSG_DONTWAIT) :]
+                self.has_sent = True
             except BlockingIOError:  # the kernel's send buffer is full
                 self._wait_for(select.POLLOUT, budget.time_left())
 
@@ -244,16 +246,17 @@ def connect(budget: Budget, addresses: list[Address]) -> Plain:
     """Return a stream to the first address that accepts; each gets its share of the time left.
 
     Raises:
-        OSError: no address accepted the connection.
+        OSError: no address accepted the connection. The error is that of the first address:
+            `getaddrinfo` puts addresses that this machine cannot reach last.
     """
+    errors: list[OSError] = []
     for left in range(len(addresses), 0, -1):
         *kind, _, address = addresses[-left]
         try:
             return _connect(kind, address, budget.time_left() / left)
-        except OSError:
-            if left == 1:
-                raise
-    raise OSError("the name has no address")
+        except OSError as error:
+            errors.append(error)
+    raise errors[0] if errors else OSError("the name has no address")
 
 
 def _connect(kind: list[Any], address: Any, seconds: float) -> Plain:

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from io import BytesIO
@@ -29,8 +29,8 @@ class Transport:
 
     Args:
         ca_bundle: PEM file, or folder, of trusted CA certificates; None for certifi's.
-        proxies: proxy URLs by scheme, and the exceptions under `no`, as
-            `urllib.request.getproxies_environment` returns them.
+        proxies: proxy URLs by scheme, and the exceptions under `no`, as `variables.proxies`
+            returns them.
         connections: idle connections to keep per endpoint.
     """
 
@@ -129,10 +129,15 @@ class WireAdapter(BaseAdapter):
     def close(self) -> None:
         """Close the idle connections."""
         self._route.cache_clear()
+        self._close_idle()
+
+    def _close_idle(self) -> bool:
+        """Close the idle connections; return True if there were any."""
         with self._lock:
-            for idle in self._idle.values():
-                while idle:
-                    idle.pop().close()
+            idle = [connection for kept in self._idle.values() for connection in _emptied(kept)]
+        for connection in idle:
+            connection.close()
+        return bool(idle)
 
     def send(self, request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:
         """Send a `_Request`; if it never arrived, resend it over another connection.
@@ -151,6 +156,12 @@ class WireAdapter(BaseAdapter):
         return _response(request, answer)
 
     def _connect(self, budget: Budget, route: Route) -> Connection:
+        """Return a new connection; if descriptors or ports are short, free the idle ones first."""
+        try:
+            return self._connector.connect(budget, route.origin, route.proxy)
+        except TransportError as error:
+            if error.fault is not Fault.SHORTAGE or not self._close_idle():
+                raise
         return self._connector.connect(budget, route.origin, route.proxy)
 
     def _take(self, idle: deque[Connection]) -> Connection | None:
@@ -179,7 +190,10 @@ class WireAdapter(BaseAdapter):
         with failing_as(Fault.URL):
             prepared = requests.Request("POST", url).prepare()
             url = prepared.url or url
-            origin, proxy = Origin.of(url), self._proxies.of(url)
+            origin = Origin.of(url)
+        with failing_as(Fault.PROXY):
+            proxy = self._proxies.of(url)
+        with failing_as(Fault.URL):
             head = self._head(prepared, url, None if origin.is_tls else proxy)
         return Route(origin, proxy, head, self._idle_of((origin, proxy)))
 
@@ -204,6 +218,13 @@ class WireAdapter(BaseAdapter):
             for idle in self._idle.values():
                 _close_stale(idle)
             return self._idle.setdefault(key, deque())
+
+
+def _emptied(idle: deque[Connection]) -> Iterator[Connection]:
+    """Yield the connections that it takes out of `idle`."""
+    with suppress(IndexError):  # empty, or another thread was faster
+        while True:
+            yield idle.pop()
 
 
 def _close_stale(idle: deque[Connection]) -> None:

@@ -99,6 +99,8 @@ class TestWays:
             ({"outcome": "rejected", "reason": "404", "ms": 3}, "404", "bad"),
             ({"outcome": "not_sent", "reason": "429", "ms": 3}, "429", "bad"),
             ({"outcome": "not_sent", "reason": "connect", "ms": 3}, "no connection", "bad"),
+            ({"outcome": "not_sent", "reason": "proxy", "ms": 3}, "proxy failed", "bad"),
+            ({"outcome": "not_sent", "reason": "shortage"}, "this machine ran out", "bad"),
             ({"outcome": "unknown", "reason": "timeout", "ms": 5000}, "no answer in time", "bad"),
             ({"outcome": "unknown", "reason": "deadline"}, "cut short by the deadline", "bad"),
             ({"outcome": "unknown", "reason": "novel"}, "novel", "bad"),

@@ -22,6 +22,8 @@ _FAULTS = {
     "dns": "host not found",
     "connect": "no connection",
     "tls": "TLS failed",
+    "proxy": "proxy failed",
+    "shortage": "this machine ran out",
     "timeout": "no answer in time",
     "reset": "connection lost",
     "protocol": "malformed answer",
