@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -36,7 +37,7 @@ class MergedMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Return the metrics; damaged files are skipped, and each is logged once."""
-        files = _files_with_content(self._folder)
+        files = _files(self._folder)
         try:
             merged = _merged(files)
         except Exception:  # noqa: BLE001 a damaged file can raise any
@@ -48,8 +49,21 @@ class MergedMetrics(Collector):
 
 
 def _merged(files: list[str]) -> dict[str, Metric]:
-    merged: Iterable[Metric] = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
+    ends = {file: _end(file) for file in files}
+    if min(ends.values(), default=0) < 0:  # the library would read nothing, without an error
+        raise ValueError("negative end")
+    begun = [file for file, end in ends.items() if end]
+    merged: Iterable[Metric] = MultiProcessCollector.merge(begun)  # type: ignore[no-untyped-call]
     return {family.name: family for family in merged}
+
+
+def _end(file: str) -> int:
+    """Return where the entries of `file` end: 0 in a starting worker's new file."""
+    try:
+        with Path(file).open("rb") as opened:
+            return int.from_bytes(opened.read(4), sys.byteorder, signed=True)
+    except FileNotFoundError:  # a gauge of a dead worker
+        return 0
 
 
 def _add_missing(families: dict[str, Metric], own: Iterable[Metric]) -> None:
@@ -65,19 +79,12 @@ def _series(sample: Sample) -> tuple[str, frozenset[tuple[str, str]]]:
     return sample.name, frozenset(sample.labels.items())
 
 
-def _files_with_content(folder: Path) -> list[str]:
-    """Return the files that are not empty: a starting worker's new file is."""
+def _files(folder: Path) -> list[str]:
     try:
-        return [os.fspath(file) for file in folder.iterdir() if _has_content(file)]
-    except FileNotFoundError:  # a cleaner has removed the folder
+        return [os.fspath(file) for file in folder.iterdir()]
+    except FileNotFoundError as error:  # a cleaner has removed the folder
+        _log_skipped(os.fspath(folder), type(error).__name__)
         return []
-
-
-def _has_content(file: Path) -> bool:
-    try:
-        return file.stat().st_size > 0
-    except FileNotFoundError:  # a gauge of a dead worker
-        return False
 
 
 def _is_sound(file: str) -> bool:

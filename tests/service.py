@@ -35,16 +35,21 @@ def clean_environment() -> dict[str, str]:
 
 
 class Service:
-    """A running gunicorn, by default with one worker; `log` is its log file."""
+    """A running gunicorn, by default with one worker; `log` is its log file.
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    `within` is a command that executes its arguments.
+    """
+
+    def __init__(
+        self, folder: Path, environment: dict[str, str], within: tuple[str, ...] = ()
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"service-{self.port}.log"
         ours = {"HTTP_SERVER_PORT": str(self.port), "WEB_CONCURRENCY": "1", "LOG_LEVEL": "DEBUG"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [GUNICORN],
+                [*within, GUNICORN],
                 cwd=ROOT,
                 env=clean_environment() | ours | environment,
                 stdin=subprocess.DEVNULL,
