@@ -28,7 +28,7 @@ def failing(number: int) -> Callable[..., None]:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def arbiter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A master whose workers cannot be started, after `when_ready`."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "")
     monkeypatch.setattr(master, "MEMORY", str(tmp_path))
@@ -42,50 +42,49 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_worker_that_cannot_be_started_does_not_end_the_master(
-    number: int, server: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    number: int, arbiter: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(server, "spawn_worker", None)
     spawn = failing(number)
     once = master.logs.OncePerSecond()
     for _ in range(3):
-        master._spawn(server, once, spawn)
+        master._spawn(arbiter, once, spawn)
     (line,) = caplog.records
     assert (line.message, line.levelno) == ("worker not started", logging.ERROR)
     assert line.__dict__["reason"] == os.strerror(number)
 
 
 def test_the_heartbeat_uses_the_other_folder_after_each_failure(
-    server: Any, tmp_path: Path
+    arbiter: Any, tmp_path: Path
 ) -> None:
     folders = []
     for _ in range(4):
-        folders.append(server.cfg.worker_tmp_dir)
-        server.spawn_worker()
+        folders.append(arbiter.cfg.worker_tmp_dir)
+        arbiter.spawn_worker()
     assert folders == [str(tmp_path), None, str(tmp_path), None]
 
 
-def test_an_error_in_the_new_worker_does_not_make_it_a_master(server: Any) -> None:
-    server.pid += 1
+def test_an_error_in_the_new_worker_does_not_make_it_a_master(arbiter: Any) -> None:
+    arbiter.pid += 1
     with pytest.raises(OSError, match="No space left"):
-        server.spawn_worker()
+        arbiter.spawn_worker()
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_metrics_folder_that_cannot_be_made_again_does_not_end_the_master(
-    number: int, server: Any, monkeypatch: pytest.MonkeyPatch
+    number: int, arbiter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "mkdir", failing(number))
     worker = SimpleNamespace()
-    master.pre_fork(server, worker)
+    master.pre_fork(arbiter, worker)
     assert worker.slot == 0
     assert isinstance(worker.serving, mmap.mmap)
 
 
 def test_gauges_that_cannot_be_removed_do_not_end_the_master(
-    server: Any, monkeypatch: pytest.MonkeyPatch
+    arbiter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(multiprocess, "mark_process_dead", failing(errno.EACCES))
-    master.child_exit(server, SimpleNamespace(slot=0))
+    master.child_exit(arbiter, SimpleNamespace(slot=0))
 
 
 def test_metrics_go_to_the_other_folder_if_the_better_one_has_no_room_for_a_folder(

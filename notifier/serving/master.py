@@ -29,8 +29,8 @@ from notifier.variables import WITHOUT_EFFECT, unknown_variables
 # Folder of a memory file system, where writes never wait for a disk; None if there is none.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 names are random
 
-# Free bytes of memory without which the metrics go to a disk. A worker takes 0.5 MiB, and 2 MiB if
-# it has counted a thousand series; a reload doubles the workers.
+# Free bytes of memory below which the metrics go to a disk. A worker takes 0.5 MiB, and 3 MiB if it
+# has called 300 endpoints; a reload doubles the workers.
 ROOM_FOR_METRICS = 16 * 1024 * 1024
 
 # Maximum seconds that a reload waits for new workers to serve. The old workers serve meanwhile.
