@@ -18,8 +18,8 @@ from typing import Any
 
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
-# First sizes in bytes, which double when full. Some providers and statuses fill a tenth: a histogram
-# takes 5 KiB for each combination of labels, another metric about 250 bytes.
+# First sizes in bytes, which double when full. Six providers fill a tenth: a histogram takes 5 KiB
+# for each combination of labels, another metric about 250 bytes.
 HISTOGRAM_BYTES = 256 * 1024
 OTHER_BYTES = 64 * 1024
 
