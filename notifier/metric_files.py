@@ -27,7 +27,7 @@ OTHER_BYTES = 64 * 1024
 # values, and another thread may add a second histogram at the same time.
 _MOST_VALUES = 40
 
-_HEADER_BYTES, _CELL_BYTES = 8, 8
+_CELL_BYTES = 8
 
 # What MmapedDict raises about a damaged file.
 _DAMAGED = (struct.error, RuntimeError, ValueError)
@@ -146,7 +146,8 @@ class _File:
         self.path = path
         self._begun: set[_Series] = set()  # series that have room for all of their values
         self._at = _read(path)  # the cells' indices by key
-        self._end = max(self._at.values(), default=0) * 8 + (16 if self._at else _HEADER_BYTES)
+        # The header takes as many bytes as a cell; after the value of a cell comes a time.
+        self._end = _CELL_BYTES * max((at + 2 for at in self._at.values()), default=1)
         while size < self._end:
             size *= 2
         self._map(size, "a+b")
