@@ -7,8 +7,9 @@ module-scoped fixture run in the same xdist worker, so that the fixture is set u
 A test marked `alone` is sensitive to load: it runs last, with no other test beside it.
 
 A test marked `needs(name)` is deselected if `name` is missing, and the summary says so. `name` is
-an executable, "postgresql" for the system's own PostgreSQL, or "containers". Container tests run
-with TEST_CONTAINERS=1. With REQUIRE_ALL=1 a test fails if anything but containers is missing.
+an executable, "postgresql" for the system's own PostgreSQL, "tmpfs" for a memory file system of a
+test's own, or "containers". Container tests run with TEST_CONTAINERS=1. With REQUIRE_ALL=1 a test
+fails if a program is missing; whether a tmpfs may be mounted depends on the machine.
 """
 
 import fcntl
@@ -23,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from tests import chromium, pgbouncer, system_postgres
+from tests import chromium, pgbouncer, system_postgres, tmpfs
 
 pytest_plugins = ["tests.fixtures"]
 
@@ -154,6 +155,8 @@ def _missing(item: pytest.Item) -> str | None:
     needed = {mark.args[0] for mark in item.iter_markers("needs")}
     if "containers" in needed and os.environ.get("TEST_CONTAINERS") != "1":
         return "TEST_CONTAINERS is not 1"
+    if "tmpfs" in needed and not tmpfs.is_allowed():
+        return "no tmpfs may be mounted"
     absent = _not_installed(item)
     return f"{absent} is not installed" if absent and not _is_all_required() else None
 
@@ -161,7 +164,7 @@ def _missing(item: pytest.Item) -> str | None:
 def _not_installed(item: pytest.Item) -> str | None:
     """Return the first program that the test needs and this machine lacks."""
     needed = [mark.args[0] for mark in item.iter_markers("needs")]
-    programs = (name for name in needed if name != "containers")
+    programs = (name for name in needed if name not in ("containers", "tmpfs"))
     return next((name for name in programs if not _INSTALLED.get(name, shutil.which)(name)), None)
 
 

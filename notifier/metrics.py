@@ -12,19 +12,27 @@ Names follow OpenTelemetry's: dots become underscores, with the unit and `_total
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    values,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from pybreaker import STATE_CLOSED, STATE_HALF_OPEN, STATE_OPEN
 
 from notifier import __version__
+from notifier.merged_metrics import MergedMetrics
+from notifier.metric_files import MetricFiles
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -42,17 +50,18 @@ STATE_VALUES = {STATE_CLOSED: 0, STATE_OPEN: 1, STATE_HALF_OPEN: 2}
 # The last status of RFC 9110. Statuses that a provider makes up must not become labels.
 HIGHEST_STATUS = 599
 
-_slot = os.environ.get("METRICS_SLOT")
-values.ValueClass = (
-    values.MultiProcessValue(lambda: _slot)  # type: ignore[no-untyped-call]
-    if _slot
-    else values.MutexValue
-)
+disable_created_metrics()  # type: ignore[no-untyped-call]  # the files have no room for them
+
+REGISTRY = CollectorRegistry()
+_all_workers: Collector = REGISTRY
+values.ValueClass = values.MutexValue
+if _slot := os.environ.get("METRICS_SLOT"):
+    _files = MetricFiles(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]), _slot)
+    _all_workers = MergedMetrics(_files.folder, REGISTRY, _files.are_among)
+    values.ValueClass = _files.value
 
 _SERVER = ("http_method", "http_route", "http_status_code")
 _CLIENT = ("http_method", "http_host", "http_status_code", "error")
-
-REGISTRY = CollectorRegistry()
 
 
 def _counter(name: str, what: str, *labels: str) -> Counter:
@@ -206,25 +215,7 @@ def fallbacks(channel: str) -> Counter:
 
 def page() -> bytes:
     """Return the metrics of all workers in Prometheus's text format."""
-    return generate_latest(_Presentable(_Workers() if _slot else REGISTRY))
-
-
-class _Workers(Collector):
-    """Adds up the counts of all workers."""
-
-    def collect(self) -> Iterable[Metric]:
-        folder = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
-        files = [os.fspath(file) for file in folder.iterdir() if _has_content(file)]
-        merged: Iterable[Metric] = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
-        return merged
-
-
-def _has_content(file: Path) -> bool:
-    """Return True if `file` has content: a starting worker's new file is empty."""
-    try:
-        return file.stat().st_size > 0
-    except FileNotFoundError:  # a gauge of a dead worker
-        return False
+    return generate_latest(_Presentable(_all_workers))
 
 
 class _Presentable(Collector):

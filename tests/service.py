@@ -35,9 +35,14 @@ def clean_environment() -> dict[str, str]:
 
 
 class Service:
-    """A running gunicorn, by default with one worker; `log` is its log file."""
+    """A running gunicorn, by default with one worker; `log` is its log file.
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    `within` is a command that executes its arguments.
+    """
+
+    def __init__(
+        self, folder: Path, environment: dict[str, str], within: tuple[str, ...] = ()
+    ) -> None:
         self.port = free_port()
         host = environment.get("HTTP_SERVER_HOST", "127.0.0.1")
         self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
@@ -45,7 +50,7 @@ class Service:
         ours = {"HTTP_SERVER_PORT": str(self.port), "WEB_CONCURRENCY": "1", "LOG_LEVEL": "DEBUG"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [GUNICORN],
+                [*within, GUNICORN],
                 cwd=ROOT,
                 env=clean_environment() | ours | environment,
                 stdin=subprocess.DEVNULL,

@@ -13,7 +13,7 @@ from gunicorn import glogging, util
 from gunicorn.arbiter import Arbiter
 from gunicorn.config import Config
 from gunicorn.http import body, errors, message, parser, unreader, wsgi
-from gunicorn.workers import base
+from gunicorn.workers import base, workertmp
 
 
 class Part(NamedTuple):
@@ -29,6 +29,11 @@ PARTS = [
         base.Worker.__init__,
         "e0f1de2d6057",
         "alive, cfg, log, max_requests, nr, ppid and sockets mean what worker.py assumes",
+    ),
+    Part(
+        workertmp.WorkerTmp.__init__,
+        "5d731e1551a9",
+        "it makes the heartbeat's file in worker_tmp_dir, and raises OSError if it cannot",
     ),
     Part(
         base.Worker.init_process,

@@ -58,6 +58,8 @@ LEVELS = {
     "models": 1,
     "single_flight": 1,
     "variables": 1,
+    "merged_metrics": 0,
+    "metric_files": 0,
 }
 
 # Only these may import Flask or werkzeug.

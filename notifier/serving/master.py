@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from notifier.variables import WITHOUT_EFFECT, unknown_variables
 # Folder of a memory file system, where writes never wait for a disk; None if there is none.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 names are random
 
-# Free bytes needed for all workers' metrics: a write to a full memory file system is fatal.
+# Free bytes of memory below which the metrics go to a disk. A worker takes 0.5 MiB, and 3 MiB if it
+# has called 300 endpoints; a reload doubles the workers.
 ROOM_FOR_METRICS = 16 * 1024 * 1024
 
 # Maximum seconds that a reload waits for new workers to serve. The old workers serve meanwhile.
@@ -89,6 +91,8 @@ def when_ready(server: Any, settings: Settings) -> None:
     server.handle_term = functools.partial(_drain, server, settings.drain_delay, server.handle_term)
     server.handle_hup = functools.partial(_reload, server, server.handle_hup)
     server.manage_workers = functools.partial(_manage, server, server.manage_workers)
+    once = logs.OncePerSecond()
+    server.spawn_worker = functools.partial(_spawn, server, once, server.spawn_worker)
 
 
 def make_metrics_folder() -> Path:
@@ -98,12 +102,12 @@ def make_metrics_folder() -> Path:
         SystemExit: no writable folder for temporary files exists.
     """
     has_room = MEMORY and shutil.disk_usage(MEMORY).free >= ROOM_FOR_METRICS
-    try:
-        folder = tempfile.mkdtemp(prefix="notifier-metrics-", dir=MEMORY if has_room else None)
-    except OSError:
-        sys.exit("notifier cannot start: metrics need a writable folder; set TMPDIR to one")
-    log.debug("metrics folder made", extra={"folder": folder})
-    return Path(folder)
+    for parent in (MEMORY, None) if has_room else (None, MEMORY):
+        with suppress(OSError):
+            folder = tempfile.mkdtemp(prefix="notifier-metrics-", dir=parent)
+            log.debug("metrics folder made", extra={"folder": folder})
+            return Path(folder)
+    sys.exit("notifier cannot start: metrics need a writable folder; set TMPDIR to one")
 
 
 def _drain(server: Any, seconds: float, stop: Callable[[], None]) -> None:
@@ -153,15 +157,33 @@ def _manage(server: Any, manage: Callable[[], None]) -> None:
     manage()
 
 
+def _spawn(server: Any, once: logs.OncePerSecond, spawn: Callable[[], object]) -> None:
+    """Start a worker, or log why the system cannot: gunicorn tries again within a second.
+
+    Without this gunicorn's master would end, and with it all workers.
+    """
+    try:
+        spawn()
+    except OSError as error:
+        if os.getpid() != server.pid:  # the new worker
+            raise
+        # Perhaps only one of the two folders has room for the heartbeat's file.
+        server.cfg.set("worker_tmp_dir", None if server.cfg.worker_tmp_dir else MEMORY)
+        if times := once.times(error.errno):
+            fields = {"reason": error.strerror, "times": times}
+            log.error("worker not started", extra=fields)  # noqa: TRY400 no traceback
+
+
 def pre_fork(server: Any, worker: Any) -> None:
     """Give `worker` the lowest free slot, before the fork."""
     taken = {other.slot for other in server.WORKERS.values()}
     worker.slot = next(number for number in itertools.count() if number not in taken)
     worker.draining = server.draining
     worker.serving = mmap.mmap(-1, 1)  # set to 1 when the worker serves
-    # A cleaner of temporary files may have removed it.
-    server.metrics_folder.mkdir(mode=0o700, exist_ok=True)
-    os.chown(server.metrics_folder, server.cfg.uid, server.cfg.gid)
+    # A cleaner of temporary files may have removed it. Without it the worker counts in its memory.
+    with suppress(OSError):
+        server.metrics_folder.mkdir(mode=0o700, exist_ok=True)
+        os.chown(server.metrics_folder, server.cfg.uid, server.cfg.gid)
 
 
 def post_fork(server: Any, worker: Any) -> None:
@@ -189,7 +211,8 @@ def child_exit(server: Any, worker: Any) -> None:
     # Not at the top: the master imports it only when a worker ends.
     from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415
 
-    mark_process_dead(worker.slot)
+    with suppress(OSError):  # it would end the master
+        mark_process_dead(worker.slot)
 
 
 def on_exit(server: Any) -> None:
