@@ -6,8 +6,8 @@ import json
 import logging
 import random
 import re
+import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from contextvars import Context
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from werkzeug.test import TestResponse
 
 from notifier import __version__, logs
 from notifier.app import build, create_app
-from notifier.capacity import Capacity
+from notifier.capacity import Arrival, Capacity
 from notifier.delivery import ChannelResult, ProviderResult, Report
 from notifier.errors import AttemptOutcome
 from notifier.models import Channel, ChannelOutcome, Message, Recipient
@@ -483,33 +483,32 @@ def test_an_exception_during_delivery_is_not_shown_to_the_caller(
     assert error_of(response) == (500, "E102", "internal server error")
 
 
-def test_a_request_without_a_place_is_refused_before_its_body_is_read(
+def test_a_valid_request_without_a_place_is_refused(
     app: Flask, client: FlaskClient, delivery: FakeDelivery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capacity = Capacity(1, 0.0)
     notifier = dataclasses.replace(app.extensions["notifier"], capacity=capacity)
     monkeypatch.setitem(app.extensions, "notifier", notifier)
-    with capacity:
-        response = client.post(NOTIFY, data=b"{")
-        assert error_of(response) == (503, "E106", "too many requests, try again later")
-        assert response.headers["Retry-After"] == "1"
-        assert client.post("/api/v1.0/recipient/nobody/notify").status_code == 422
-        delivery.act = lambda: pytest.fail("delivered without a place")
-        client.post(NOTIFY, json=GOOD)
-    assert refusal(client, b"{").startswith(NO_JSON)  # the place is free again
-    assert refusal(client, b"{").startswith(NO_JSON)  # and a refused body releases it
+    capacity.take(Arrival.now())
+    delivery.act = lambda: pytest.fail("delivered without a place")
+    response = client.post(NOTIFY, json=GOOD)
+    assert error_of(response) == (503, "E106", "too many requests, try again later")
+    assert response.headers["Retry-After"] == "1"
+    assert refusal(client, b"{").startswith(NO_JSON)
+    capacity.give()
+
+    for act in (lambda: None, lambda: 1 / 0, lambda: None):  # a failure releases the place
+        delivery.act = act
+        assert client.post(NOTIFY, json=GOOD).status_code in (200, 500)
 
 
-def test_the_deadline_counts_from_the_beginning_of_the_request(
-    app: Flask, client: FlaskClient, delivery: FakeDelivery, monkeypatch: pytest.MonkeyPatch
+def test_the_deadline_counts_from_the_arrival_of_the_request(
+    app: Flask, client: FlaskClient, delivery: FakeDelivery
 ) -> None:
-    """The deadline includes the time spent waiting for a place and for the body."""
-    clock = iter([100.0, 100.25])  # at the request's start and end
-    monkeypatch.setattr(
-        "notifier.web.requests.time", SimpleNamespace(monotonic=lambda: next(clock))
-    )
-    client.post(NOTIFY, json=GOOD)
-    assert delivery.deadlines == [100.0 + app.extensions["notifier"].settings.notify_deadline]
+    arrival = Arrival(time.monotonic() - 3.0, 0.0)
+    client.post(NOTIFY, json=GOOD, environ_overrides={"notifier.arrival": arrival})
+    deadline = app.extensions["notifier"].settings.notify_deadline
+    assert delivery.deadlines == [arrival.time + deadline]
 
 
 def test_a_request_that_waited_for_a_place_has_time_left_for_an_attempt(
@@ -646,11 +645,8 @@ def test_a_request_has_one_log_line_that_names_the_route_and_not_the_path(
 def test_the_log_line_has_the_duration_in_milliseconds(
     client: FlaskClient, request_line: RequestLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([100.0, 100.25])  # at the request's start and end
-    monkeypatch.setattr(
-        "notifier.web.requests.time", SimpleNamespace(monotonic=lambda: next(clock))
-    )
-    client.get("/healthz")
+    monkeypatch.setattr("notifier.web.requests.time", SimpleNamespace(monotonic=lambda: 100.25))
+    client.get("/healthz", environ_overrides={"notifier.arrival": Arrival(100.0, 100.0)})
     assert request_line()["duration_ms"] == 250
 
 
@@ -700,8 +696,9 @@ def test_the_line_of_a_request_without_a_place_says_why(
     places: int, reason: str, client: FlaskClient, app: Flask, request_line: RequestLine
 ) -> None:
     app.extensions["notifier"].capacity = capacity = Capacity(places, 0.0)
-    with capacity if places else nullcontext():
-        client.post(NOTIFY, json=GOOD)
+    if places:
+        capacity.take(Arrival.now())
+    client.post(NOTIFY, json=GOOD)
     line = request_line()
     assert (line["status"], line["code"], line["reason"]) == (503, "E106", reason)
     assert line["levelname"] == "WARNING"

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 
@@ -363,3 +364,78 @@ def test_without_keep_alive_each_reply_closes_its_connection(start_service: Star
     service = start_service(GUNICORN_CMD_ARGS="--keep-alive 0")
     reply = requests.get(f"{service.url}/healthz", timeout=10)
     assert reply.headers["Connection"] == "close"
+
+
+@pytest.fixture
+def small(
+    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
+) -> Service:
+    """A service that has room for 200 connections."""
+    add_provider(make_provider().url)
+    arguments = "--worker-connections 200"
+    return start_service(
+        WEB_CONCURRENCY="1", WEB_THREADS="2", GUNICORN_CMD_ARGS=arguments
+    ).wait_until_listening()
+
+
+@pytest.mark.parametrize("data", [b"", b"\r\n", b"G", HEAD[:-1], HEAD, HEAD + BODY[:1], LAST])
+def test_a_worker_that_is_nearly_full_drops_the_connections_that_are_idle_for_longest(
+    small: Service, data: bytes
+) -> None:
+    with connect(small) as kept, ExitStack() as stack:
+        for _ in range(10):
+            stack.enter_context(callers(small, data, count=50))
+            kept.sendall(PING)  # it is not idle for longest
+            assert until(b"running", kept).startswith(OK)
+            answers_at_once(small)
+    (worker,) = small.booted()
+    assert len(worker.net_connections()) < 200 + 20
+    assert "cannot accept" not in small.log.read_text()
+
+
+def test_a_connection_has_5_seconds_for_its_first_byte(service: Service) -> None:
+    with connect(service) as silent, connect(service) as kept:
+        kept.sendall(PING)
+        assert until(b"running", kept).startswith(OK)
+        began = time.monotonic()
+        silent.sendall(b"\r\n")
+        silent.settimeout(REQUEST_SECONDS + 10)
+        assert silent.recv(1) == b""
+        assert time.monotonic() - began >= REQUEST_SECONDS - 0.5
+        kept.sendall(b"\r\n" + PING)
+        assert until(b"running", kept).startswith(OK)
+
+
+def test_an_empty_line_after_a_body_starts_no_clock(service: Service) -> None:
+    with connect(service) as sock:
+        sock.sendall(HEAD + BODY + b"\r\n")
+        assert until(b"successfully", sock).startswith(OK)
+        stays_open(sock, REQUEST_SECONDS + 2)
+        sock.sendall(HEAD + BODY)
+        assert until(b"successfully", sock).startswith(OK)
+
+
+def test_a_body_that_is_expected_is_asked_for_at_once(service: Service) -> None:
+    head = HEAD[:-2] + b"Expect: 100-continue\r\n\r\n"
+    with connect(service) as sock:
+        for _ in range(2):
+            sock.sendall(head)
+            assert sock.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            stays_open(sock, 0.1)
+            sock.sendall(BODY)
+            assert until(b"successfully", sock).startswith(OK)
+        sock.sendall(head.replace(b"%d" % len(BODY), b"300000"))
+        assert sock.recv(65536).startswith(b"HTTP/1.1 413 ")  # and not asked for
+
+
+def test_without_descriptors_a_worker_drops_idle_connections_and_goes_on(
+    service: Service,
+) -> None:
+    (worker,) = service.booted()
+    held = worker.num_fds()
+    worker.rlimit(psutil.RLIMIT_NOFILE, (held + 20, held + 20))
+    for _ in range(3):
+        with callers(service, b"", count=40):
+            for _ in range(3):
+                assert requests.get(f"{service.url}/healthz", timeout=30).status_code == 200
+    assert [each.pid for each in service.booted()] == [worker.pid]

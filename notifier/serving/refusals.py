@@ -3,6 +3,7 @@
 gunicorn's parser finds most of them. It does not check the Host field.
 """
 
+import os
 import re
 from ipaddress import AddressValueError, IPv6Address
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from gunicorn.http.errors import (
     ExpectationFailed,
     ForbiddenProxyRequest,
     InvalidHeader,
+    InvalidResponseHeader,
+    InvalidResponseHeaderName,
     LimitRequestHeaders,
     LimitRequestLine,
     ParseException,
@@ -24,6 +27,8 @@ _STATUSES: dict[type[Exception], int] = {
     ConfigurationProblem: 500,
     ExpectationFailed: 417,
     ForbiddenProxyRequest: 403,
+    InvalidResponseHeader: 500,
+    InvalidResponseHeaderName: 500,
     LimitRequestHeaders: 431,
     LimitRequestLine: 414,
     UnsupportedTransferCoding: 501,
@@ -37,7 +42,7 @@ _HOST = re.compile(
 )
 
 # The application answers this request in place of one that it must not see. It has no such method.
-_PLACEHOLDER = b"REFUSED / HTTP/1.1\r\nConnection: close\r\n\r\n"
+_PLACEHOLDER = "REFUSED %s/ HTTP/1.1\r\nConnection: close\r\n\r\n"
 
 
 class Refusal(NamedTuple):
@@ -55,7 +60,8 @@ class Refusal(NamedTuple):
 
 def placeholder(cfg: Any, client: Any) -> Any:
     """Return a request to answer in place of a refused one; its reply closes the connection."""
-    return next(RequestParser(cfg, iter([_PLACEHOLDER]), client))
+    head = _PLACEHOLDER % os.environ.get("SCRIPT_NAME", "")  # gunicorn requires this prefix
+    return next(RequestParser(cfg, iter([head.encode()]), client))
 
 
 def check_host(request: Any) -> None:

@@ -109,7 +109,7 @@ class Turns:
         """
         with self._lock:
             is_stuck = self._beginning >= BEGINNERS and self._begun == self._begun_before
-            self._extra = self._extra + 1 if is_stuck else 0
+            self._extra = self._beginning - BEGINNERS + 1 if is_stuck else 0
             self._begun_before = self._begun
             self._call_thread()
 

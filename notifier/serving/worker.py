@@ -12,10 +12,10 @@ import os
 import selectors
 import time
 from contextlib import suppress
-from http import HTTPStatus
 from typing import Any
 
 from gunicorn.http import wsgi
+from gunicorn.http.errors import ParseException
 from gunicorn.workers import base
 
 from notifier.serving.caller import BodyReader, Caller
@@ -237,11 +237,10 @@ class Worker(base.Worker):
         except OSError:  # the caller left
             raise
         except Exception as error:
-            refusal = Refusal.of(error)
-            if refusal.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+            if not isinstance(error, ParseException):
                 self.log.exception("could not serve a request")
             conn.discard()
-            self._call(placeholder(self.cfg, conn.client), conn, refusal)
+            self._call(placeholder(self.cfg, conn.client), conn, Refusal.of(error))
             return False
 
     def _call(self, request: Any, conn: Caller, refusal: Refusal | None = None) -> bool:
