@@ -25,6 +25,7 @@ from notifier.errors import AttemptOutcome
 from notifier.models import Channel, ChannelOutcome, Message, Recipient
 from notifier.settings import MIN_DEADLINE, Settings
 from notifier.web.body import MAX_BODY_BYTES
+from notifier.web.requests import Turn
 from tests.addresses import INVALID, LOCAL, VALID
 from tests.fixtures import Growth, MakeSettings
 
@@ -502,11 +503,17 @@ def test_a_valid_request_without_a_place_is_refused(
         assert client.post(NOTIFY, json=GOOD).status_code in (200, 500)
 
 
+def turn_of(arrival: Arrival) -> Turn:
+    turn = Turn()
+    turn.arrival = arrival
+    return turn
+
+
 def test_the_deadline_counts_from_the_arrival_of_the_request(
     app: Flask, client: FlaskClient, delivery: FakeDelivery
 ) -> None:
     arrival = Arrival(time.monotonic() - 3.0, 0.0)
-    client.post(NOTIFY, json=GOOD, environ_overrides={"notifier.arrival": arrival})
+    client.post(NOTIFY, json=GOOD, environ_overrides={"notifier.turn": turn_of(arrival)})
     deadline = app.extensions["notifier"].settings.notify_deadline
     assert delivery.deadlines == [arrival.time + deadline]
 
@@ -646,7 +653,7 @@ def test_the_log_line_has_the_duration_in_milliseconds(
     client: FlaskClient, request_line: RequestLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("notifier.web.requests.time", SimpleNamespace(monotonic=lambda: 100.25))
-    client.get("/healthz", environ_overrides={"notifier.arrival": Arrival(100.0, 100.0)})
+    client.get("/healthz", environ_overrides={"notifier.turn": turn_of(Arrival(100.0, 100.0))})
     assert request_line()["duration_ms"] == 250
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from notifier.serving import turns as turns_module
 from notifier.serving.poller import STOPPED
-from notifier.serving.turns import BEGINNERS, Turns
+from notifier.serving.turns import RUNNERS, Turns
 from tests.timing import eventually
 
 MANY = 40  # connections, and the maximum of threads
@@ -45,10 +45,10 @@ class Crowd:
         while (fd := self.turns.take()) != STOPPED:
             self.taken.append(fd)
             if self.waits:
-                self.turns.begun()
+                self.turns.end(calling=True)
             self.go.acquire(timeout=30)
             if not self.waits:
-                self.turns.ended()
+                self.turns.end()
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def crowd() -> Iterator[Crowd]:
 
 def test_few_requests_begin_at_once_and_the_others_follow(crowd: Crowd) -> None:
     crowd.arrive(*range(MANY))
-    for begun in range(BEGINNERS, MANY + 1):
+    for begun in range(RUNNERS, MANY + 1):
         eventually(lambda begun=begun: len(crowd.taken) == begun)
         crowd.go.release()
     assert sorted(crowd.numbers()) == list(range(MANY))
@@ -77,25 +77,25 @@ def test_requests_that_wait_for_others_do_not_keep_new_ones_from_beginning(crowd
 
 
 def test_queued_connections_are_taken_by_rank(crowd: Crowd) -> None:
-    crowd.arrive(*range(BEGINNERS))
-    eventually(lambda: len(crowd.taken) == BEGINNERS)
-    crowd.arrive(*range(BEGINNERS, MANY))
+    crowd.arrive(*range(RUNNERS))
+    eventually(lambda: len(crowd.taken) == RUNNERS)
+    crowd.arrive(*range(RUNNERS, MANY))
     crowd.go.release(MANY)
     eventually(lambda: len(crowd.taken) == MANY)
-    assert crowd.numbers()[BEGINNERS] == MANY - 1  # the last, which has the lowest rank
-    first = crowd.numbers()[BEGINNERS : MANY // 2]
-    assert min(first) > BEGINNERS + 5  # threads may overtake one another
+    assert crowd.numbers()[RUNNERS] == MANY - 1  # the last, which has the lowest rank
+    first = crowd.numbers()[RUNNERS : MANY // 2]
+    assert min(first) > RUNNERS + 5  # threads may overtake one another
 
 
 def test_a_look_lets_one_more_begin_while_all_are_stuck(crowd: Crowd) -> None:
-    crowd.arrive(*range(BEGINNERS + 2))
-    eventually(lambda: len(crowd.taken) == BEGINNERS)
+    crowd.arrive(*range(RUNNERS + 2))
+    eventually(lambda: len(crowd.taken) == RUNNERS)
     crowd.turns.look()
     crowd.turns.look()
-    eventually(lambda: len(crowd.taken) == BEGINNERS + 1)
+    eventually(lambda: len(crowd.taken) == RUNNERS + 1)
     crowd.turns.look()  # one has begun since the last
     crowd.turns.look()
-    eventually(lambda: len(crowd.taken) == BEGINNERS + 2)
+    eventually(lambda: len(crowd.taken) == RUNNERS + 2)
 
 
 def test_threads_end_after_a_while_but_one(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:

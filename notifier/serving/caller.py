@@ -72,7 +72,6 @@ class Caller(Unreader):
         self.client = client
         self.server = server
         self.leaving = False
-        self.beginning = False  # its request does not wait for anybody else yet
         self._ended = time.monotonic()  # when the last request ended, or the connection began
         self.expires = self._ended + REQUEST_SECONDS  # when to close it
         self._parser = RequestParser(cfg, (), client)

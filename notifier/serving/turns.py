@@ -1,36 +1,40 @@
-"""Gives ready connections to threads: which thread takes the next one, and which one that is.
+"""Gives threads turns: which of them may run, and which ready connection the next one takes.
 
-Threads share the interpreter, so requests that are all begun at once are all slow. Only a few
-threads begin requests at the same time. A request has begun once it waits for somebody else, such
-as a provider, or has its reply.
+Threads share the interpreter, so many requests that run at once are all slow. Only a few threads
+run at the same time. A request gives up its turn while it waits for others, such as a provider, and
+takes another one afterwards.
 
-While no thread may begin another request, ready connections queue by the rank of their requests.
+Requests that have begun go before ready connections. Both queue by rank.
 """
 
 import heapq
+import itertools
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+from notifier.capacity import Arrival
 from notifier.serving.poller import NOTHING, STOPPED, Poller
 
-# Maximum requests that are begun at once; more would only share the interpreter.
-BEGINNERS = 3
+# Maximum threads that run at once; more would only share the interpreter.
+RUNNERS = 2
 
 # Seconds after which an idle thread ends: fewer threads compete less for the interpreter.
 THREAD_IDLE_SECONDS = 10.0
+
+# Maximum seconds that a request which has begun waits for a turn.
+PATIENCE = 1.0
 
 
 class Turns:
     """The threads of a worker, and the ready connections that wait for one.
 
-    Shared between threads, guarded by `_lock`: all numbers of threads, `_resting` and `_queue`. The
-    queue is filled only while no thread is idle: idle threads wait in the kernel, and would not see
-    it.
+    Shared between threads, guarded by `_lock`: all attributes that change. The queue of connections
+    is filled only while no thread is idle: idle threads wait in the kernel, and would not see it.
 
     Args:
         most: maximum number of threads.
-        work: what a thread runs: it calls `take` and then `begun`, again and again.
+        work: what a thread runs: it calls `take` and then `end`, again and again.
         rank: returns the rank of a connection's request by file descriptor: the lowest is first.
     """
 
@@ -41,11 +45,13 @@ class Turns:
         self._rank = rank
         self._lock = threading.Lock()
         self._threads = 0
-        self._idle = 0  # wait for a ready connection
-        self._beginning = 0
-        self._begun = self._begun_before = 0  # in all, and at the last look
-        self._extra = 0
-        self._resting: list[threading.Lock] = []  # released to call a thread
+        self._idle = 0  # threads that wait for a ready connection
+        self._running = 0
+        self._taken = self._taken_before = 0  # turns in all, and at the last look
+        self._runners = RUNNERS
+        self._resting: list[threading.Lock] = []  # released to let a thread take a connection
+        self._resuming: list[tuple[float, int, threading.Lock]] = []  # a heap, by rank
+        self._numbers = itertools.count()
         self._queue: list[tuple[float, int]] = []  # a heap of ranks and file descriptors
         self._stopped = False
 
@@ -68,22 +74,32 @@ class Turns:
             self._resting.clear()
         self.poller.stop()
 
-    def take(self) -> int:
-        """Return the file descriptor of a ready connection, whose request the thread then begins.
+    def look(self) -> None:
+        """Let one more thread run if none has begun to run since the last look.
 
-        Return `STOPPED` to end the thread.
+        The threads that run wait for something unforeseen.
+        """
+        with self._lock:
+            is_stuck = self._running >= RUNNERS and self._taken == self._taken_before
+            self._runners = self._running + 1 if is_stuck else RUNNERS
+            self._taken_before = self._taken
+            self._hand_over()
+
+    def take(self) -> int:
+        """Take a turn; return the file descriptor of a ready connection.
+
+        Return `STOPPED` to end the thread, without a turn.
         """
         while True:
             with self._lock:
                 rest = None
                 if self._stopped:
                     return STOPPED
-                if self._beginning >= BEGINNERS + self._extra:
-                    rest = threading.Lock()
-                    rest.acquire()
+                if self._running >= self._runners:
+                    rest = _closed_lock()
                     self._resting.append(rest)
                 elif (fd := self._next_in_queue()) != NOTHING:
-                    self._begin()
+                    self._run()
                     return fd
                 else:
                     self._idle += 1
@@ -91,32 +107,51 @@ class Turns:
             if fd != NOTHING:
                 return fd
 
-    def begun(self) -> None:
-        """Let another thread begin a request: the one of this thread waits now."""
-        with self._lock:
-            self._beginning -= 1
-            self._call_thread()
+    def end(self, *, calling: bool = False) -> None:
+        """Give up a turn.
 
-    def ended(self) -> None:
-        """Let this thread begin another request, without `begun` for the last one."""
-        with self._lock:
-            self._beginning -= 1
-
-    def look(self) -> None:
-        """Allow one more request to begin if none has begun since the last look.
-
-        The requests that are beginning wait for something unforeseen.
+        Args:
+            calling: call another thread to take a connection; else this one will.
         """
         with self._lock:
-            is_stuck = self._beginning >= BEGINNERS and self._begun == self._begun_before
-            self._extra = self._beginning - BEGINNERS + 1 if is_stuck else 0
-            self._begun_before = self._begun
-            self._call_thread()
+            self._running -= 1
+            if calling or self._resuming:
+                self._hand_over()
 
-    def _begin(self) -> None:
-        self._beginning += 1
-        self._begun += 1
-        self._call_thread()
+    def resume(self, rank: float) -> None:
+        """Take another turn for a request of this rank; wait for it for `PATIENCE` at most."""
+        with self._lock:
+            if self._running < self._runners:
+                self._running += 1
+                return
+            turn = (rank, next(self._numbers), _closed_lock())
+            heapq.heappush(self._resuming, turn)
+        if turn[2].acquire(timeout=PATIENCE):
+            return
+        with self._lock:
+            if turn in self._resuming:  # else it got its turn just now
+                self._resuming.remove(turn)
+                heapq.heapify(self._resuming)
+                self._running += 1
+
+    def _run(self) -> None:
+        self._running += 1
+        self._taken += 1
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Let others run if they may: a request that has begun, or else a thread for the next."""
+        while self._resuming and self._running < self._runners:
+            self._running += 1
+            self._taken += 1
+            heapq.heappop(self._resuming)[2].release()
+        if self._idle or self._running >= self._runners:
+            return
+        if self._resting:
+            self._resting.pop().release()
+        elif self._threads < self._most:
+            with suppress(RuntimeError):  # no more threads are available
+                self._start_thread()
 
     def _next_in_queue(self) -> int:
         """Return the connection in the queue with the lowest rank, or `NOTHING`."""
@@ -134,7 +169,7 @@ class Turns:
                 fd = STOPPED
             self._idle -= 1
             if fd >= 0:
-                self._begin()
+                self._run()
         return fd
 
     def _rest(self, rest: "threading.Lock") -> int:
@@ -148,16 +183,41 @@ class Turns:
             self._threads -= 1
         return STOPPED
 
-    def _call_thread(self) -> None:
-        """Make sure that a thread takes the next ready connection, if it may begin now."""
-        if self._idle or self._beginning >= BEGINNERS + self._extra:
-            return
-        if self._resting:
-            self._resting.pop().release()
-        elif self._threads < self._most:
-            with suppress(RuntimeError):  # no more threads are available
-                self._start_thread()
-
     def _start_thread(self) -> None:
         threading.Thread(target=self._work, name="request").start()
         self._threads += 1
+
+
+class Turn:
+    """The turn of one request, which begins with it. Used by one thread."""
+
+    __slots__ = ("_has", "_turns", "arrival")
+
+    def __init__(self, turns: Turns) -> None:
+        self.arrival = Arrival.now()
+        self._turns = turns
+        self._has = True
+
+    def wait(self) -> None:
+        """Give it up, as the request waits for others now."""
+        if self._has:
+            self._has = False
+            self._turns.end(calling=True)
+
+    def resume(self) -> None:
+        """Take it again."""
+        if not self._has:
+            self._turns.resume(self.arrival.rank)
+            self._has = True
+
+    def end(self) -> None:
+        """Give it up for good, as this thread takes the next connection."""
+        if self._has:
+            self._has = False
+            self._turns.end()
+
+
+def _closed_lock() -> "threading.Lock":
+    lock = threading.Lock()
+    lock.acquire()
+    return lock

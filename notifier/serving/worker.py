@@ -5,7 +5,6 @@ main thread accepts connections and closes expired ones, and never waits for a c
 """
 
 import errno
-import functools
 import itertools
 import mmap
 import os
@@ -22,7 +21,7 @@ from notifier.serving.caller import BodyReader, Caller
 from notifier.serving.listening import plain
 from notifier.serving.poller import STOPPED
 from notifier.serving.refusals import Refusal, placeholder
-from notifier.serving.turns import Turns
+from notifier.serving.turns import Turn, Turns
 
 # Seconds between checks for expired connections.
 LOOK_SECONDS = 1.0
@@ -178,38 +177,27 @@ class Worker(base.Worker):
     def _work(self) -> None:
         """Serve connections, one after the other."""
         while (fd := self._turns.take()) != STOPPED:
+            turn = Turn(self._turns)
             conn = self._waiting.pop(fd, None)
-            if conn is not None:  # else it expired meanwhile
-                self._serve(conn)
+            kept = conn is not None and self._attend(conn, turn)
+            turn.end()
+            if conn is None:  # it expired meanwhile
+                continue
+            if kept:
+                self._arm(conn)
             else:
-                self._turns.ended()
-
-    def _serve(self, conn: Caller) -> None:
-        conn.beginning = True
-        kept = self._attend(conn)
-        if conn.beginning:
-            self._turns.ended()
-        if kept:
-            self._arm(conn)
-        else:
-            self._close(conn)
-
-    def _begun(self, conn: Caller) -> None:
-        """Let another request begin: the one of `conn` waits for somebody else."""
-        if conn.beginning:
-            conn.beginning = False
-            self._turns.begun()
+                self._close(conn)
 
     def _rank(self, fd: int) -> float:
         conn = self._waiting.get(fd)
         return conn.arrival().rank if conn else 0.0  # it expired meanwhile
 
-    def _attend(self, conn: Caller) -> bool:
+    def _attend(self, conn: Caller, turn: Turn) -> bool:
         """Read from `conn` and answer a request that is ready; return False to close `conn`."""
         try:
             if conn.leaving:
                 conn.drop()
-            elif not self._answer(conn):
+            elif not self._answer(conn, turn):
                 conn.leave()
         except OSError:
             return False
@@ -227,30 +215,30 @@ class Worker(base.Worker):
             else:
                 self._turns.poller.again(conn.fd)
 
-    def _answer(self, conn: Caller) -> bool:
+    def _answer(self, conn: Caller, turn: Turn) -> bool:
         """Answer a request that has arrived; return True if the connection can be reused."""
         try:
             request = conn.receive()
             if request is None:
                 return True
-            return self._call(request, conn) and conn.end_request()
+            return self._call(request, conn, turn) and conn.end_request()
         except OSError:  # the caller left
             raise
         except Exception as error:
             if not isinstance(error, ParseException):
                 self.log.exception("could not serve a request")
             conn.discard()
-            self._call(placeholder(self.cfg, conn.client), conn, Refusal.of(error))
+            self._call(placeholder(self.cfg, conn.client), conn, turn, Refusal.of(error))
             return False
 
-    def _call(self, request: Any, conn: Caller, refusal: Refusal | None = None) -> bool:
+    def _call(self, request: Any, conn: Caller, turn: Turn, refusal: Refusal | None = None) -> bool:
         """Send the application's reply; return True if the reply keeps the connection open."""
         request.body.reader = BodyReader(request.body.reader)
         reply, environ = wsgi.create(request, conn, conn.client, conn.server, self.cfg)
         environ["wsgi.multithread"] = True
-        environ["notifier.arrival"] = conn.arrival()
+        turn.arrival = conn.arrival()
+        environ["notifier.turn"] = turn
         environ["notifier.refusal"] = refusal
-        waits = environ["notifier.waits"] = functools.partial(self._begun, conn)
         if self._is_last():
             reply.force_close()
         chunks = self.wsgi(environ, reply.start_response)
@@ -261,7 +249,7 @@ class Worker(base.Worker):
         finally:
             if hasattr(chunks, "close"):
                 chunks.close()
-        conn.flush(waits)
+        conn.flush(turn.wait)
         return not reply.should_close()
 
     def _is_last(self) -> bool:

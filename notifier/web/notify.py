@@ -6,7 +6,7 @@ from notifier.errors import DeliveryFailed, InvalidRequest
 from notifier.logs import mask_address
 from notifier.models import ChannelOutcome, Recipient
 from notifier.web.body import read_message
-from notifier.web.requests import current_request, let_others_begin, notifier
+from notifier.web.requests import current_request, notifier
 
 _DELIVERED = b'{"message":"notification sent successfully"}\n'
 
@@ -20,8 +20,11 @@ def notify(recipient: str) -> Response:
     current.log_fields["recipient"] = to
     message = read_message()
     current.log_fields["to"] = mask_address(message.to)
-    let_others_begin()
-    report = notifier().notify(to, message, current.arrival)
+    current.turn.wait()
+    try:
+        report = notifier().notify(to, message, current.turn.arrival)
+    finally:
+        current.turn.resume()
     current.log_fields["channels"] = report.log_fields()
     if report.outcome is not ChannelOutcome.DELIVERED:
         raise DeliveryFailed

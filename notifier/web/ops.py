@@ -8,7 +8,7 @@ from flask import Blueprint, Response, jsonify
 from notifier import __version__, metrics
 from notifier.errors import PreferencesUnavailable
 from notifier.store.preferences import Preferences
-from notifier.web.requests import OPERATORS, let_others_begin, notifier
+from notifier.web.requests import OPERATORS, current_request, notifier
 
 # Seconds. `/readyz` answers within a second, even if PostgreSQL hangs.
 READINESS_WAIT = 0.75
@@ -71,7 +71,7 @@ def show_metrics() -> Response:
 def _check_preferences(preferences: Preferences) -> dict[str, Any]:
     if preferences.held():
         return {"ok": True, "detail": "held in cache"}
-    let_others_begin()
+    current_request().turn.wait()
     try:
         preferences.load(time.monotonic() + READINESS_WAIT)
     except PreferencesUnavailable:

@@ -27,14 +27,27 @@ log = logging.getLogger(__name__)
 _USABLE_REQUEST_ID = re.compile(r"[\x20-\x7e]{1,128}")
 
 
+class Turn:
+    """The turn of a request to run, where the server gives none: it has one all the time."""
+
+    def __init__(self) -> None:
+        self.arrival = Arrival.now()
+
+    def wait(self) -> None:
+        """Give it up while the request waits for others."""
+
+    def resume(self) -> None:
+        """Take it again."""
+
+
 @dataclass(slots=True)
 class CurrentRequest:
     """The request that this thread is answering.
 
-    `log_fields` go into its log line.
+    `turn` is its turn to run, from the server. `log_fields` go into its log line.
     """
 
-    arrival: Arrival
+    turn: Turn
     is_operators: bool
     log_fields: dict[str, Any] = field(default_factory=dict)
 
@@ -49,15 +62,6 @@ def notifier() -> Notifier:
     return cast("Notifier", current_app.extensions["notifier"])
 
 
-def let_others_begin() -> None:
-    """Tell the server that this request waits now, so that it begins others."""
-    request.environ.get("notifier.waits", _nothing)()
-
-
-def _nothing() -> None:
-    """Stand in for the server where there is none, as in `flask run`."""
-
-
 def register(app: Flask) -> None:
     """Count, time and log every request of `app`, and give it an id."""
     app.before_request(_begin)
@@ -68,8 +72,8 @@ def register(app: Flask) -> None:
 def _begin() -> None:
     given = request.environ.get("HTTP_X_REQUEST_ID", "")
     request_id.set(given if _USABLE_REQUEST_ID.fullmatch(given) else _new_request_id())
-    arrival = request.environ.get("notifier.arrival") or Arrival.now()
-    g.current = CurrentRequest(arrival, request.blueprint == OPERATORS)
+    turn = request.environ.get("notifier.turn") or Turn()
+    g.current = CurrentRequest(turn, request.blueprint == OPERATORS)
     if not g.current.is_operators:
         metrics.ACTIVE_REQUESTS.inc()
 
@@ -82,7 +86,7 @@ def _new_request_id() -> str:
 def _end(response: Response) -> Response:
     response.headers["X-Request-Id"] = request_id.get() or ""
     current = current_request()
-    seconds = time.monotonic() - current.arrival.time
+    seconds = time.monotonic() - current.turn.arrival.time
     method = request.method if request.method in METHODS else "_OTHER"
     rule = request.url_rule
     route = rule.rule if rule else "unmatched"
