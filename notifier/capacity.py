@@ -8,26 +8,11 @@ import time
 from typing import NamedTuple
 
 from notifier import metrics
+from notifier.arrival import Arrival
 from notifier.errors import Overloaded
 
 # Seconds from the arrival of a request that are no wait: a thread takes it and reads it.
 READING_SECONDS = 0.01
-
-
-class Arrival(NamedTuple):
-    """When a request arrived, on `time.monotonic()`, and its rank in queues: the lowest is first.
-
-    A rank is a time, too: the arrival, or earlier if the request has an advantage.
-    """
-
-    time: float
-    rank: float
-
-    @classmethod
-    def now(cls) -> "Arrival":
-        """Return the arrival of a request that has not waited."""
-        now = time.monotonic()
-        return cls(now, now)
 
 
 class Capacity:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from notifier import metrics
+from notifier.arrival import Arrival
 from notifier.attempts import Attempts
-from notifier.capacity import Arrival, Capacity
+from notifier.capacity import Capacity
 from notifier.delivery import Delivery, Report
 from notifier.models import Message, Recipient
 from notifier.settings import Settings

@@ -19,7 +19,8 @@ from werkzeug.test import TestResponse
 
 from notifier import __version__, logs
 from notifier.app import build, create_app
-from notifier.capacity import Arrival, Capacity
+from notifier.arrival import Arrival
+from notifier.capacity import Capacity
 from notifier.delivery import ChannelResult, ProviderResult, Report
 from notifier.errors import AttemptOutcome
 from notifier.models import Channel, ChannelOutcome, Message, Recipient

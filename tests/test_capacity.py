@@ -15,7 +15,8 @@ import pytest
 import requests
 
 from notifier import capacity as capacity_module
-from notifier.capacity import Arrival, Capacity
+from notifier.arrival import Arrival
+from notifier.capacity import Capacity
 from notifier.errors import Overloaded
 from notifier.serving.caller import REQUEST_SECONDS
 from tests.fixtures import Growth, MakeProvider

@@ -50,6 +50,7 @@ LEVELS = {
     "capacity": 2,
     "settings": 2,
     "wire": 2,
+    "arrival": 1,
     "characters": 1,
     "environ": 1,
     "errors": 1,

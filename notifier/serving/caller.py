@@ -19,7 +19,7 @@ from gunicorn.http import RequestParser
 from gunicorn.http.errors import NoMoreData, ParseException
 from gunicorn.http.unreader import Unreader
 
-from notifier.capacity import Arrival
+from notifier.arrival import Arrival
 from notifier.serving.framing import Framing, framing_of
 from notifier.serving.refusals import check_host
 

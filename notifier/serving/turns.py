@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from notifier.capacity import Arrival
+from notifier.arrival import Arrival
 from notifier.serving.poller import NOTHING, STOPPED, Poller
 
 # Maximum threads that run at once; more would only share the interpreter.

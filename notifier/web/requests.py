@@ -11,7 +11,7 @@ from typing import Any, cast
 from flask import Flask, Response, current_app, g, request
 
 from notifier import metrics
-from notifier.capacity import Arrival
+from notifier.arrival import Arrival
 from notifier.logs import request_id
 from notifier.notifications import Notifier
 
