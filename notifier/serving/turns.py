@@ -1,7 +1,7 @@
 """Gives threads turns: which of them may run, and which ready connection the next one takes.
 
-Threads share the interpreter, so many requests that run at once are all slow. Only a few threads
-run at the same time. A request gives up its turn while it waits for others, such as a provider, and
+Threads share the interpreter, so many requests that run at once are all slow. Only `RUNNERS`
+threads run at the same time. A request gives up its turn while it waits for others, such as a provider, and
 takes another one afterwards.
 
 Requests that have begun go before ready connections. Both queue by rank.
@@ -16,8 +16,8 @@ from contextlib import suppress
 from notifier.arrival import Arrival
 from notifier.serving.poller import NOTHING, STOPPED, Poller
 
-# Maximum threads that run at once; more would only share the interpreter.
-RUNNERS = 2
+# Maximum threads that run at once. With more, each waits for the interpreter after each system call.
+RUNNERS = 1
 
 # Seconds after which an idle thread ends: fewer threads compete less for the interpreter.
 THREAD_IDLE_SECONDS = 10.0

@@ -65,6 +65,7 @@ def readyz() -> tuple[Response, int]:
 @blueprint.get("/metrics", provide_automatic_options=False)
 def show_metrics() -> Response:
     """Return the metrics of all workers for Prometheus."""
+    current_request().turn.wait()  # a long page must not delay notifications
     return Response(metrics.page(), content_type=metrics.CONTENT_TYPE)
 
 
