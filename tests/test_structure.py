@@ -55,6 +55,7 @@ LEVELS = {
     "metrics": 1,
     "models": 1,
     "single_flight": 1,
+    "snapshot": 1,
     "variables": 1,
 }
 
