@@ -3,8 +3,9 @@
 import json
 import logging
 from collections.abc import Mapping, Set
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import partial
+from operator import attrgetter
 
 from notifier import __version__
 from notifier.models import Channel, Provider
@@ -12,6 +13,8 @@ from notifier.settings import Settings
 from notifier.snapshot import Snapshot
 
 Providers = Mapping[Channel, tuple[Provider, ...]]
+
+_FIELDS = attrgetter(*(field.name for field in fields(Provider)))  # astuple copies each value
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +99,7 @@ class Handover:
         if standing is None:
             return None
         head = json.dumps([self._source, *astuple(standing)])
-        rows = [astuple(one) for providers in load.providers.values() for one in providers]
+        rows = [_FIELDS(one) for providers in load.providers.values() for one in providers]
         return f"{head}\n{json.dumps(rows)}".encode()
 
     def _decoded(self, value: bytes) -> tuple[Standing, bytes]:
