@@ -113,6 +113,8 @@ class Snapshot:
 def _memory() -> int:
     """Return the descriptor of an empty file without a name; programs do not inherit it."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("notifier")
+        fd = os.memfd_create("notifier")
+        os.fchmod(fd, 0o600)
+        return fd
     with tempfile.TemporaryFile() as file:  # macOS
         return os.dup(file.fileno())
