@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from notifier import snapshot as snapshot_module
+from notifier.serving import master
 from notifier.snapshot import LARGEST, LOCK_WAIT, Snapshot
 from tests.timing import within
 
@@ -161,3 +162,16 @@ def test_a_system_without_anonymous_memory_has_a_file_without_a_name(
     assert (os.fstat(snapshot._fd).st_mode & 0o777, [*tmp_path.iterdir()]) == (0o600, [])
     assert not os.get_inheritable(snapshot._fd)
     snapshot.close()
+
+
+def test_a_master_that_cannot_get_the_memory_says_so_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def short(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(snapshot_module, "_memory", short)
+    assert master.make_snapshot() is None
+    (record,) = caplog.records
+    assert record.msg == "workers cannot hand over providers"
+    assert record.__dict__["reason"] == os.strerror(errno.EMFILE)

@@ -45,11 +45,11 @@ class Standing:
     position: int = 0
 
     def after(self, load: Load, generation: int) -> "Standing | None":
-        """Return the standing with `load`; None if the load is out of date.
+        """Return the standing with `load`; None if the load is stale.
 
-        It is if a load that began later has already ended. A load from a standby is out of date as
-        well if the standby has not replayed the log up to the last load from the primary. Only a
-        later load from the primary makes a load from the primary out of date.
+        A load is stale if a load that began later has already ended. A load from a standby is also
+        stale if the standby has not replayed the log up to the last load from the primary. Only a
+        later load from the primary makes a load from the primary stale.
         """
         if not load.from_standby:
             is_newest = generation >= self.primary_generation
