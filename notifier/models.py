@@ -9,6 +9,9 @@ from urllib3.util import parse_url
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
+# The columns that make a provider, in the order of `Provider.from_row`.
+COLUMNS = ("id", "provider_type", "provider_name", "host", "secret_key")
+
 
 class Channel(StrEnum):
     """A way to reach a recipient; the value is PostgreSQL's `notification_provider_type`."""
@@ -44,6 +47,14 @@ class ChannelOutcome(StrEnum):
         return max(outcomes, key=lambda outcome: outcome.severity)
 
 
+class Unusable(ValueError):
+    """One column of a row makes the row unusable; `problem` never quotes the column's value."""
+
+    def __init__(self, column: str, problem: str) -> None:
+        super().__init__(f"{column}: {problem}")
+        self.column, self.problem = column, problem
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """The recipient's email address, a title and a text, all hidden from `repr`."""
@@ -70,10 +81,30 @@ class Provider:
 
     @classmethod
     def from_row(cls, row: tuple[int, str, str, str, str | None]) -> "Provider":
-        """Make a provider of `(id, provider_type, provider_name, host, secret_key)`."""
+        """Make a provider of the values of `COLUMNS`.
+
+        Raises:
+            Unusable: a value is missing or is no text, or the channel is unknown.
+        """
+        for column, value in zip(COLUMNS, row, strict=True):
+            _check(column, value)
         provider_id, channel, name, url, secret_key = row
+        if channel not in _CHANNELS:
+            raise Unusable("provider_type", "unknown channel")
         url = url.strip()
         return cls(provider_id, Channel(channel), name, url, endpoint_of(url), secret_key or "")
+
+
+_CHANNELS = frozenset(Channel)
+
+
+def _check(column: str, value: object) -> None:
+    if value is None and column != "secret_key":
+        raise Unusable(column, "missing")
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:  # a surrogate, which stands for a byte that is no text
+        raise Unusable(column, "not UTF-8 text") from None
 
 
 def endpoint_of(url: str) -> str | None:

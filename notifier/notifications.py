@@ -11,6 +11,8 @@ from notifier.capacity import Capacity
 from notifier.delivery import Delivery, Report
 from notifier.models import Message, Recipient
 from notifier.settings import Settings
+from notifier.snapshot import Snapshot
+from notifier.store.handover import Handover
 from notifier.store.preferences import Preferences
 from notifier.store.refresher import Refresher
 
@@ -32,9 +34,15 @@ class Notifier:
     capacity: Capacity
     stopping: Callable[[], bool] = lambda: False
 
-    def start(self, stopping: Callable[[], bool]) -> None:
-        """Begin to serve; not called in a process that only runs a command."""
+    def start(self, stopping: Callable[[], bool], snapshot: Snapshot | None = None) -> None:
+        """Begin to serve; not called in a process that only runs a command.
+
+        Args:
+            snapshot: the memory that the workers share; None if there is none.
+        """
         self.stopping = stopping
+        if snapshot:
+            self.preferences.inherit(Handover(snapshot, self.settings))
         self.refresher.start()
         metrics.WORKER_STARTS.inc()
 

@@ -111,6 +111,7 @@ def test_a_row_is_stored_as_given_and_shown_without_its_secret(
         "created_at": created_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "deleted_at": None,
         "state": "active",
+        "problem": None,
     }
     assert SECRET not in repr(entry)
     assert catalogue.entries(owner) == [entry]
@@ -488,7 +489,8 @@ def test_a_row_of_an_unknown_channel_cannot_be_used_as_a_provider(
 ) -> None:
     execute(database, "ALTER TYPE notification_provider_type ADD VALUE 'Sms'")
     add_provider(URL, "Sms")
-    assert refusal(catalogue.provider, owner, 1).startswith("the channel is unknown")
+    message = "provider 1 cannot be used: provider_type: unknown channel"
+    assert refusal(catalogue.provider, owner, 1) == message
 
 
 def waiting(environment: Environment) -> list[str]:

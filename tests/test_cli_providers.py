@@ -126,6 +126,7 @@ def test_every_command_prints_json_for_scripts(database: Environment) -> None:
         "created_at": added["created_at"],
         "deleted_at": None,
         "state": "active",
+        "problem": None,
     }
     assert json.loads(done(database, "list", "--json")) == [added]
     edited = json.loads(done(database, "edit", "1", "--host", "http://a/", "--json"))

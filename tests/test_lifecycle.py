@@ -580,3 +580,28 @@ def test_a_command_ignores_the_metrics_folder_in_its_environment(server: dict[st
         check=True,
     )
     assert "/metrics" in done.stdout
+
+
+# --- the memory in which workers hand over the providers
+
+
+def memory_of(process: psutil.Process) -> list[Path]:
+    """Return the descriptors of the memory that the workers share."""
+    links = [*Path(f"/proc/{process.pid}/fd").iterdir()]
+    return [link for link in links if str(link.readlink()).startswith("/memfd:notifier")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_shared_memory_is_one_descriptor_without_a_file_however_many_workers_start(
+    start_service: StartService,
+) -> None:
+    service = start_service(WEB_CONCURRENCY="2").wait_until_listening()
+    master = psutil.Process(service.process.pid)
+    before = master.num_fds()
+    for number in range(1, 6):
+        reload(service, 2 + 2 * number)
+    service.wait_until_listening()
+    assert master.num_fds() == before
+    for process in (master, *service.booted()):
+        (memory,) = memory_of(process)
+        assert memory.stat().st_nlink == 0  # the memory has no name, so nothing outlives it

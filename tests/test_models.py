@@ -112,7 +112,7 @@ def test_a_row_whose_url_cannot_be_called_is_still_a_provider() -> None:
 
 
 def test_a_row_of_an_unknown_channel_is_refused() -> None:
-    with pytest.raises(ValueError, match="Pigeon"):
+    with pytest.raises(ValueError, match="provider_type: unknown channel"):
         Provider.from_row((7, "Pigeon", "p", "https://mail.example.com/", SECRET))
 
 

@@ -4,10 +4,11 @@ Each outage happens once, and several tests check its effects. They have their o
 one service that runs from the first outage to the last.
 """
 
+import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -197,28 +198,61 @@ def test_a_service_that_starts_in_an_outage_is_alive_but_not_ready_and_recovers_
 # --- workers that start
 
 
-def test_a_worker_that_starts_in_an_outage_is_not_ready_and_the_others_serve(
-    stage: Stage,
+def reloaded(service: Service) -> None:
+    """Replace all workers."""
+    old = service.booted()
+    service.process.send_signal(signal.SIGHUP)
+    psutil.wait_procs(old, timeout=60)
+
+
+def restarted(service: Service) -> None:
+    """Stop one worker; the master starts another one."""
+    service.booted()[0].terminate()
+
+
+def crashed(service: Service) -> None:
+    """Kill one worker; the master starts another one."""
+    service.booted()[0].kill()
+
+
+@pytest.mark.parametrize(
+    ("replaced", "allowed"),
+    [(reloaded, {200}), (restarted, {200}), (crashed, {200, 0})],  # a crash cuts connections: 0
+)
+def test_workers_that_start_in_an_outage_serve_what_others_have_read(
+    replaced: Callable[[Service], None], allowed: set[int], stage: Stage
 ) -> None:
     service = stage.service
-    answers: set[tuple[int, int]] = set()
-
-    def answered() -> set[tuple[int, int]]:
-        with requests.Session() as session:  # stays with one worker
-            ready = session.get(f"{service.url}/readyz", timeout=10).status_code
-            answers.add((ready, service.notify(session=session).status_code))
-        return answers
-
-    starts = service.metric("worker_starts_total")
-    with faults.stopped(stage.server):
-        service.booted()[0].kill()
-        eventually(lambda: service.metric("worker_starts_total") == starts + 1)
-        eventually(lambda: answered() >= {(200, 200), (503, 500)})
-        assert answers == {(200, 200), (503, 500)}
     eventually(lambda: rig.all_hear(service.url), HEARD_WITHIN)
-    answers.clear()
-    for _ in range(30):
-        assert answered() == {(200, 200)}
+    with faults.stopped(stage.server):
+        starts = service.metric("worker_starts_total")
+        new = WORKERS if replaced is reloaded else 1
+        with measure.load(service.url) as replies:
+            replaced(service)
+            eventually(lambda: service.metric("worker_starts_total") == starts + new)
+            served = len(replies)
+            eventually(lambda: len(replies) > served + 100)
+        assert {reply.status for reply in replies} <= allowed
+        for _ in range(10 * WORKERS):
+            with requests.Session() as session:  # stays with one worker
+                ready = session.get(f"{service.url}/readyz", timeout=10)
+                assert ready.json()["checks"]["preferences"]["detail"] == "held in cache"
+                assert (ready.status_code, service.notify(session=session).status_code) == (
+                    200,
+                    200,
+                )
+    eventually(lambda: rig.all_hear(service.url), HEARD_WITHIN)
+
+
+def test_workers_that_end_after_many_requests_have_successors_that_serve(stage: Stage) -> None:
+    variables = {"WEB_CONCURRENCY": "2", "GUNICORN_CMD_ARGS": "--max-requests 20"}
+    with stage.another(**variables) as service:
+        eventually(lambda: rig.all_hear(service.url))
+        with faults.stopped(stage.server):
+            starts = service.metric("worker_starts_total")
+            assert {service.notify().status_code for _ in range(100)} == {200}
+            assert service.metric("worker_starts_total") > starts
+    eventually(lambda: rig.all_hear(stage.service.url), HEARD_WITHIN)
 
 
 def test_providers_read_at_the_start_serve_even_if_no_request_came_before_the_outage(

@@ -14,7 +14,7 @@ from psycopg import ConnectionInfo
 from notifier.settings import Settings
 from notifier.store import migrations
 from notifier.store.db import Connection, Database
-from notifier.store.preferences import Preferences, _Load
+from notifier.store.preferences import Load, Preferences
 from notifier.store.refresher import PROBES
 from tests.fixtures import Environment, Growth, MakeProvider, connect
 from tests.pgbouncer import PgBouncer
@@ -72,7 +72,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
     loads: list[tuple[bool, bool]] = []
     keep = Preferences._keep
 
-    def note(preferences: Preferences, load: _Load, generation: int) -> bool:
+    def note(preferences: Preferences, load: Load, generation: int) -> bool:
         loads.append((load.from_standby, keep(preferences, load, generation)))
         return loads[-1][1]
 

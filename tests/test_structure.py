@@ -58,6 +58,7 @@ LEVELS = {
     "metrics": 1,
     "models": 1,
     "single_flight": 1,
+    "snapshot": 1,
     "variables": 1,
     "merged_metrics": 0,
     "metric_files": 0,

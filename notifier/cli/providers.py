@@ -277,6 +277,7 @@ def _show(entry: Entry, *, as_json: bool) -> None:
 
 
 def _shown(entry: Entry) -> dict[str, Any]:
+    problem = entry.problem and f"unusable ({entry.problem})"
     return {
         "id": entry.id,
         "channel": entry.channel,
@@ -285,5 +286,5 @@ def _shown(entry: Entry) -> dict[str, Any]:
         "priority": entry.priority,
         "secret": "set" if entry.has_secret else "not set",
         "created": entry.created_at,
-        "state": " ".join(filter(None, (entry.state, entry.deleted_at))),
+        "state": " ".join(filter(None, (entry.state, entry.deleted_at, problem))),
     }

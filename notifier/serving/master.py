@@ -24,6 +24,7 @@ from gunicorn.glogging import Logger
 
 from notifier import logs
 from notifier.settings import Settings, SettingsError
+from notifier.snapshot import Snapshot
 from notifier.variables import WITHOUT_EFFECT, unknown_variables
 
 # Folder of a memory file system, where writes never wait for a disk; None if there is none.
@@ -85,6 +86,7 @@ def on_starting(server: Any) -> None:
 def when_ready(server: Any, settings: Settings) -> None:
     """Make the state that workers share; replace how the master stops, reloads and manages them."""
     server.draining = mmap.mmap(-1, 1)  # set to 1 when a stop is requested
+    server.snapshot = make_snapshot()
     server.metrics_folder = make_metrics_folder()
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(server.metrics_folder)
     server.replaced = frozenset()  # process ids of the workers that a reload replaces
@@ -108,6 +110,16 @@ def make_metrics_folder() -> Path:
             log.debug("metrics folder made", extra={"folder": folder})
             return Path(folder)
     sys.exit("notifier cannot start: metrics need a writable folder; set TMPDIR to one")
+
+
+def make_snapshot() -> Snapshot | None:
+    """Make the memory in which workers hand over the providers; None if that fails."""
+    try:
+        return Snapshot()
+    except OSError as error:
+        fields = {"error": type(error).__name__, "reason": error.strerror}
+        log.warning("workers cannot hand over providers", extra=fields)
+        return None
 
 
 def _drain(server: Any, seconds: float, stop: Callable[[], None]) -> None:
@@ -178,7 +190,7 @@ def pre_fork(server: Any, worker: Any) -> None:
     """Give `worker` the lowest free slot, before the fork."""
     taken = {other.slot for other in server.WORKERS.values()}
     worker.slot = next(number for number in itertools.count() if number not in taken)
-    worker.draining = server.draining
+    worker.draining, worker.snapshot = server.draining, server.snapshot
     worker.serving = mmap.mmap(-1, 1)  # set to 1 when the worker serves
     # A cleaner of temporary files may have removed it. Without it the worker counts in its memory.
     with suppress(OSError):
@@ -195,7 +207,8 @@ def post_fork(server: Any, worker: Any) -> None:
 
 def post_worker_init(worker: Any) -> None:
     """Start the service in `worker`, and tell the master that the worker serves."""
-    worker.wsgi.extensions["notifier"].start(stopping=lambda: bool(worker.draining[0]))
+    notifier = worker.wsgi.extensions["notifier"]
+    notifier.start(stopping=lambda: bool(worker.draining[0]), snapshot=worker.snapshot)
     worker.serving[0] = True
 
 

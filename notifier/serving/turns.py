@@ -1,8 +1,8 @@
 """Gives threads turns: which of them may run, and which ready connection the next one takes.
 
 Threads share the interpreter, so many requests that run at once are all slow. Only `RUNNERS`
-threads run at the same time. A request gives up its turn while it waits for others, such as a provider, and
-takes another one afterwards.
+threads run at the same time. A request gives up its turn while it waits for others, such as a
+provider, and takes another one afterwards.
 
 Requests that have begun go before ready connections. Both queue by rank.
 """
@@ -16,7 +16,8 @@ from contextlib import suppress
 from notifier.arrival import Arrival
 from notifier.serving.poller import NOTHING, STOPPED, Poller
 
-# Maximum threads that run at once. With more, each waits for the interpreter after each system call.
+# Maximum threads that run at once. If there were more, each would wait for the interpreter after
+# every system call.
 RUNNERS = 1
 
 # Seconds after which an idle thread ends: fewer threads compete less for the interpreter.

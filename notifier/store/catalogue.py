@@ -3,49 +3,59 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import psycopg
 from psycopg import sql
 
 from notifier.errors import Refused
-from notifier.models import Provider
+from notifier.models import Provider, Unusable
+from notifier.store import rows
 from notifier.store.db import COMMAND_WAIT, NO_TABLE, Connection, Database, transaction
-from notifier.store.values import USER_INFO, Values, check_channel, check_url, checked, same_place
+from notifier.store.values import USER_INFO, Values, check_url, checked, same_place
+
+_Row = tuple[Any, ...]
 
 # How long to wait for the lock: another operator may have left a transaction open.
 LOCK_WAIT = "5s"
 
-# PostgreSQL formats the times, because Python cannot represent all of them.
-_READ = """
-    SELECT id, provider_type::text, provider_name, host, priority,
-           coalesce(secret_key, '') <> '',
-           to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'),
-           to_char(deleted_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'),
+
+def _time(column: str) -> str:
+    """Return SQL that formats a time: Python cannot represent all of them."""
+    return f"""to_char({column} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
+               || CASE WHEN {column} < '0001-01-01Z' THEN ' BC' ELSE '' END"""
+
+
+_READ = f"""
+    SELECT {rows.SELECTED}, priority, coalesce(octet_length(secret_key), 0) > 0,
+           {_time("created_at")}, {_time("deleted_at")},
            CASE WHEN deleted_at IS NULL THEN 'active' ELSE 'removed' END
       FROM notification_preferences
      WHERE (%(id)s::numeric IS NULL OR id = %(id)s)
        AND (%(channel)s::text IS NULL OR provider_type::text = %(channel)s)
        AND (deleted_at IS NULL OR NOT %(active)s)
      ORDER BY provider_type, deleted_at IS NOT NULL, priority, id
-"""
+"""  # noqa: S608 only constants
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A row without its secret; times are RFC 3339 in UTC, `state` is `active` or `removed`.
 
-    `host` is the URL from the column of that name, with user info masked.
+    `host` is the URL from the column of that name, with user info masked. `problem` names the
+    column for which the service skips the row. A text that is too long is None.
     """
 
     id: int
-    channel: str
-    name: str
-    host: str
+    channel: str | None
+    name: str | None
+    host: str | None
     priority: int | None
     has_secret: bool
     created_at: str | None
     deleted_at: str | None
     state: str
+    problem: str | None
 
 
 def entries(database: Database, *, channel: str | None = None, active: bool = False) -> list[Entry]:
@@ -62,24 +72,24 @@ def entries(database: Database, *, channel: str | None = None, active: bool = Fa
         psycopg.Error: PostgreSQL is unreachable or reports an error.
     """
     with _reading(database) as connection:
-        return _read(connection, channel=channel, active=active)
+        return [*map(_shown, _rows(connection, channel=channel, active=active))]
 
 
 def provider(database: Database, entry_id: int) -> tuple[Entry, Provider]:
     """Return a row, even a removed one, and its provider including the secret.
 
     Raises:
-        Refused: there is no such row, or its channel is unknown.
+        Refused: there is no such row, or the service cannot use it.
     """
     with _reading(database) as connection:
-        entry = _entry(connection, entry_id)
-        [row] = connection.execute(
-            "SELECT id, provider_type::text, provider_name, host, secret_key"
-            " FROM notification_preferences WHERE id = %s",
-            (entry_id,),
-        ).fetchall()
-    check_channel(entry.channel)
-    return entry, Provider.from_row(row)
+        found = _rows(connection, entry_id=entry_id)
+    if not found:
+        raise _unknown(entry_id)
+    [row] = found
+    try:
+        return _shown(row), _provider(row)
+    except Unusable as error:
+        raise Refused(f"provider {entry_id} cannot be used: {error}") from None
 
 
 def add(database: Database, values: Values) -> Entry:
@@ -168,6 +178,8 @@ def _reading(database: Database, *privileges: str) -> Iterator[Connection]:
             yield connection
     except psycopg.errors.UndefinedTable:
         raise Refused(NO_TABLE) from None
+    except UnicodeEncodeError:
+        raise Refused("the encoding of the database lacks a character of a value") from None
 
 
 @contextmanager
@@ -200,38 +212,55 @@ def _check_privileges(connection: Connection, role: str, wanted: list[str]) -> N
         )
 
 
-def _read(
+def _rows(
     connection: Connection,
     *,
     entry_id: int | None = None,
     channel: str | None = None,
     active: bool = False,
-) -> list[Entry]:
-    rows = connection.execute(_READ, {"id": entry_id, "channel": channel, "active": active})
-    return [
-        Entry(row_id, its_channel, name, USER_INFO.sub(r"\1***@", url), *rest)
-        for row_id, its_channel, name, url, *rest in rows
-    ]
+) -> list[_Row]:
+    """Return rows of the values of `rows.SELECTED` and of the other columns of `_READ`."""
+    parameters = {"id": entry_id, "channel": channel, "active": active}
+    return connection.execute(_READ, parameters).fetchall()
 
 
 def _entry(connection: Connection, entry_id: int) -> Entry:
-    found = _read(connection, entry_id=entry_id)
+    found = _rows(connection, entry_id=entry_id)
     if not found:
         raise _unknown(entry_id)
-    return found[0]
+    return _shown(found[0])
+
+
+def _provider(row: _Row) -> Provider:
+    return rows.provider(row[: rows.WIDTH])
+
+
+def _shown(row: _Row) -> Entry:
+    entry_id, *texts, _, _ = row[: rows.WIDTH]
+    channel, name, url = map(_printable, texts)
+    host = None if url is None else USER_INFO.sub(r"\1***@", url)
+    problem = None
+    try:
+        _provider(row)
+    except Unusable as error:
+        problem = str(error)
+    return Entry(*(entry_id, channel, name, host, *row[rows.WIDTH :], problem))
+
+
+def _printable(text: str | None) -> str | None:
+    """Return the text, with an escape (`\\xe9`) for each byte that is no text."""
+    if text is None:
+        return None
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _place_of(connection: Connection, entry_id: int) -> tuple[str, str, bool]:
-    """Return the channel and the URL of a row, and whether it is active."""
-    row = connection.execute(
-        "SELECT provider_type::text, host, deleted_at IS NULL"
-        " FROM notification_preferences WHERE id = %s",
-        (entry_id,),
-    ).fetchone()
-    if row is None:
+    """Return the channel and the URL of a row, empty if too long, and whether it is active."""
+    found = _rows(connection, entry_id=entry_id)
+    if not found:
         raise _unknown(entry_id)
-    channel, url, is_active = row
-    return channel, url, is_active
+    _, channel, _, url, *_ = found[0]
+    return channel or "", url or "", _shown(found[0]).state == "active"
 
 
 def _unknown(entry_id: int) -> Refused:
@@ -241,11 +270,6 @@ def _unknown(entry_id: int) -> Refused:
 def _check_unique(
     connection: Connection, channel: str, url: str, own_id: int | None = None
 ) -> None:
-    rows = connection.execute(
-        "SELECT id, host FROM notification_preferences WHERE provider_type::text = %s"
-        " AND deleted_at IS NULL AND id IS DISTINCT FROM %s::bigint",
-        (channel, own_id),
-    )
-    for other, its_url in rows:
-        if same_place(its_url, url):
+    for other, _, _, its_url, *_ in _rows(connection, channel=channel, active=True):
+        if other != own_id and its_url is not None and same_place(its_url, url):
             raise Refused(f"provider {other} is active and has the same channel and URL")

@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import psycopg
+from psycopg.abc import AdaptContext, Buffer
+from psycopg.adapt import Loader
 
 from notifier.environ import Secret
 from notifier.settings import Settings
@@ -29,6 +31,17 @@ GRACE = 0.5
 NO_FILE = "/dev/null/none"
 
 NO_TABLE = "there is no table notification_preferences: run flask --app notifier.app migrate"
+
+# PostgreSQL's types of texts.
+_TEXTS = ("text", "varchar", "bpchar", "name")
+
+# The settings of a transaction. Python lacks codecs for two encodings: there the server converts.
+_BEGIN = """
+    SELECT set_config('statement_timeout', %s, true),
+           set_config('client_encoding',
+                      CASE WHEN getdatabaseencoding() IN ('EUC_TW', 'MULE_INTERNAL') THEN 'UTF8'
+                           ELSE getdatabaseencoding() END, true)
+"""
 
 _ENDED = "PostgreSQL ended the connection"
 _IS_STANDBY = "the server is a standby"
@@ -147,7 +160,7 @@ class Database:
             "sslkey": settings.db_sslkey or NO_FILE,
             "sslcrl": NO_FILE,
             "connect_timeout": int(DATABASE_WAIT),
-            "client_encoding": "utf8",  # or a database in SQL_ASCII returns bytes
+            "client_encoding": "utf8",
             "application_name": settings.app_name,
             "target_session_attrs": "primary" if primary else "any",
         }
@@ -185,14 +198,34 @@ class Database:
         connection = psycopg.connect(
             **self._parameters, password=password, autocommit=True, prepare_threshold=None
         )
+        for name in _TEXTS:
+            connection.adapters.register_loader(name, _Text)
         # Not the server's default: each statement has to see all changes committed before it.
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         return connection
 
 
+class _Text(Loader):
+    """Loads a text; a byte that is no text becomes a surrogate, or it would fail the whole query.
+
+    A database in SQL_ASCII accepts any bytes; the service takes them for UTF-8.
+    """
+
+    def __init__(self, oid: int, context: AdaptContext | None = None) -> None:
+        super().__init__(oid, context)
+        encoding = self.connection.info.encoding if self.connection else "ascii"
+        self._encoding = "utf-8" if encoding == "ascii" else encoding
+
+    def load(self, data: Buffer) -> str:
+        return str(data, self._encoding, "surrogateescape")
+
+
 @contextmanager
 def transaction(connection: Connection, seconds: float = DATABASE_WAIT) -> Iterator[None]:
     """Run the block in a transaction that client and server limit to `seconds`.
+
+    The server sends texts as they are stored: it would fail a query for a text that it cannot
+    convert to UTF-8.
 
     Raises:
         psycopg.Error: PostgreSQL was too slow, disconnected, or reported an error.
@@ -201,7 +234,7 @@ def transaction(connection: Connection, seconds: float = DATABASE_WAIT) -> Itera
     with bounded(connection, seconds + GRACE), connection.transaction():
         # The server needs a limit too, because it does not notice when we give up. The limit ends
         # with the transaction: afterwards a pooler gives the session to another client.
-        connection.execute("SELECT set_config('statement_timeout', %s, true)", (limit,))
+        connection.execute(_BEGIN, (limit,))
         yield
 
 

@@ -1,11 +1,10 @@
 """The providers of each channel: the query, and the cache of one worker."""
 
-import itertools
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import LiteralString
 
@@ -14,16 +13,18 @@ import psycopg
 from notifier import metrics
 from notifier.errors import PreferencesUnavailable
 from notifier.logs import OncePerSecond
-from notifier.models import Channel, Provider
+from notifier.models import Channel, Provider, Unusable
 from notifier.single_flight import SingleFlight
+from notifier.store import rows
 from notifier.store.db import Connection, Database, host_of, log_fields, transaction
+from notifier.store.handover import Handover, Load, Providers, Standing
 
-QUERY = """
-    SELECT id, provider_type::text, provider_name, host, secret_key
+QUERY = f"""
+    SELECT {rows.SELECTED}
       FROM notification_preferences
-     WHERE provider_type = ANY(%s::notification_provider_type[]) AND deleted_at IS NULL
+     WHERE deleted_at IS NULL
      ORDER BY provider_type, priority, id
-"""
+"""  # noqa: S608 only constants
 
 # How far a standby has replayed the primary's log (WAL), in bytes; NULL on a primary.
 REPLAYED = """
@@ -52,17 +53,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    providers: Mapping[Channel, tuple[Provider, ...]]
+    providers: Providers
     expires: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Load:
-    """The rows, and the position in the primary's log up to which they are known to be complete."""
-
-    providers: Mapping[Channel, tuple[Provider, ...]]
-    position: int
-    from_standby: bool
 
 
 class Preferences:
@@ -72,7 +64,7 @@ class Preferences:
     replaces the cache as a whole; until then look-ups use it, even if it has expired.
 
     Shared between threads: `_held`, the cache, is one reference and is read without a lock.
-    `_keeping` guards its replacement, the generations and the position. The times of the first load
+    `_keeping` guards its replacement, the standing and the handover. The times of the first load
     are unguarded: a race only starts one load too many.
 
     Args:
@@ -94,10 +86,9 @@ class Preferences:
         self._on_load = on_load
         self._held: _Held | None = None
         self._keeping = threading.Lock()
-        self._begun = itertools.count(1)
-        self._generation = 0  # the number of the load in the cache
-        self._last_primary_load = 0  # the number of the last load from the primary
-        self._position = 0  # of that load
+        self._standing = Standing()
+        self._handover: Handover | None = None
+        self._unusable: Set[tuple[int, str, str]] = frozenset()
         self._first_load: SingleFlight[str, None] = SingleFlight("preferences")
         self._first_load_at = -math.inf
         self._waiting_ends: float | None = None
@@ -147,15 +138,22 @@ class Preferences:
     def reload(self, connection: Connection) -> bool:
         """Read PostgreSQL into the cache; return False if the rows are stale and were dropped.
 
-        Rows are stale if a load that began later has already ended. Rows from a standby are also
-        stale if it has not replayed the log up to the last load from the primary. Only a later load
-        from the primary makes rows from the primary stale.
+        `Standing.after` says when rows are stale.
 
         Raises:
             psycopg.Error: PostgreSQL cannot be read; the cache stays.
         """
-        generation = next(self._begun)
+        generation = time.monotonic_ns()
         return self._keep(_read(connection), generation)
+
+    def inherit(self, handover: Handover) -> None:
+        """Begin with the providers that another worker has read, and hand over all later loads."""
+        self._handover = handover
+        inherited = handover.take()
+        if inherited:
+            standing, providers = inherited
+            with self._keeping:
+                self._hold(standing, providers, (time.monotonic_ns() - standing.generation) / 1e9)
 
     def _load_first(self, deadline: float) -> _Held:
         """Return the cache after the first load, which another thread may have started.
@@ -191,39 +189,52 @@ class Preferences:
             self._first_load_at = self._clock() + FIRST_LOAD_PAUSE
             log.error("database error", extra=log_fields(error, host))  # noqa: TRY400 it names users
 
-    def _keep(self, load: _Load, generation: int) -> bool:
+    def _keep(self, load: Load, generation: int) -> bool:
         with self._keeping:
-            behind = load.from_standby and load.position < self._position
-            # A load from a standby never outdates one from the primary: it may lag behind.
-            overtaken_by = self._generation if load.from_standby else self._last_primary_load
-            if behind or generation < overtaken_by:
+            standing = self._standing.after(load, generation)
+            if standing is None:
                 return False
-            self._generation = generation
-            if not load.from_standby:
-                self._last_primary_load, self._position = generation, load.position
-            self._held = _Held(load.providers, self._clock() + self.lifetime)
-            metrics.LAST_REFRESH.set_to_current_time()
-            self._on_load(_endpoints(load.providers))
+            self._hold(standing, load.providers)
+            self._log_unusable(load.unusable)
+            if self._handover:
+                self._handover.give(load, generation)
         return True
 
+    def _hold(self, standing: Standing, providers: Providers, age: float = 0.0) -> None:
+        """Replace the cache by providers that were read `age` seconds ago."""
+        self._standing = standing
+        self._held = _Held(providers, self._clock() - age + self.lifetime)
+        metrics.LAST_REFRESH.set(time.time() - age)
+        self._on_load(_endpoints(providers))
 
-def _read(connection: Connection) -> _Load:
+    def _log_unusable(self, unusable: Set[tuple[int, str, str]]) -> None:
+        """Log the rows that have become unusable since the last load."""
+        for provider_id, column, problem in sorted(unusable - self._unusable, key=str):
+            fields = {"provider_id": provider_id, "column": column, "problem": problem}
+            log.error("provider row skipped", extra=fields)
+        self._unusable = unusable
+
+
+def _read(connection: Connection) -> Load:
     """Return the rows, and the position in the log.
 
     On a standby the position is read before the rows, so the rows are at least as new. On a primary
     it is read after the rows, so the rows are at most as new.
     """
-    channels = [channel.value for channel in Channel]
     with transaction(connection):
         replayed = _value(connection, REPLAYED)
-        rows = connection.execute(QUERY, (channels,)).fetchall()
+        found = connection.execute(QUERY).fetchall()
         position = _value(connection, WRITTEN) if replayed is None else replayed
-    providers = [Provider.from_row(row) for row in rows]
-    by_channel = {
-        channel: tuple(provider for provider in providers if provider.channel is channel)
-        for channel in Channel
-    }
-    return _Load(by_channel, position or 0, from_standby=replayed is not None)
+    by_channel: dict[Channel, list[Provider]] = {channel: [] for channel in Channel}
+    unusable = set()
+    for row in found:
+        try:
+            provider = rows.provider(row)
+            by_channel[provider.channel].append(provider)
+        except Unusable as error:
+            unusable.add((row[0], error.column, error.problem))
+    providers = {channel: tuple(found) for channel, found in by_channel.items()}
+    return Load(providers, position or 0, replayed is not None, unusable)
 
 
 def _value(connection: Connection, query: LiteralString) -> int | None:
@@ -231,5 +242,5 @@ def _value(connection: Connection, query: LiteralString) -> int | None:
     return row[0] if row else None
 
 
-def _endpoints(providers: Mapping[Channel, tuple[Provider, ...]]) -> set[str]:
+def _endpoints(providers: Providers) -> set[str]:
     return {one.endpoint for some in providers.values() for one in some if one.endpoint}

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from typing import LiteralString
 
 import psycopg
+from psycopg.pq import PGnotify
 
 from notifier import metrics
 from notifier.store.db import DATABASE_WAIT, Connection, Database, bounded, host_of, log_fields
@@ -72,6 +73,7 @@ class Refresher:
         self._reloads = _Backoff()
         self._replica_reads = _Backoff()
         self._heartbeat_at = 0.0
+        self._heard: list[PGnotify] = []
         self._stopping = False
         self._end = ExitStack()
 
@@ -122,6 +124,10 @@ class Refresher:
         self._host = host_of(connection)
         with bounded(connection, DATABASE_WAIT):
             _prove_delivery(connection, place)
+            # A payload may be no text. PostgreSQL ends a connection for which it cannot convert
+            # one, and psycopg's own handler cannot decode it.
+            connection.execute("SET client_encoding TO sql_ascii")
+            connection.pgconn.notify_handler = self._heard.append
             connection.execute(f"LISTEN {CHANGES}")
         self._preferences.reload(connection)
         self._connects.succeed(math.inf)
@@ -140,8 +146,11 @@ class Refresher:
         self._connects.fail()
 
     def _attend(self, connection: Connection) -> None:
-        if heard := [*connection.notifies(timeout=0)]:
-            metrics.NOTIFICATIONS_HEARD.inc(len(heard))
+        connection.pgconn.consume_input()
+        self._heard += iter(connection.pgconn.notifies, None)
+        if self._heard:
+            metrics.NOTIFICATIONS_HEARD.inc(len(self._heard))
+            self._heard.clear()
             self._postpone_heartbeat()
             self._preferences.reload(connection)
             self._reloaded()
