@@ -28,14 +28,11 @@ from notifier.store.serving_role import (
     value,
 )
 
-TYPE = "notification_provider_type"
+# Which table the name in the service's query means to a session.
+_TABLE = "SELECT to_regclass(%s)::oid"
 
-# What the two names in the service's query mean to a session, and the schemas of both.
-_NAMES = """
-    SELECT c.oid, t.oid, c.relnamespace::regnamespace::text, t.typnamespace::regnamespace::text
-      FROM (SELECT to_regclass(%s) AS "table", to_regtype(%s) AS "type") AS names
-      LEFT JOIN pg_class c ON c.oid = "table" LEFT JOIN pg_type t ON t.oid = "type"
-"""
+# The parameters of the service's query.
+_PARAMETERS = ([channel.value for channel in Channel],)
 
 _IDS = f"SELECT ARRAY(SELECT id FROM ({QUERY}) AS service)"  # noqa: S608 no input is part of it
 
@@ -55,19 +52,14 @@ _POLICIES = """
                                            ELSE pg_has_role(its, 'USAGE') END)) AS policies
 """
 
-
-class _Names(NamedTuple):
-    table: int | None
-    type: int | None
-    tables_schema: str | None
-    types_schema: str | None
+# Settings of role or database that make the query fail, unless they have these values.
+_USUAL = {"role": "none", "row_security": "on"}
 
 
 class _Read(NamedTuple):
     """What the owner finds, in the transaction that exported `snapshot`."""
 
     table: Object
-    names: _Names
     secured: bool  # by row-level security, so perhaps not all rows
     snapshot: str
     ids: set[int]
@@ -97,7 +89,7 @@ def problems(owner: Connection, role: Role, settings: Settings) -> list[str]:
             with _snapshot(serving, read.snapshot):
                 problem = _problem(serving, role, read)
         except psycopg.Error as error:
-            problem = f"role {role.name} cannot run the service's query: {first_line(error)}"
+            problem = _query_failed(serving, role, error)
     return [problem] if problem else []
 
 
@@ -114,10 +106,10 @@ def _login_failed(role: Role, error: psycopg.Error) -> str:
 def _read(owner: Connection) -> _Read:
     (table,) = [obj for obj in find_objects(owner) if obj.kind == "TABLE"]
     if value(owner, "SELECT has_table_privilege(%s::oid, 'SELECT')", table.oid):
-        ((snapshot, ids),) = owner.execute(_SNAPSHOT_AND_IDS.encode(), _parameters())
+        ((snapshot, ids),) = owner.execute(_SNAPSHOT_AND_IDS.encode(), _PARAMETERS)
     else:  # another role owns the table
         snapshot, ids = value(owner, "SELECT pg_export_snapshot()"), []
-    return _Read(table, _names(owner), _secured(owner, table), snapshot, set(ids))
+    return _Read(table, _secured(owner, table), snapshot, set(ids))
 
 
 @contextmanager
@@ -127,20 +119,19 @@ def _snapshot(connection: Connection, snapshot: str) -> Iterator[None]:
     # Not `transaction`: no query may come before the snapshot.
     with bounded(connection, COMMAND_WAIT + GRACE), connection.transaction():
         connection.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'".encode())
-        connection.execute(f"SET LOCAL statement_timeout = '{COMMAND_WAIT}s'".encode())
+        connection.execute(f"SET LOCAL statement_timeout = '{COMMAND_WAIT:g}s'".encode())
         yield
 
 
 def _problem(serving: Connection, role: Role, read: _Read) -> str | None:
-    names = _names(serving)
-    if names[:2] != read.names[:2]:
-        return _not_found(serving, role, read)
+    if value(serving, _TABLE, TABLE) != read.table.oid:
+        return _not_found(serving, role, read.table)
     secured = _secured(serving, read.table)
     if secured and (read.secured or not read.ids):  # no rows to compare
         shown, hidden = _policies(serving, read.table)
         if hidden or not shown:
             return _rows_hidden(serving, role, read.table, "some")
-    ids = set(value(serving, _IDS, *_parameters()))
+    ids = set(value(serving, _IDS, *_PARAMETERS))
     if missed := read.ids - ids:
         some = f"{len(missed)} of the {len(read.ids)}"
         if secured:
@@ -149,15 +140,26 @@ def _problem(serving: Connection, role: Role, read: _Read) -> str | None:
     return None
 
 
-def _not_found(serving: Connection, role: Role, read: _Read) -> str:
+def _query_failed(serving: Connection, role: Role, error: psycopg.Error) -> str:
+    line = f"role {role.name} cannot run the service's query: {first_line(error)}"
+    wrong = [
+        _set(serving, role, f"{name} = {usual}")
+        for name, usual in _USUAL.items()
+        if value(serving, "SELECT current_setting(%s)", name) != usual
+    ]
+    return f"{line}: {by_administrator(*wrong)}" if wrong else line
+
+
+def _not_found(serving: Connection, role: Role, table: Object) -> str:
     path = value(serving, "SELECT current_setting('search_path')")
+    remedy = by_administrator(_set(serving, role, f"search_path = {quoted(*table.path[:1])}"))
+    return f"role {role.name} does not find {table}, because its search_path is {path}: {remedy}"
+
+
+def _set(serving: Connection, role: Role, setting: str) -> str:
+    """Return the statement for a setting of the role that goes before all others."""
     database = quoted(value(serving, "SELECT current_database()"))
-    schemas = ", ".join(dict.fromkeys(filter(None, read.names[2:])))
-    statement = f"ALTER ROLE {role} IN DATABASE {database} SET search_path = {schemas}"
-    return (
-        f"role {role.name} does not find {read.table}, because its search_path is {path}:"
-        f" {by_administrator(statement)}"
-    )
+    return f"ALTER ROLE {role} IN DATABASE {database} SET {setting}"
 
 
 def _rows_hidden(serving: Connection, role: Role, table: Object, some: str) -> str:
@@ -172,11 +174,6 @@ def _rows_hidden(serving: Connection, role: Role, table: Object, some: str) -> s
     )
 
 
-def _names(connection: Connection) -> _Names:
-    (row,) = connection.execute(_NAMES, (TABLE, TYPE))
-    return _Names(*row)
-
-
 def _policies(connection: Connection, table: Object) -> tuple[bool, bool]:
     ((shown, hidden),) = connection.execute(_POLICIES, (table.oid,))
     return shown, hidden
@@ -184,8 +181,3 @@ def _policies(connection: Connection, table: Object) -> tuple[bool, bool]:
 
 def _secured(connection: Connection, table: Object) -> bool:
     return bool(value(connection, "SELECT row_security_active(%s::oid)", table.oid))
-
-
-def _parameters() -> tuple[list[str]]:
-    """Return the parameters of the service's query."""
-    return ([channel.value for channel in Channel],)
