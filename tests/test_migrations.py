@@ -397,7 +397,7 @@ def test_the_holders_of_the_lock_are_named_in_one_line(
             other.execute(f"SELECT {lock}({migrations.LOCK_KEY})".encode())
             other.execute("SELECT pg_advisory_lock(1)" if other is others[0] else "SELECT 1")
         pids = sorted(other.info.backend_pid for other in others)
-        held = [f"process {pid} of role {SERVING} (notification-service)" for pid in pids]
+        held = [f'process {pid} of role {SERVING} ("notification-service")' for pid in pids]
         ends = "; ".join(f"SELECT pg_terminate_backend({pid})" for pid in pids)
         for command in ("migrate", "rollback"):
             result = run(empty_database, command)

@@ -18,7 +18,7 @@ from notifier.settings import Settings
 from notifier.store import roles
 from notifier.store.db import Connection, Database
 from notifier.store.preferences import CHANGES
-from notifier.store.serving_role import by_administrator
+from notifier.store.serving_role import by_administrator, quoted
 
 MIGRATIONS = Path(__file__).parent.parent.parent / "migrations"
 
@@ -138,7 +138,9 @@ def _locked(connection: Connection) -> str:
     holders = connection.execute(_HOLDERS, (LOCK_KEY,)).fetchall()
     if not holders:  # the last one has just ended
         return f"another migration has been running for {roles.LOCK_WAIT}; try again"
-    names = ", ".join(f"process {pid} of role {role} ({name})" for pid, role, name in holders)
+    names = ", ".join(
+        f"process {pid} of role {role} ({quoted(name)})" for pid, role, name in holders
+    )
     ends = "; ".join(f"SELECT pg_terminate_backend({pid})" for pid, *_ in holders)
     return (
         f"the lock of migrations has been taken for {roles.LOCK_WAIT} by {names}: try again when"

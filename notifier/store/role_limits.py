@@ -2,7 +2,7 @@
 
 from notifier.settings import Settings
 from notifier.store.db import COMMAND_WAIT, Connection
-from notifier.store.serving_role import Role, by_administrator, quoted, value
+from notifier.store.serving_role import Role, by_administrator, quoted, run_if_allowed, value
 
 # Connections of a worker: its listener and a short-lived one, twice while a reload overlaps.
 PER_WORKER = 4
@@ -35,21 +35,24 @@ _USED_BY_OTHERS = """
 """
 
 
-def statements(connection: Connection, role: Role, settings: Settings) -> list[str]:
-    """Return the statements that limit the role; none for a superuser, which has no limits.
+def impose(connection: Connection, role: Role, settings: Settings) -> list[str]:
+    """Limit the role as far as `connection` may; return a line about a change for other roles.
 
-    Two limits that would stop others are left out: too few connections for the workers that run
-    now, and the large objects of other roles of the database.
+    A superuser has no limits. Two limits that would stop others are left out: too few connections
+    for the workers that run now, and the large objects of other roles of the database.
     """
     if role.superuser:
         return []
-    limit = _limit(settings)
-    chosen = [_set_timeout(connection, role)]
-    if _needed(connection, role) <= limit:
-        chosen.append(_set_connections(role, limit))
-    if not value(connection, _USED_BY_OTHERS, role.oid) and (revoke := _revoke(connection, role)):
-        chosen.append(revoke)
-    return chosen
+    run_if_allowed(connection, _set_timeout(connection, role))
+    if _needed(connection, role) <= _limit(settings):
+        run_if_allowed(connection, _set_connections(role, _limit(settings)))
+    revoke = _revoke(connection, role)
+    if not revoke or value(connection, _USED_BY_OTHERS, role.oid):
+        return []
+    run_if_allowed(connection, revoke)
+    if _revoke(connection, role):
+        return []
+    return ["roles other than superusers may no longer store large objects in this database"]
 
 
 def notices(connection: Connection, role: Role, settings: Settings) -> list[str]:
@@ -57,7 +60,7 @@ def notices(connection: Connection, role: Role, settings: Settings) -> list[str]
     if role.superuser:
         return []
     limit, needed = _limit(settings), _needed(connection, role)
-    if needed > limit != role.connections:
+    if needed > limit and role.connections != limit:
         line = (
             f"role {role.name} has {needed // 2} connections, and a reload needs up to {needed}, so"
             f" its limit is not set to {limit}: set WEB_INSTANCES to the number of instances"

@@ -49,8 +49,8 @@ def grant(connection: Connection, settings: Settings) -> list[str]:
     """
     if value(connection, "SELECT %s::name = session_user", settings.db_username):
         return []
-    role, objects = _provide(connection, settings)
-    notices = role_limits.notices(connection, role, settings)
+    role, objects, notices = _provide(connection, settings)
+    notices += role_limits.notices(connection, role, settings)
     problems = missing(connection, role, objects)
     problems = problems or role_reading.problems(connection, role, settings)
     if problems:
@@ -62,8 +62,8 @@ def grant(connection: Connection, settings: Settings) -> list[str]:
     return [f"role {role.name} may read {TABLE}", *notices]
 
 
-def _provide(connection: Connection, settings: Settings) -> tuple[Role, list[Object]]:
-    """Do for the role what `connection` may do; return the role, and the objects that it uses."""
+def _provide(connection: Connection, settings: Settings) -> tuple[Role, list[Object], list[str]]:
+    """Do for the role what `connection` may do; return the role, its objects, and notices."""
     username = settings.db_username
     verifier = _verifier(connection, username, settings.db_password)
     with connection.transaction():  # so a running service never lacks a privilege
@@ -73,10 +73,11 @@ def _provide(connection: Connection, settings: Settings) -> tuple[Role, list[Obj
         if role is None:
             raise _changed_by_others(username)
         objects = find_objects(connection)
-        statements = [statement for obj in objects for statement in _statements(obj, role)]
-        for statement in statements + role_limits.statements(connection, role, settings):
-            run_if_allowed(connection, statement)
-    return find_role(connection, username) or role, objects
+        for obj in objects:
+            for statement in _statements(obj, role):
+                run_if_allowed(connection, statement)
+        notices = role_limits.impose(connection, role, settings)
+    return find_role(connection, username) or role, objects, notices
 
 
 def _verifier(connection: Connection, username: str, secret: Secret) -> str:
