@@ -84,6 +84,7 @@ class Settings:
     http_server_keepalive: float = _variable(DELAY, 75.0)
     web_concurrency: int = _variable(whole_number(1, 256), min(4, available_cpus()))
     web_threads: int = _variable(whole_number(1, 512), 32)
+    web_instances: int = _variable(whole_number(1, 10_000), 5)  # for `migrate`
 
     drain_delay: float = _variable(DELAY, 0.0)
 

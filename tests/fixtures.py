@@ -63,13 +63,16 @@ def processes() -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
-    """The `DB_*` variables of a throw-away PostgreSQL server that all xdist workers share."""
+    """The `DB_*` variables of a throw-away PostgreSQL server that all xdist workers share.
+
+    The services of all tests share its serving role too, so the role may open many connections.
+    """
     folder = tmp_path_factory.getbasetemp()
     if _WORKER:
         folder = folder.parent
     with _locked(folder):
         share = _join_server(folder / "server")
-    yield share.env
+    yield share.env | {"WEB_INSTANCES": "1000"}
     with _locked(folder):
         share.close()
 

@@ -15,7 +15,7 @@ from click.testing import Result
 
 from notifier.app import create_app
 from notifier.models import Channel
-from notifier.settings import Settings
+from notifier.settings import Settings, available_cpus
 from notifier.store import migrations, roles
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
@@ -34,7 +34,11 @@ NAMES = [
     "0006_notify_of_truncation",
 ]
 TABLE = "notification_preferences"
-GRANTED = f"role {SERVING} may read {TABLE}\n"
+LIMITED = (
+    f"may open {4 * min(4, available_cpus()) * 1000} connections:"
+    " 4 * WEB_CONCURRENCY * WEB_INSTANCES"
+)
+GRANTED = f"role {SERVING} may read {TABLE}\nrole {SERVING} {LIMITED}\n"
 INDEX = "idx_notification_prefs_provider_deleted_active"
 FUNCTION = "notify_of_notification_preferences"
 TRIGGERS = ["notify_of_changed_rows", "notify_of_truncation"]
@@ -68,6 +72,11 @@ def rows(environment: Environment, query: str) -> Rows:
 def execute(environment: Environment, statements: str) -> None:
     with connect(environment) as connection:
         connection.execute(statements)
+
+
+def superuser_of(environment: Environment) -> Environment:
+    """Return the environment with the test server's superuser, which has the owner's password."""
+    return environment | {"DB_MIGRATION_USERNAME": "postgres"}
 
 
 def settings_of(environment: Environment) -> Settings:
@@ -373,19 +382,45 @@ def test_a_database_without_an_encoding_works_too(empty_database: Environment) -
     assert (provider.name, provider.url) == ("Grüße", "http://a/")
 
 
-def test_waiting_too_long_for_another_migration_is_reported_in_one_line(
-    empty_database: Environment, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lock", ["pg_advisory_lock", "pg_advisory_lock_shared"])
+def test_the_holders_of_the_lock_are_named_in_one_line(
+    empty_database: Environment, monkeypatch: pytest.MonkeyPatch, lock: str
 ) -> None:
+    """Any role may take the lock, the serving role included."""
+    migrations.migrate(settings_of(empty_database))
     monkeypatch.setattr(roles, "LOCK_WAIT", "200ms")
-    with connect(empty_database) as other:
-        other.execute("SELECT pg_advisory_lock(%s)", (migrations.LOCK_KEY,))
+    shared = lock.endswith("shared")
+    with ExitStack() as stack:
+        places = [Database(settings_of(empty_database)) for _ in range(1 + shared)]
+        others = [stack.enter_context(place.connect()) for place in places]
+        for other in others:
+            other.execute(f"SELECT {lock}({migrations.LOCK_KEY})".encode())
+            other.execute("SELECT pg_advisory_lock(1)" if other is others[0] else "SELECT 1")
+        pids = sorted(other.info.backend_pid for other in others)
+        held = [f'process {pid} of role {SERVING} ("notification-service")' for pid in pids]
+        ends = "; ".join(f"SELECT pg_terminate_backend({pid})" for pid in pids)
         for command in ("migrate", "rollback"):
             result = run(empty_database, command)
             assert result.exit_code == 1
-            assert result.output.splitlines() == [
-                "Error: another migration has been running for 200ms; try again when it is done"
-            ]
-    assert run(empty_database, "migrate").exit_code == 0
+            assert result.output == (
+                f"Error: the lock of migrations has been taken for 200ms by {', '.join(held)}: try"
+                " again when it is done; if it is no migration, ask an administrator to run:"
+                f" {ends}\n"
+            )
+        execute(superuser_of(empty_database), ends)
+        assert run(empty_database, "migrate").exit_code == 0
+
+
+def test_a_lock_that_was_released_just_now_is_reported_too(
+    empty_database: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roles, "LOCK_WAIT", "200ms")
+    monkeypatch.setattr(migrations, "_HOLDERS", "SELECT WHERE 1 <> 1 OR %s < 0")
+    with connect(empty_database) as other:
+        other.execute("SELECT pg_advisory_lock(%s)", (migrations.LOCK_KEY,))
+        result = run(empty_database, "migrate")
+    line = "Error: another migration has been running for 200ms; try again\n"
+    assert (result.exit_code, result.output) == (1, line)
 
 
 def assert_one_line(environment: Environment, expected: str) -> None:

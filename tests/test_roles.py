@@ -18,7 +18,17 @@ from notifier.store.db import Database
 from notifier.store.preferences import Preferences
 from notifier.store.roles import NotGranted
 from tests.fixtures import Environment, connect, create_database
-from tests.test_migrations import NAMES, execute, migrating, rows, run, waiting
+from tests.test_migrations import (
+    GRANTED,
+    LIMITED,
+    NAMES,
+    SERVING,
+    execute,
+    migrating,
+    rows,
+    run,
+    waiting,
+)
 from tests.timing import eventually
 
 TABLE = "notification_preferences"
@@ -71,16 +81,16 @@ def may(environment: Environment, statement: str) -> bool:
 
 
 def migrate(environment: Environment) -> list[str]:
-    """Migrate; return the notices except the line about the grant and the hint to `check-role`.
+    """Migrate; return the notices except those that tell of success, and the hint to `check-role`.
 
-    The hint must appear exactly if that command finds something.
+    The hint must appear exactly if that command finds something beyond the notices.
     """
     granted, *notices = migrations.migrate(Settings.from_env(environment)).notices
     name = environment["DB_USERNAME"]
     assert granted == f"role {name} may read {TABLE}"
     hint = f"role {name} can do more than read: run flask --app notifier.app check-role"
-    assert (hint in notices) == bool(check_role(environment))
-    return [notice for notice in notices if notice != hint]
+    assert (hint in notices) == bool({*check_role(environment)} - {*notices})
+    return [notice for notice in notices if notice not in (hint, f"role {name} {LIMITED}")]
 
 
 def check_role(environment: Environment) -> list[str]:
@@ -266,7 +276,7 @@ def test_the_serving_role_keeps_its_privilege_while_it_is_granted_again(
 ) -> None:
     """Everything is in one transaction, so an interrupted migration changes nothing."""
     migrate(fresh)
-    run_if_allowed, statements = roles._run_if_allowed, []
+    run_if_allowed, statements = roles.run_if_allowed, []
 
     def cut_off(connection: psycopg.Connection[Any], statement: str) -> None:
         statements.append(statement)
@@ -275,7 +285,7 @@ def test_the_serving_role_keeps_its_privilege_while_it_is_granted_again(
             raise psycopg.OperationalError("the connection broke")
         run_if_allowed(connection, statement)
 
-    monkeypatch.setattr(roles, "_run_if_allowed", cut_off)
+    monkeypatch.setattr(roles, "run_if_allowed", cut_off)
     with pytest.raises(psycopg.OperationalError):
         migrate(fresh)
     assert [statement for statement in statements if "ALL ON TABLE" in statement]
@@ -424,19 +434,54 @@ def test_without_createrole_the_error_gives_the_statement_that_creates_the_role(
 
 
 @pytest.mark.parametrize("attributes", ["", "CREATEROLE"])
-def test_a_serving_role_that_cannot_be_altered_gets_the_grants_and_keeps_its_password(
+def test_a_serving_role_that_cannot_be_altered_keeps_its_password_and_gets_the_grants(
     make_migrator: MakeMigrator, attributes: str
 ) -> None:
     """Since PostgreSQL 16 CREATEROLE covers only roles that its holder has created."""
-    environment = make_migrator(attributes)
-    name, migrator = environment["DB_USERNAME"], environment["DB_MIGRATION_USERNAME"]
+    environment = make_migrator(attributes) | {"DB_PASSWORD": "as it was"}
+    name, database = environment["DB_USERNAME"], environment["DB_NAME"]
     execute_as_superuser(environment, f"CREATE ROLE \"{name}\" LOGIN PASSWORD 'as it was'")
-    (notice,) = migrate(environment)
-    assert notice == (
-        f"role {name} keeps its password, because {migrator} cannot set it: {ADVICE}"
-        f"ALTER ROLE \"{name}\" LOGIN PASSWORD '...'"
+    notices = migrate(environment)
+    connections, limit = notices
+    assert connections == (
+        f'role {name} has no connection limit: {ADVICE}ALTER ROLE "{name}" CONNECTION LIMIT'
+        f" {LIMITED.split()[2]}"
     )
-    assert can_read(environment | {"DB_PASSWORD": "as it was"})
+    assert limit == (
+        f'role {name} has no statement_timeout: {ADVICE}ALTER ROLE "{name}" IN DATABASE'
+        f" \"{database}\" SET statement_timeout = '10s'"
+    )
+    assert check_role(environment) == notices
+    assert can_read(environment)
+    for notice in notices:
+        obey(environment, notice)
+    assert migrate(environment) == check_role(environment) == []
+
+
+def test_a_password_that_cannot_be_set_and_is_another_is_reported(
+    make_migrator: MakeMigrator,
+) -> None:
+    environment = make_migrator()
+    name = environment["DB_USERNAME"]
+    execute_as_superuser(environment, f"CREATE ROLE \"{name}\" LOGIN PASSWORD 'as it was'")
+    line = refusal(environment)
+    assert line.startswith(f"role {name} cannot log in, so the service cannot either: ")
+    assert f'password authentication failed for user "{name}"' in line
+    assert line.endswith(f": {ADVICE}ALTER ROLE \"{name}\" LOGIN PASSWORD '...'")
+    assert line in check_role(environment)
+    obey(environment, line.replace("...", environment["DB_PASSWORD"]))
+    migrate(environment)
+    assert can_read(environment)
+
+
+def test_a_password_that_has_expired_is_reported(fresh: Environment) -> None:
+    migrate(fresh)
+    name = fresh["DB_USERNAME"]
+    execute_as_superuser(fresh, f"ALTER ROLE \"{name}\" VALID UNTIL '2001-01-01'")
+    line = refusal(fresh)
+    assert line.endswith(f": {ADVICE}ALTER ROLE \"{name}\" VALID UNTIL 'infinity'")
+    obey(fresh, line)
+    assert migrate(fresh) == []
 
 
 def test_a_role_that_may_not_log_in_cannot_serve(make_migrator: MakeMigrator) -> None:
@@ -446,8 +491,9 @@ def test_a_role_that_may_not_log_in_cannot_serve(make_migrator: MakeMigrator) ->
     line = refusal(environment)
     assert line == f'role {name} cannot serve yet: {ADVICE}ALTER ROLE "{name}" LOGIN'
     obey(environment, line)
-    migrate(environment)
-    assert can_read(environment | {"DB_PASSWORD": "as it was"})
+    known = environment | {"DB_PASSWORD": "as it was"}
+    migrate(known)
+    assert can_read(known)
 
 
 def test_another_owners_database_stays_open_and_is_reported(make_migrator: MakeMigrator) -> None:
@@ -525,7 +571,7 @@ def test_another_owners_table_that_cannot_be_read_is_reported(make_migrator: Mak
 
 
 def test_a_superuser_is_never_altered(fresh: Environment) -> None:
-    name = fresh["DB_USERNAME"]
+    name, fresh = fresh["DB_USERNAME"], fresh | {"DB_PASSWORD": "as it was"}
     execute_as_superuser(fresh, f"CREATE ROLE \"{name}\" SUPERUSER LOGIN PASSWORD 'as it was'")
     before = f"SELECT * FROM pg_authid WHERE rolname = '{name}'"
     authid = rows(superuser(fresh), before)
@@ -533,7 +579,7 @@ def test_a_superuser_is_never_altered(fresh: Environment) -> None:
         f"role {name} is a superuser and may do anything: choose another DB_USERNAME"
     ]
     assert rows(superuser(fresh), before) == authid
-    assert can_read(fresh | {"DB_PASSWORD": "as it was"})
+    assert can_read(fresh)
 
 
 def test_a_role_that_owns_everything_is_reported_and_loses_nothing(
@@ -563,15 +609,16 @@ def test_a_member_of_the_owning_role_is_reported(fresh: Environment) -> None:
     # The superuser creates it: a role that the owner created could not be its member.
     made = f'CREATE ROLE "{name}" LOGIN PASSWORD \'{fresh["DB_PASSWORD"]}\' IN ROLE "{owner}"'
     execute_as_superuser(fresh, made)
-    keeps_password = migrate(fresh)
-    (notice,) = check_role(fresh)
+    unlimited = migrate(fresh)
+    notice, *others = check_role(fresh)
+    assert others == unlimited
     assert notice == (
         f"role {name} is a member of {owner}, so it may do more than read: {ADVICE}"
         f'REVOKE "{owner}" FROM "{name}"'
     )
     assert may(fresh, ROW)
     obey(fresh, notice)
-    assert migrate(fresh) == keeps_password
+    assert migrate(fresh) == unlimited
     assert not may(fresh, ROW)
 
 
@@ -710,7 +757,7 @@ def test_processes_that_migrate_several_databases_create_one_role_together(
         ended = [(*process.communicate(timeout=60), process.returncode) for process in running]
     assert [(errors, status) for _, errors, status in ended] == [("", 0)] * len(running)
     for output, _, _ in ended:
-        assert output.endswith(f"\nrole {name} may read {TABLE}\n")
+        assert output.endswith("\n" + GRANTED.replace(SERVING, name))
     assert all(can_read(database) for database in databases)
 
 
@@ -732,7 +779,7 @@ def test_a_migration_waits_for_one_of_another_database_and_succeeds(
             other.execute("COMMIT")
             output, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")
-    assert output.endswith(f"\nrole {name} may read {TABLE}\n")
+    assert output.endswith("\n" + GRANTED.replace(SERVING, name))
     assert can_read(fresh)
 
 

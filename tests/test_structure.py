@@ -225,7 +225,7 @@ def test_gunicorns_configuration_loads_no_library_that_only_workers_need() -> No
 @pytest.mark.usefixtures("processes")
 def test_a_worker_loads_neither_the_commands_nor_modules_that_only_they_use() -> None:
     modules = loaded_after("from notifier.app import create_app; create_app()")
-    store = {"catalogue", "migrations", "role_check", "roles"}
+    store = {"catalogue", "migrations", "role_check", "role_limits", "role_reading", "roles"}
     assert modules.isdisjoint({"yoyo", *(f"notifier.store.{name}" for name in store)})
     assert {name for name in modules if name.startswith("notifier.cli.")} == {
         "notifier.cli.commands",

@@ -8,19 +8,31 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 import psycopg
+from psycopg.errors import LockNotAvailable
 from yoyo import default_migration_table, read_migrations
 from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.connections import DatabaseURI
 
+from notifier.errors import Refused
 from notifier.settings import Settings
 from notifier.store import roles
 from notifier.store.db import Connection, Database
 from notifier.store.preferences import CHANGES
+from notifier.store.serving_role import by_administrator, quoted
 
 MIGRATIONS = Path(__file__).parent.parent.parent / "migrations"
 
 # Key of the advisory lock in the database. The number is arbitrary, but must never change.
 LOCK_KEY = 6_684_777_082
+
+# The sessions that hold it. pg_locks has the upper and the lower half of the key.
+_HOLDERS = """
+    SELECT pid, usename, application_name FROM pg_locks JOIN pg_stat_activity USING (pid)
+     WHERE locktype = 'advisory' AND granted AND objsubid = 1
+       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+       AND (classid::bigint << 32) + objid::bigint = %s
+     ORDER BY pid
+"""
 
 
 class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]
@@ -70,6 +82,7 @@ def migrate(settings: Settings) -> Migrated:
     """Apply the pending migrations, and let the serving role read the providers.
 
     Raises:
+        Refused: another session holds the lock of migrations.
         NotGranted: the schema is up to date, but the role cannot serve.
         psycopg.Error: PostgreSQL is unreachable or reports an error; migrations
             that are already applied stay.
@@ -80,13 +93,14 @@ def migrate(settings: Settings) -> Migrated:
         backend.apply_migrations(pending)
         # No trigger fired for rows that came with the table, such as those of a restored backup.
         connection.execute(f"NOTIFY {CHANGES}")
-        return Migrated(names, roles.grant(connection, settings.db_username, settings.db_password))
+        return Migrated(names, roles.grant(connection, settings))
 
 
 def rollback(settings: Settings) -> str | None:
     """Undo the last applied migration and return its name, or None if there is none.
 
     Raises:
+        Refused: another session holds the lock of migrations.
         psycopg.Error: PostgreSQL is unreachable or reports an error.
     """
     with _exclusive(settings) as (_, backend):
@@ -109,8 +123,26 @@ def _exclusive(settings: Settings) -> Iterator[tuple[Connection, _Backend]]:
     with database.connect() as holder, holder.transaction(), database.connect() as connection:
         holder.execute(f"SET LOCAL lock_timeout = '{roles.LOCK_WAIT}'")
         holder.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
-        holder.execute("SELECT pg_advisory_xact_lock(%s)", (LOCK_KEY,))
+        try:
+            holder.execute("SELECT pg_advisory_xact_lock(%s)", (LOCK_KEY,))
+        except LockNotAvailable:
+            raise Refused(_locked(connection)) from None
         with _Backend(database) as backend:
             backend.create_lock_table()
             backend.break_lock()
             yield connection, backend
+
+
+def _locked(connection: Connection) -> str:
+    """Return a line that names the sessions with the lock. Any role may have taken it."""
+    holders = connection.execute(_HOLDERS, (LOCK_KEY,)).fetchall()
+    if not holders:  # the last one has just ended
+        return f"another migration has been running for {roles.LOCK_WAIT}; try again"
+    names = ", ".join(
+        f"process {pid} of role {role} ({quoted(name)})" for pid, role, name in holders
+    )
+    ends = "; ".join(f"SELECT pg_terminate_backend({pid})" for pid, *_ in holders)
+    return (
+        f"the lock of migrations has been taken for {roles.LOCK_WAIT} by {names}: try again when"
+        f" it is done; if it is no migration, {by_administrator(ends)}"
+    )

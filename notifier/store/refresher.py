@@ -73,7 +73,7 @@ class Refresher:
         self._reloads = _Backoff()
         self._replica_reads = _Backoff()
         self._heartbeat_at = 0.0
-        self._heard: list[PGnotify] = []
+        self._heard = 0  # notifications since the last reload
         self._stopping = False
         self._end = ExitStack()
 
@@ -127,7 +127,7 @@ class Refresher:
             # A payload may be no text. PostgreSQL ends a connection for which it cannot convert
             # one, and psycopg's own handler cannot decode it.
             connection.execute("SET client_encoding TO sql_ascii")
-            connection.pgconn.notify_handler = self._heard.append
+            connection.pgconn.notify_handler = self._hear
             connection.execute(f"LISTEN {CHANGES}")
         self._preferences.reload(connection)
         self._connects.succeed(math.inf)
@@ -145,12 +145,17 @@ class Refresher:
                 self._reloads.at = min(self._reloads.at, time.monotonic() + LACKING)
         self._connects.fail()
 
+    def _hear(self, _: PGnotify) -> None:
+        """Count a notification. A list of them would take much memory in a flood."""
+        self._heard += 1
+
     def _attend(self, connection: Connection) -> None:
         connection.pgconn.consume_input()
-        self._heard += iter(connection.pgconn.notifies, None)
+        for notification in iter(connection.pgconn.notifies, None):
+            self._hear(notification)
         if self._heard:
-            metrics.NOTIFICATIONS_HEARD.inc(len(self._heard))
-            self._heard.clear()
+            metrics.NOTIFICATIONS_HEARD.inc(self._heard)
+            self._heard = 0
             self._postpone_heartbeat()
             self._preferences.reload(connection)
             self._reloaded()

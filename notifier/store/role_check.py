@@ -1,15 +1,20 @@
 """Checks that the serving role has the privileges it needs, and no more. Changes nothing."""
 
-from typing import Any, NamedTuple
-
 import psycopg
-from psycopg import sql
 
 from notifier.errors import Refused
 from notifier.settings import Settings
+from notifier.store import role_limits, role_reading
 from notifier.store.db import COMMAND_WAIT, NO_TABLE, Connection, Database, transaction
-
-TABLE = "notification_preferences"
+from notifier.store.serving_role import (
+    Object,
+    Role,
+    by_administrator,
+    find_objects,
+    find_role,
+    quoted,
+    value,
+)
 
 # The privilege that the role needs on each kind of object, and those that it must not have.
 NEEDED = {"DATABASE": "CONNECT", "SCHEMA": "USAGE", "TABLE": "SELECT"}
@@ -19,33 +24,6 @@ UNWANTED = {
     "SEQUENCE": ["USAGE", "UPDATE"],
     "TABLE": ["INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER"],
 }
-
-_ROLE = """
-    SELECT rolname, oid, rolsuper, rolcanlogin,
-           array_remove(ARRAY[CASE WHEN rolcreaterole THEN 'CREATEROLE' END,
-                              CASE WHEN rolcreatedb THEN 'CREATEDB' END,
-                              CASE WHEN rolreplication THEN 'REPLICATION' END,
-                              CASE WHEN rolbypassrls THEN 'BYPASSRLS' END], NULL)
-      FROM pg_roles WHERE rolname = %s
-"""
-
-_OBJECTS = """
-    WITH relation AS (
-        SELECT oid, relkind, relname, relnamespace, relowner FROM pg_class
-         WHERE oid IN (%(table)s::text::regclass,
-                       pg_get_serial_sequence(%(table)s::text, 'id')::regclass)
-    )
-    SELECT 'DATABASE', oid, ARRAY[datname]::text[], datdba
-      FROM pg_database WHERE datname = current_database()
-     UNION
-    SELECT 'SCHEMA', n.oid, ARRAY[nspname]::text[], nspowner
-      FROM pg_namespace n JOIN relation ON n.oid = relnamespace
-     UNION
-    SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, relation.oid,
-           ARRAY[nspname, relname]::text[], relowner
-      FROM pg_namespace n JOIN relation ON n.oid = relnamespace
-     ORDER BY 1
-"""
 
 # The roles whose members can do more than read. pg_database_owner is left out: its only member is
 # the database's owner, which `_ownership` reports.
@@ -59,31 +37,6 @@ _POWERFUL = """
 """
 
 
-class Role(NamedTuple):
-    """A role; `attributes` are its attributes beyond LOGIN and SUPERUSER."""
-
-    name: str
-    oid: int
-    superuser: bool
-    login: bool
-    attributes: list[str]
-
-    def __str__(self) -> str:
-        return quoted(self.name)
-
-
-class Object(NamedTuple):
-    """The database, or the schema, table or sequence in it; `owner` is the oid of a role."""
-
-    kind: str
-    oid: int
-    path: list[str]
-    owner: int
-
-    def __str__(self) -> str:
-        return f"{self.kind} {quoted(*self.path)}"
-
-
 def check(settings: Settings) -> list[str]:
     """Return the problems of the serving role, one line each, with the remedy.
 
@@ -92,26 +45,18 @@ def check(settings: Settings) -> list[str]:
         psycopg.Error: PostgreSQL is unreachable or reports an error.
     """
     username = settings.db_username
-    database = Database.migrating(settings)
-    with database.connect() as connection, transaction(connection, COMMAND_WAIT):
-        try:
-            objects = find_objects(connection)
-        except psycopg.errors.UndefinedTable:
-            raise Refused(NO_TABLE) from None
-        if not (role := find_role(connection, username)):
-            return [f"role {username} does not exist: run flask --app notifier.app migrate"]
-        return missing(connection, role, objects) + excess(connection, role, objects)
-
-
-def find_role(connection: Connection, username: str) -> Role | None:
-    """Return the role of that name, or None if there is none."""
-    row = connection.execute(_ROLE, (username,)).fetchone()
-    return Role(*row) if row else None
-
-
-def find_objects(connection: Connection) -> list[Object]:
-    """Return the objects that the service uses; the table must exist."""
-    return [Object(*row) for row in connection.execute(_OBJECTS, {"table": TABLE})]
+    with Database.migrating(settings).connect() as connection:
+        with transaction(connection, COMMAND_WAIT):
+            try:
+                objects = find_objects(connection)
+            except psycopg.errors.UndefinedTable:
+                raise Refused(NO_TABLE) from None
+            if not (role := find_role(connection, username)):
+                return [f"role {username} does not exist: run flask --app notifier.app migrate"]
+            needs = missing(connection, role, objects)
+            surplus = excess(connection, role, objects)
+            surplus += role_limits.lacking(connection, role, settings)
+        return (needs or role_reading.problems(connection, role, settings)) + surplus
 
 
 def missing(connection: Connection, role: Role, objects: list[Object]) -> list[str]:
@@ -192,19 +137,3 @@ def _unwanted(connection: Connection, username: str, obj: Object) -> list[str]:
 def _has(connection: Connection, username: str, obj: Object, privilege: str) -> bool:
     query = f"SELECT has_{obj.kind.lower()}_privilege(%s::name, %s::oid, %s)"
     return bool(value(connection, query, username, obj.oid, privilege))
-
-
-def value(connection: Connection, query: str, *parameters: str | int) -> Any:
-    """Return the single value of a query's result."""
-    ((found,),) = connection.execute(query.encode(), parameters)
-    return found
-
-
-def quoted(*path: str) -> str:
-    """Return an identifier, quoted for SQL."""
-    return sql.Identifier(*path).as_string()
-
-
-def by_administrator(*statements: str) -> str:
-    """Return the advice that an administrator should run `statements`."""
-    return f"ask an administrator to run: {'; '.join(statements)}"

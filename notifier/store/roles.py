@@ -1,29 +1,21 @@
 """The serving role: `migrate` creates it and lets it read the providers, nothing else."""
 
-from contextlib import suppress
-
-from psycopg.errors import (
-    DependentObjectsStillExist,
-    DuplicateObject,
-    InsufficientPrivilege,
-    InternalError_,
-    UniqueViolation,
-)
+from psycopg.errors import DuplicateObject, InsufficientPrivilege, InternalError_, UniqueViolation
 
 from notifier.environ import Secret
+from notifier.settings import Settings
+from notifier.store import role_limits, role_reading
 from notifier.store.db import Connection
-from notifier.store.role_check import (
-    NEEDED,
+from notifier.store.role_check import NEEDED, UNWANTED, excess, missing
+from notifier.store.serving_role import (
     TABLE,
-    UNWANTED,
     Object,
     Role,
     by_administrator,
-    excess,
     find_objects,
     find_role,
-    missing,
     quoted,
+    run_if_allowed,
     value,
 )
 
@@ -43,7 +35,7 @@ class NotGranted(Exception):
     """The role cannot serve; the message is one line with the remedy."""
 
 
-def grant(connection: Connection, username: str, secret: Secret) -> list[str]:
+def grant(connection: Connection, settings: Settings) -> list[str]:
     """Create the serving role, or set its password, and let it read only the providers.
 
     Do nothing if `connection` uses that role.
@@ -55,26 +47,37 @@ def grant(connection: Connection, username: str, secret: Secret) -> list[str]:
         NotGranted: the role cannot serve; the privileges that could be granted stay granted.
         psycopg.Error: PostgreSQL is unreachable or reports an error.
     """
-    if value(connection, "SELECT %s::name = session_user", username):
+    if value(connection, "SELECT %s::name = session_user", settings.db_username):
         return []
-    verifier = _verifier(connection, username, secret)
+    role, objects, notices = _provide(connection, settings)
+    notices += role_limits.notices(connection, role, settings)
+    problems = missing(connection, role, objects)
+    problems = problems or role_reading.problems(connection, role, settings)
+    if problems:
+        raise NotGranted(*problems)
+    if excess(connection, role, objects):
+        notices.append(
+            f"role {role.name} can do more than read: run flask --app notifier.app check-role"
+        )
+    return [f"role {role.name} may read {TABLE}", *notices]
+
+
+def _provide(connection: Connection, settings: Settings) -> tuple[Role, list[Object], list[str]]:
+    """Do for the role what `connection` may do; return the role, its objects, and notices."""
+    username = settings.db_username
+    verifier = _verifier(connection, username, settings.db_password)
     with connection.transaction():  # so a running service never lacks a privilege
         connection.execute(f"SET LOCAL lock_timeout = '{LOCK_WAIT}'".encode())
-        notices = _create_or_alter(connection, username, verifier)
+        _create_or_alter(connection, username, verifier)
         role = find_role(connection, username)
         if role is None:
             raise _changed_by_others(username)
         objects = find_objects(connection)
         for obj in objects:
             for statement in _statements(obj, role):
-                _run_if_allowed(connection, statement)
-    if lacking := missing(connection, role, objects):
-        raise NotGranted(*lacking)
-    if excess(connection, role, objects):
-        notices.append(
-            f"role {role.name} can do more than read: run flask --app notifier.app check-role"
-        )
-    return [f"role {role.name} may read {TABLE}", *notices]
+                run_if_allowed(connection, statement)
+        notices = role_limits.impose(connection, role, settings)
+    return find_role(connection, username) or role, objects, notices
 
 
 def _verifier(connection: Connection, username: str, secret: Secret) -> str:
@@ -87,12 +90,12 @@ def _verifier(connection: Connection, username: str, secret: Secret) -> str:
     return encrypt(password.encode(), username.encode(), b"scram-sha-256").decode()
 
 
-def _create_or_alter(connection: Connection, username: str, verifier: str) -> list[str]:
-    """Create the role, or set its password; return notices for the operator."""
+def _create_or_alter(connection: Connection, username: str, verifier: str) -> None:
+    """Create the role, or set its password if `connection` may do so; a login proves it later."""
     for _ in range(_ATTEMPTS):
         role = find_role(connection, username)
         if role and role.superuser:
-            return []
+            return
         statement = f"{'ALTER' if role else 'CREATE'} ROLE {quoted(username)} LOGIN PASSWORD"
         try:
             with connection.transaction():
@@ -100,16 +103,15 @@ def _create_or_alter(connection: Connection, username: str, verifier: str) -> li
         except _CONCURRENT_CHANGE:
             continue
         except InsufficientPrivilege:
-            ours, by_hand = value(connection, "SELECT current_user"), f"{statement} '...'"
             if role:
-                keeps = f"role {username} keeps its password, because {ours} cannot set it"
-                return [f"{keeps}: {by_administrator(by_hand)}"]
+                return
+            ours, by_hand = value(connection, "SELECT current_user"), f"{statement} '...'"
             raise NotGranted(
                 f"role {username} does not exist, and {ours} cannot create it:"
                 f" {by_administrator(by_hand)}"
                 f" (or ALTER ROLE {quoted(ours)} CREATEROLE, and migrate again)"
             ) from None
-        return []
+        return
     raise _changed_by_others(username)
 
 
@@ -130,10 +132,3 @@ def _statements(obj: Object, role: Role) -> list[str]:
     if obj.kind in _OPEN_TO_ALL:
         statements.append(f"REVOKE {', '.join(UNWANTED[obj.kind])} ON {obj} FROM PUBLIC")
     return statements
-
-
-def _run_if_allowed(connection: Connection, statement: str) -> None:
-    """Run a statement that PostgreSQL may refuse, or only warn about; `missing` checks later."""
-    refused = suppress(InsufficientPrivilege, DependentObjectsStillExist)
-    with refused, connection.transaction():
-        connection.execute(statement.encode())

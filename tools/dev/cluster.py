@@ -30,6 +30,15 @@ READY_SECONDS = 60.0
 NOBODYS_PID = "2147483646"
 BUILTIN_LOCALES_SINCE = 17
 
+_WITHOUT_LARGE_OBJECTS = """
+    DO $$ BEGIN
+        EXECUTE (SELECT 'REVOKE EXECUTE ON FUNCTION '
+                        || string_agg(oid::regprocedure::text, ', ') || ' FROM PUBLIC'
+                   FROM pg_proc WHERE pronamespace = 'pg_catalog'::regnamespace
+                    AND (proname LIKE 'lo\\_%' OR proname IN ('loread', 'lowrite')));
+    END $$
+"""
+
 
 @contextlib.contextmanager
 def explained(base: Path) -> Iterator[None]:
@@ -228,9 +237,9 @@ def _initialise(base: Path, binaries: Path, version: int) -> None:
     fresh.rename(base / "data")
 
 
-def _connect(port: int, password: str) -> psycopg.Connection:
+def _connect(port: int, password: str, database: str = "postgres") -> psycopg.Connection:
     server = f"host={HOST} port={port} sslmode=disable gssencmode=disable connect_timeout=5"
-    superuser = "user=postgres dbname=postgres"
+    superuser = f"user=postgres dbname={database}"
     return psycopg.connect(f"{server} {superuser}", password=password, autocommit=True)
 
 
@@ -244,6 +253,10 @@ def _provide_database(port: int, password: str) -> None:
             connection.execute(role.format(**names))
         if not connection.execute("SELECT FROM pg_database WHERE datname = %s", [NAME]).rowcount:
             connection.execute(database.format(**names))
+    # `migrate` could not, and would say so each time. New databases are copies of template1.
+    for database_name in ("template1", NAME):
+        with _connect(port, password, database_name) as connection:
+            connection.execute(_WITHOUT_LARGE_OBJECTS)
 
 
 def _one_line(text: str) -> str:

@@ -19,6 +19,7 @@ from typing import IO, cast
 import psycopg
 import requests
 
+from notifier.errors import Refused
 from notifier.settings import Settings, SettingsError
 from notifier.store import migrations
 from notifier.store.db import Database, first_line
@@ -51,7 +52,14 @@ class CannotRun(Exception):
 
 
 # Errors whose message is one line for the user.
-_EXPLAINED = (CannotRun, NotGranted, SettingsError, ports.PortError, postgres.PostgresError)
+_EXPLAINED = (
+    CannotRun,
+    NotGranted,
+    Refused,
+    SettingsError,
+    ports.PortError,
+    postgres.PostgresError,
+)
 
 
 def main() -> int:
