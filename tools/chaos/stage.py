@@ -88,7 +88,7 @@ class Stage:
         """Let the load run for `seconds` without faults, then measure the workers."""
         began = time.time()
         time.sleep(seconds)
-        return Period(began, time.time(), size(self._workers(), self._hosts))
+        return Period(began, time.time(), size(self.service.workers(), self._hosts))
 
     def _follow(self, began: float, track: Track, make: Callable[[Fault], None]) -> None:
         for fault in track:
@@ -98,13 +98,13 @@ class Stage:
 
     def _process(self, fault: Fault) -> None:
         if fault.kind == "reload":
-            self._master().send_signal(signal.SIGHUP)
+            self.service.master().send_signal(signal.SIGHUP)
         else:
             self._kill(fault.choice)
         self.faults[fault.kind] += 1
 
     def _kill(self, choice: float) -> None:
-        workers, began = self._workers(), time.time()
+        workers, began = self.service.workers(), time.time()
         with suppress(psutil.NoSuchProcess):  # a reload may just have ended it
             workers[int(choice * len(workers))].kill()
         self.kills.append(began)
@@ -121,13 +121,6 @@ class Stage:
         provider.behaviour = fault.kind
         self._stopping.wait(fault.seconds)
         provider.behaviour = ACCEPTS
-
-    def _master(self) -> psutil.Process:
-        (master,) = psutil.Process(self.service.pid).children()
-        return master
-
-    def _workers(self) -> list[psutil.Process]:
-        return sorted(self._master().children(), key=lambda worker: worker.pid)
 
 
 @contextmanager
