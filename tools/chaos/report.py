@@ -45,6 +45,7 @@ def _figures(seen: Evidence) -> dict[str, object]:
         "breakers opened": len(seen.openings()),
         "attempts refused by a breaker": seen.refusals(),
         "faults": _counts(seen.faults),
+        "left out": seen.left_out or "nothing",
         "hostile answers": _counts(Counter(hostile)),
         "largest worker before the chaos": _size(seen.before.size),
         "largest worker after the chaos": _size(seen.after.size),
