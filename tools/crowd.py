@@ -22,7 +22,7 @@ from tools.rig import CannotMeasure
 
 PROCESS_CALLERS = 2500  # at most, in one process
 PAUSE = 1.0  # seconds between the end of a connection and the next one
-CONNECT_TIMEOUT = 10.0
+CONNECT_TIMEOUT = 5.0
 OTHER_FILES = 64  # that a process needs beside its callers' connections
 
 

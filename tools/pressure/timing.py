@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 LINES, APART = 200, 0.0002  # in a round; seconds between them
 LAST = 0.1  # seconds for another thread to write the last lines
-BODIES, ROUNDS = 1_000, 15
+BODIES, ROUNDS = 1_000, 10
 DOMAINS = 20
 
 # A `request` line as the service writes one for a buyer.
