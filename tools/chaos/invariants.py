@@ -91,6 +91,8 @@ def open_breakers_refuse(seen: Evidence) -> Iterator[Violation]:
     times_open = _times_open(seen)
     for delivery in seen.deliveries:
         line = admitted.get((delivery.host, delivery.request_id))
+        if not line and _may_be_lost(delivery.received, seen.kills):
+            continue
         if not line or line.at > delivery.received + LOGGED_WITHIN:
             yield Violation(f"no breaker had admitted {delivery.host}", delivery.request_id)
             continue
@@ -98,6 +100,11 @@ def open_breakers_refuse(seen: Evidence) -> Iterator[Violation]:
             if began < line.at < ended:
                 late = f"{line.at - began:.3f} s after the breaker had opened"
                 yield Violation(f"sent to {delivery.host} {late}", delivery.request_id)
+
+
+def _may_be_lost(at: float, kills: list[float]) -> bool:
+    """Return True if a kill may have lost a worker's log line of that time."""
+    return any(abs(kill - at) <= LOGGED_WITHIN for kill in kills)
 
 
 def _times_open(seen: Evidence) -> defaultdict[tuple[str, str | None], list[tuple[float, float]]]:
