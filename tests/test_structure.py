@@ -51,6 +51,7 @@ LEVELS = {
     "wire": 2,
     "environ": 1,
     "errors": 1,
+    "log_queue": 1,
     "logs": 1,
     "metrics": 1,
     "models": 1,
