@@ -52,7 +52,7 @@ def _configure() -> None:
     try:
         from notifier.log_queue import QueueHandler  # noqa: PLC0415
     except ImportError:  # an older checkout, which writes each line at once
-        logs.configure("notifier", "INFO")
+        logs.configure("notifier", "INFO")  # type: ignore[call-arg]
     else:
         handler = QueueHandler(sys.stdout)
         logs.configure("notifier", "INFO", handler)
