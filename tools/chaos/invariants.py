@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import NamedTuple
 
-from tools.chaos.evidence import ADMITTED, FAILED, Evidence, Reply, Size
+from tools.chaos.evidence import ADMITTED, FAILED, UNREAD, Evidence, Reply, Size
 
 CHANNELS = {"buyer": {"Email"}, "seller": {"Email", "PushNotification"}}
 CODES: dict[int, str] = {
@@ -153,6 +153,12 @@ def nothing_leaks(seen: Evidence) -> Iterator[Violation]:
         yield Violation(f"{after.workers} workers after the chaos, {before.workers} before")
 
 
+def every_worker_knows_the_providers(seen: Evidence) -> Iterator[Violation]:
+    """No worker lacks the providers, not even one that starts in an outage of PostgreSQL."""
+    for line in seen.lines_with(UNREAD):
+        yield Violation(f"{line.worker} had no providers", line.request_id)
+
+
 def nothing_is_missing_in_the_log(seen: Evidence) -> Iterator[Violation]:
     """No line of the log was dropped: no reader stalled for long."""
     if seen.lines_dropped:
@@ -195,6 +201,7 @@ INVARIANTS: dict[str, Invariant] = {
     "nothing reaches a provider whose breaker is open": open_breakers_refuse,
     "nothing is delivered twice through the same provider": delivered_once,
     "no worker leaks threads, files or memory": nothing_leaks,
+    "every worker knows the providers": every_worker_knows_the_providers,
     "no line of the log is dropped": nothing_is_missing_in_the_log,
     "every notification before and after the chaos is delivered": calm_delivers_everything,
     "every kind of fault happened, under load": everything_happened,
