@@ -150,11 +150,8 @@ class QueueHandler(logging.Handler):
 
     def _tell(self, missing: int, until: float | None) -> bool:
         """Write a line about `missing` lines; return True if it was written."""
-        log = logging.getLogger(__name__)
-        extra = {"lines": missing}
-        record = log.makeRecord(
-            log.name, logging.WARNING, __file__, 0, "log lines dropped", (), None, extra=extra
-        )
+        fields = {"name": __name__, "levelname": "WARNING", "msg": "log lines dropped"}
+        record = logging.makeLogRecord(fields | {"lines": missing})
         with suppress(OSError):
             if write(self._fd, f"{self.format(record)}\n".encode(), until):
                 self._told += missing
@@ -187,15 +184,15 @@ def dropping(stream: TextIO) -> TextIO:
 
 
 def nonblocking(fd: int) -> int:
-    """Return a descriptor of the same pipe that never blocks, or `fd` if there is none.
+    """Return a descriptor of the same pipe or terminal that never blocks, or else `fd`.
 
-    The flags of `fd` must not change: other processes share them. A pipe that is opened anew has
-    flags of its own. Without that, a write can block if another process fills the pipe between the
-    poll and the write.
+    The flags of `fd` must not change: other processes share them. A pipe that is opened again has
+    flags of its own. Without them, a write may block if another process fills the pipe after the
+    poll.
     """
     with suppress(OSError):
-        if stat.S_ISFIFO(os.fstat(fd).st_mode):
-            return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK)
+        if stat.S_ISFIFO(os.fstat(fd).st_mode) or os.isatty(fd):
+            return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
     return fd
 
 

@@ -4,8 +4,8 @@ import errno
 import fcntl
 import logging
 import os
+import pty
 import select
-import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -270,6 +270,25 @@ def test_a_write_does_not_block_even_if_another_process_fills_the_pipe_after_the
     assert log.lines(1) == ["a line 1"]
 
 
+@pytest.mark.parametrize("start", [True, False], ids=["with a thread", "without"])
+def test_a_terminal_that_is_paused_holds_up_nobody(start: bool) -> None:
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as stream, os.fdopen(reader, "rb", closefd=False) as terminal:
+        handler = QueueHandler(stream)
+        if start:
+            handler.start(lambda _: None)
+        with within(5):
+            for number in range(2000):
+                handler.handle(logging.makeLogRecord({"msg": f"{number:0100}"}))
+        with ThreadPoolExecutor(1) as pool:
+            seen = pool.submit(lambda: [int(terminal.readline()) for _ in range(2000)])
+            while not start and not seen.done():
+                handler.write_queued()
+            assert seen.result() == [*range(2000)]
+        handler.close()
+    os.close(reader)
+
+
 def test_text_for_stderr_is_dropped_while_its_reader_stalls(log: Log) -> None:
     stderr = log_queue.dropping(log.stream)
     assert stderr.fileno() != log.stream.fileno()
@@ -350,11 +369,3 @@ def test_a_child_does_not_write_its_parents_lines_again(log: Log) -> None:
     assert forked.wait(30) == 0
     assert sorted(lines) == sorted(["child", *["x" * 999] * 100, "parent"])
     assert not select.select([log.reader], [], [], 0)[0]
-
-
-def test_a_pipe_is_a_pipe_of_its_own_description(log: Log) -> None:
-    own = log_queue.nonblocking(log.stream.fileno())
-    assert stat.S_ISFIFO(os.fstat(own).st_mode)
-    assert fcntl.fcntl(own, fcntl.F_GETFL) & os.O_NONBLOCK
-    assert not os.get_inheritable(own)
-    os.close(own)

@@ -45,8 +45,14 @@ def without_private_memory() -> str:
 
 @contextmanager
 def full_memory(pid: int) -> Iterator[None]:
-    """Fill the private memory file system of a process during the block."""
+    """Fill the private memory file system of a process during the block.
+
+    Raises:
+        ValueError: the process has no private one.
+    """
     path = Path(f"/proc/{pid}/root{MEMORY}/filled-by-somebody-else")
+    if path.parent.stat().st_dev == Path(MEMORY).stat().st_dev:
+        raise ValueError(f"process {pid} shares {MEMORY} with others")
     with path.open("xb", buffering=0) as file:
         path.unlink()  # the kernel frees the memory when the file is closed
         try:

@@ -87,9 +87,8 @@ def _in_turn(service: Service) -> tuple[list[Answer], int]:
 
 def _replace(service: Service, workers: list[psutil.Process]) -> None:
     """Kill one of these workers if it still runs; return when there are enough again."""
-    for worker in {*workers} & {*service.workers()}:
-        worker.kill()
-        break
+    if running := {*workers} & {*service.workers()}:
+        running.pop().kill()
     wait_until(lambda: len(service.workers()) == len(workers))
     wait_until(lambda: _answers_metrics(service))
 

@@ -61,6 +61,12 @@ def test_a_private_memory_file_system_is_full_only_during_the_block() -> None:
         writer.stdin.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /dev/shm")
+def test_the_memory_file_system_of_the_machine_is_never_filled() -> None:
+    with pytest.raises(ValueError, match="shares /dev/shm"), machine.full_memory(os.getpid()):
+        pass
+
+
 def test_a_machine_without_namespaces_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
