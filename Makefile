@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder
 BEGAN := $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run check test lint measure bench chaos up down
+.PHONY: help install run check test lint measure bench chaos pressure up down
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ measure: install ## Measure how late changes are seen and what outages cost; tak
 
 chaos: install ## Break everything around the service under load, and check what must hold; takes three minutes.
 	@exec $(BIN)/python -m tools.chaos
+
+pressure: install ## Put the service under outside pressure, alone or beside another checkout: BESIDE=FOLDER.
+	@exec $(BIN)/python -m tools.pressure $(if $(BESIDE),--beside '$(BESIDE)')
 
 bench: .venv/bench-installed ## Measure the service beside comparable stacks, or beside another checkout: BESIDE=FOLDER, QUICK=1.
 	@exec $(BIN)/python -m tools.bench $(if $(BESIDE),--beside '$(BESIDE)') $(if $(QUICK),--quick)

@@ -7,7 +7,6 @@ header or a body.
 
 import logging
 import re
-import sys
 import threading
 import time
 import traceback
@@ -15,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from pythonjsonlogger.core import LogData
 from pythonjsonlogger.json import JsonEncoder, JsonFormatter
@@ -122,10 +121,9 @@ def mask_address(to: str) -> str:
     return f"{local[:1]}***@{domain}"
 
 
-def configure(app_name: str, level: str, stream: TextIO = sys.stdout) -> None:
-    """Write the lines of all loggers of this process to `stream` as JSON; safe to call again."""
+def configure(app_name: str, level: str, handler: logging.Handler) -> None:
+    """Write the lines of all loggers of this process to `handler` as JSON; safe to call again."""
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not shown
-    handler = logging.StreamHandler(stream)
     handler.setFormatter(_Formatter(app_name))
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -150,6 +150,9 @@ OPEN_UNTIL = Gauge(
     multiprocess_mode="livemax",
     registry=REGISTRY,
 )
+LOG_LINES_DROPPED = _counter(
+    "log_lines_dropped_total", "Log lines that the workers dropped: nobody read the log in time."
+)
 WORKER_STARTS = _counter("worker_starts_total", "Worker processes started.")
 _BUILD_INFO = Gauge(
     "notifier_build_info",

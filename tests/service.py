@@ -35,18 +35,24 @@ def clean_environment() -> dict[str, str]:
 
 
 class Service:
-    """A running gunicorn, by default with one worker; `log` is its log file.
+    """A running gunicorn, by default with one worker.
 
-    `within` is a command that executes its arguments.
+    Its output goes to the file `log`, or to the descriptor `output`. `within` is a command that
+    executes its arguments.
     """
 
     def __init__(
-        self, folder: Path, environment: dict[str, str], within: tuple[str, ...] = ()
+        self,
+        folder: Path,
+        environment: dict[str, str],
+        within: tuple[str, ...] = (),
+        output: int | None = None,
     ) -> None:
         self.port = free_port()
         host = environment.get("HTTP_SERVER_HOST", "127.0.0.1")
         self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
         self.log = folder / f"service-{self.port}.log"
+        self._replied: list[str] = []  # ids of the requests that `notify` sent
         ours = {"HTTP_SERVER_PORT": str(self.port), "WEB_CONCURRENCY": "1", "LOG_LEVEL": "DEBUG"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -54,7 +60,7 @@ class Service:
                 cwd=ROOT,
                 env=clean_environment() | ours | environment,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=log if output is None else output,
                 stderr=subprocess.STDOUT,
             )
 
@@ -93,6 +99,8 @@ class Service:
         """
         url = f"{self.url}/api/v1.0/recipient/{recipient}/notify"
         reply: requests.Response = session.post(url, **({"json": MESSAGE, "timeout": 30} | options))
+        if request_id := reply.headers.get("X-Request-Id"):
+            self._replied.append(request_id)
         return reply
 
     def samples(self) -> list[tuple[str, dict[str, str], float]]:
@@ -124,7 +132,18 @@ class Service:
             return reply
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return the parsed log; every line must be JSON."""
+        """Return the parsed log, with the lines of all replies that `notify` has returned.
+
+        Every line must be JSON. A worker writes its lines in order, but after the reply.
+        """
+        eventually(self._has_logged_replies)
+        return self._lines()
+
+    def _has_logged_replies(self) -> bool:
+        logged = {line["request_id"] for line in self._lines() if line["message"] == "request"}
+        return logged.issuperset(self._replied)
+
+    def _lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
     def stop(self, number: int = signal.SIGTERM) -> int:

@@ -54,6 +54,7 @@ LEVELS = {
     "characters": 1,
     "environ": 1,
     "errors": 1,
+    "log_queue": 1,
     "logs": 1,
     "metrics": 1,
     "models": 1,

@@ -1,4 +1,4 @@
-"""Shared by bench, chaos and measure: processes, the service, its database and its callers.
+"""Shared by bench, chaos, measure and pressure: processes, the service, its database, callers.
 
 Everything runs on loopback, belongs to the tool that started it, and stops with that tool.
 """
@@ -19,6 +19,7 @@ from itertools import cycle, islice, product
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import psutil
 import psycopg
@@ -112,10 +113,16 @@ class Guarded(NamedTuple):
 
 @contextmanager
 def guarded(
-    command: Sequence[str], variables: Environment, folder: Path = ROOT
+    command: Sequence[str],
+    variables: Environment,
+    folder: Path = ROOT,
+    through: Sequence[str] = (),
 ) -> Iterator[Guarded]:
-    """Run a Python module in a folder; this checkout's guard stops it if we are killed."""
-    python = [sys.executable, "-m"]
+    """Run a Python module in a folder; this checkout's guard stops it if we are killed.
+
+    `through` is a command that prepares its process, and then executes its arguments in it.
+    """
+    python = [*through, sys.executable, "-m"]
     with (
         TemporaryFile() as output,
         subprocess.Popen(
@@ -136,6 +143,11 @@ def with_path(variables: Environment) -> Environment:
     return {"PATH": os.environ.get("PATH", os.defpath)} | variables
 
 
+def port_of(url: str) -> int:
+    """Return the port of a URL that names one."""
+    return urlsplit(url).port or 0
+
+
 def free_port() -> int:
     """Return a port that is not in use."""
     with socket.create_server((HOST, 0)) as listener:
@@ -151,16 +163,37 @@ class Service(NamedTuple):
     url: str
     pid: int
 
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        return port_of(self.url)
+
+    def master(self) -> psutil.Process:
+        """Return gunicorn's master."""
+        (master,) = psutil.Process(self.pid).children()
+        return master
+
+    def workers(self) -> list[psutil.Process]:
+        """Return the workers that run now, by process id."""
+        return sorted(self.master().children(), key=lambda worker: worker.pid)
+
 
 @contextmanager
 def service(
-    environment: Environment, workers: int, app: str = "", folder: Path = ROOT
+    environment: Environment,
+    workers: int,
+    app: str = "",
+    folder: Path = ROOT,
+    through: Sequence[str] = (),
 ) -> Iterator[Service]:
-    """Run a checkout's service as operators do, and wait until all workers listen for changes."""
+    """Run a checkout's service as operators do, and wait until all workers listen for changes.
+
+    `through` is a command as for `guarded`.
+    """
     bind = f"{HOST}:{free_port()}"
     command = ["gunicorn", *([app] if app else []), "--bind", bind]
     variables = postgres.serving(environment) | {"WEB_CONCURRENCY": str(workers)}
-    with guarded(command, variables, folder) as running:
+    with guarded(command, variables, folder, through) as running:
         url = f"http://{bind}"
         wait_until(lambda: running.alive() and all_hear(url, workers=workers))
         yield Service(url, running.pid)

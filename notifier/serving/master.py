@@ -23,6 +23,7 @@ from typing import Any
 from gunicorn.glogging import Logger
 
 from notifier import logs
+from notifier.log_queue import QueueHandler, dropping
 from notifier.settings import Settings, SettingsError
 from notifier.snapshot import Snapshot
 from notifier.variables import WITHOUT_EFFECT, unknown_variables
@@ -48,10 +49,16 @@ class JsonLogger(Logger):
 
     settings: Settings
 
+    def __init__(self, cfg: Any) -> None:
+        self.queue = QueueHandler(sys.stdout)
+        if sys.stderr:  # gunicorn and the interpreter write to it
+            sys.stderr = dropping(sys.stderr)
+        super().__init__(cfg)
+
     def setup(self, cfg: Any) -> None:
         """Configure logging for the whole process."""
         self.cfg = cfg
-        logs.configure(self.settings.app_name, self.settings.log_level)
+        logs.configure(self.settings.app_name, self.settings.log_level, self.queue)
         self.error_log.propagate = True
         # gunicorn's DEBUG lines quote paths and bodies.
         level = logging.getLevelName(self.settings.log_level)
@@ -151,11 +158,12 @@ def _reload(server: Any, reload: Callable[[], None]) -> None:
 
 
 def _manage(server: Any, manage: Callable[[], None]) -> None:
-    """After a reload, keep the old workers until all new workers serve.
+    """Write queued log lines; after a reload, keep the old workers until all new workers serve.
 
     gunicorn would stop the old workers at once, and no worker would accept connections while the
     new ones boot. If a new worker died, gunicorn would keep an old one in its place.
     """
+    server.log.queue.write_queued()
     give_up = time.monotonic() + BOOT_SECONDS
     while server.replaced & server.WORKERS.keys() and time.monotonic() < give_up:
         new = [worker for pid, worker in server.WORKERS.items() if pid not in server.replaced]
@@ -207,6 +215,10 @@ def post_fork(server: Any, worker: Any) -> None:
 
 def post_worker_init(worker: Any) -> None:
     """Start the service in `worker`, and tell the master that the worker serves."""
+    # Not at the top: the master does not load prometheus_client before a worker ends.
+    from notifier.metrics import LOG_LINES_DROPPED  # noqa: PLC0415
+
+    worker.log.queue.start(LOG_LINES_DROPPED.inc)
     notifier = worker.wsgi.extensions["notifier"]
     notifier.start(stopping=lambda: bool(worker.draining[0]), snapshot=worker.snapshot)
     worker.serving[0] = True

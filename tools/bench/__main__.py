@@ -48,7 +48,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds of the main table")
     parser.add_argument(
         "--beside",
-        type=_checkout,
+        type=checkout,
         metavar="CHECKOUT",
         help="compare one worker with that of another checkout; other parts run only with --only",
     )
@@ -69,7 +69,8 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _checkout(text: str) -> Path:
+def checkout(text: str) -> Path:
+    """Return the folder of a checkout, for a command line."""
     path = Path(text).resolve()
     if not (path / "gunicorn.conf.py").exists():
         raise argparse.ArgumentTypeError(f"{path} has no gunicorn.conf.py")

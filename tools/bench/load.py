@@ -137,7 +137,7 @@ class Load:
         order = self._order
         before = [cpu_seconds([pid]) for pid in order.pids]
         for _ in range(order.callers):
-            self._begin(self._register(Caller(order.port, _request(order.path))))
+            self._begin(self._register(Caller(order.port, request_to(order.path))))
         self._call(order.warm_up, TIMEOUT)
         used = [cpu_seconds([pid]) - since for pid, since in zip(order.pids, before, strict=True)]
         return evenness(used, order.workers)
@@ -210,7 +210,8 @@ class Load:
         return caller
 
 
-def _request(path: str) -> bytes:
+def request_to(path: str) -> bytes:
+    """Return a notification to `path`, as bytes."""
     head = (
         f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(BODY)}\r\n\r\n"

@@ -24,7 +24,12 @@ class Kind(NamedTuple):
     delay: float = 0.0
 
 
-KINDS = {"fast": Kind(), "slow": Kind(delay=0.1), "failing": Kind(status=500)}
+KINDS = {
+    "fast": Kind(),
+    "medium": Kind(delay=0.05),
+    "slow": Kind(delay=0.1),
+    "failing": Kind(status=500),
+}
 
 # An answer may be sent this many seconds early: epoll rounds its wait up to whole milliseconds.
 EARLY = 0.0005

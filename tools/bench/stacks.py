@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import psutil
 import requests
@@ -20,7 +19,15 @@ from psycopg import sql
 from notifier.models import Channel
 from tools import HOST, ROOT, rig
 from tools.dev import postgres
-from tools.rig import CannotMeasure, Environment, free_port, owner, wait_until, with_path
+from tools.rig import (
+    CannotMeasure,
+    Environment,
+    free_port,
+    owner,
+    port_of,
+    wait_until,
+    with_path,
+)
 
 WORKERS, THREADS = 2, 32
 
@@ -131,17 +138,12 @@ def service(
         "CIRCUIT_BREAKER_OPEN_STATE_TIMEOUT": "1h",
     }
     with rig.service(database | variables, workers, app, checkout) as running:
-        yield Stack(port_of(running.url), running.pid)
+        yield Stack(running.port, running.pid)
 
 
 def provider(url: str) -> Stack:
     """Return a provider as a stack whose cost is not counted."""
     return Stack(port_of(url))
-
-
-def port_of(url: str) -> int:
-    """Return the port of a URL that names one."""
-    return urlsplit(url).port or 0
 
 
 def breakers_opened(stack: Stack) -> int:

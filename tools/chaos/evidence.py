@@ -114,6 +114,8 @@ class Evidence:
     faults: Counter[str]
     before: Period
     after: Period
+    lines_dropped: int = 0
+    left_out: str = ""  # why some faults are impossible on this machine
 
     def lines_with(self, message: str) -> Iterator[Line]:
         """Return the log lines with a message."""

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from http import HTTPStatus
 
-from tools.chaos.evidence import UNREAD, Evidence, Reply, Size
+from tools.chaos.evidence import Evidence, Reply, Size
 from tools.chaos.invariants import Violation
 
 SHOWN = 3  # of each invariant's violations
@@ -33,9 +33,6 @@ def _figures(seen: Evidence) -> dict[str, object]:
         "requests": len(seen.replies),
         "200 replies; the slowest": f"{len(delivered)}; {_slowest(delivered)}",
         "other replies": _counts(Counter(str(one.status) for one in errors)),
-        "other replies by workers that had read no providers": len(
-            {one.request_id for one in seen.lines_with(UNREAD)}
-        ),
         "the slowest other reply; the deadline": f"{_slowest(errors)}; {limits.deadline:g} s",
         "margin for a loaded machine": f"{limits.margin:g} s",
         "connections cut; kills explain at most": f"{cut}; {limits.threads * len(seen.kills)}",
@@ -45,6 +42,7 @@ def _figures(seen: Evidence) -> dict[str, object]:
         "breakers opened": len(seen.openings()),
         "attempts refused by a breaker": seen.refusals(),
         "faults": _counts(seen.faults),
+        "left out": seen.left_out or "nothing",
         "hostile answers": _counts(Counter(hostile)),
         "largest worker before the chaos": _size(seen.before.size),
         "largest worker after the chaos": _size(seen.after.size),

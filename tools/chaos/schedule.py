@@ -3,11 +3,18 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from tools.chaos.providers import ACCEPTS, BEHAVIOURS
 
-PROCESSES = ("kill a worker", "reload")
+STALL = "log reader stalls"
+
+# No process ends while the reader stalls: its last lines would be lost, and they are evidence. So
+# all these are on one track.
+PROCESSES = ("kill a worker", "reload", STALL)
+MACHINE = ("memory full",)
+CALLERS = ("silent callers",)
 DATABASE = (
     "PostgreSQL killed",
     "PostgreSQL hangs",
@@ -32,12 +39,15 @@ class Kinds:
     """The kinds of faults that may happen."""
 
     processes: Sequence[str] = PROCESSES
+    machine: Sequence[str] = MACHINE
+    callers: Sequence[str] = CALLERS
     database: Sequence[str] = (*DATABASE, *ROWS)
     providers: Sequence[str] = HOSTILE
 
     def all(self) -> frozenset[str]:
         """Return all kinds."""
-        return frozenset((*self.processes, *self.database, *self.providers))
+        tracks = (self.processes, self.machine, self.callers, self.database, self.providers)
+        return frozenset(chain.from_iterable(tracks))
 
 
 EVERYTHING = Kinds()
@@ -50,9 +60,13 @@ class Pace(NamedTuple):
     duration: tuple[float, float]
 
 
-PROCESSES_PACE = Pace((2.0, 8.0), (0.0, 0.0))
+PROCESSES_PACE = Pace((2.0, 6.0), (0.0, 0.0))
+MACHINE_PACE = Pace((2.0, 8.0), (2.0, 8.0))
 DATABASE_PACE = Pace((0.5, 2.0), (0.5, 3.5))
 PROVIDER_PACE = Pace((0.5, 3.0), (0.5, 2.5))
+
+# Far less than a worker's queue of log lines has room for, and more than a pipe has room for.
+STALL_SECONDS = (3.0, 5.0)
 
 # Workers are killed and reloaded only in this share of the time. The last ones then live for long
 # enough to show a leak.
@@ -65,6 +79,7 @@ class Schedule(NamedTuple):
     """Tracks that run concurrently; the faults of one track do not overlap."""
 
     processes: Track
+    machine: Track
     database: Track
     providers: tuple[Track, ...]  # one track per provider
 
@@ -78,6 +93,7 @@ def plan(seed: int, seconds: float, providers: int, kinds: Kinds) -> Schedule:
 
     return Schedule(
         track(kinds.processes, PROCESSES_PACE, PROCESSES_SHARE),
+        track(kinds.machine, MACHINE_PACE),
         track(kinds.database, DATABASE_PACE),
         tuple(track(kinds.providers, PROVIDER_PACE) for _ in range(providers)),
     )
@@ -89,7 +105,7 @@ def _track(rng: random.Random, seconds: float, kinds: Sequence[str], pace: Pace)
     while kinds:
         for kind in rng.sample(kinds, len(kinds)):
             at += rng.uniform(*pace.pause)
-            duration = rng.uniform(*pace.duration)
+            duration = rng.uniform(*(STALL_SECONDS if kind == STALL else pace.duration))
             if at + duration > seconds:
                 return
             yield Fault(at, kind, duration, rng.random())

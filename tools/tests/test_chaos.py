@@ -20,6 +20,7 @@ from tools.chaos.evidence import (
     CHANGED,
     FAILED,
     SKIPPED,
+    UNREAD,
     Absence,
     Delivery,
     Evidence,
@@ -32,12 +33,12 @@ from tools.chaos.evidence import (
 )
 from tools.chaos.providers import ACCEPTS, BEHAVIOURS, LATE, OK, Provider
 from tools.chaos.report import report
-from tools.chaos.schedule import EVERYTHING, Kinds, plan
+from tools.chaos.schedule import EVERYTHING, STALL, Kinds, plan
 from tools.chaos.stage import run
 
-SEED = 2830
+SEED = 3
 SMALL = Kinds(
-    processes=("kill a worker",),
+    processes=("kill a worker", STALL),
     database=("PostgreSQL killed", "replace a URL"),
     providers=("answers 503", "hangs", "drips its status", "resets"),
 )
@@ -45,7 +46,7 @@ SMALL = Kinds(
 
 @pytest.fixture(scope="module")
 def seen(processes: None) -> Evidence:
-    return run(SEED, 8.0, SMALL, warm_up=1.5, calm=2.0)
+    return run(SEED, 14.0, SMALL, warm_up=1.5, calm=2.0)
 
 
 @pytest.mark.alone
@@ -210,6 +211,14 @@ BROKEN = {
     "more memory": ("nothing_leaks", afterwards(memory=60_000_001)),
     "more workers": ("nothing_leaks", afterwards(workers=4)),
     "fewer workers": ("nothing_leaks", afterwards(workers=2)),
+    "a worker without providers": (
+        "every_worker_knows_the_providers",
+        replace(SOUND, lines=[*SOUND.lines, Line("worker-2", 50.0, UNREAD, "d")]),
+    ),
+    "a dropped line of the log": (
+        "nothing_is_missing_in_the_log",
+        replace(SOUND, lines_dropped=1),
+    ),
     "an error before the chaos": ("calm_delivers_everything", with_reply(0, status=500)),
     "an error after the chaos": ("calm_delivers_everything", with_reply(5, status=500)),
     "no requests after the chaos": (
@@ -257,6 +266,26 @@ def test_a_delivery_that_an_opened_breaker_may_admit_is_no_violation(allowed: Ev
     assert [*invariants.open_breakers_refuse(allowed)] == []
 
 
+@pytest.mark.parametrize("at", [KILL - 0.2, KILL - 0.3])
+def test_a_kill_may_lose_the_last_lines_of_the_log_and_no_earlier_ones(at: float) -> None:
+    unexplained = with_delivery(email("c", "mail:2", at))
+    lost = at > KILL - invariants.LOGGED_WITHIN
+    assert len([*invariants.open_breakers_refuse(unexplained)]) == (not lost)
+
+
+@pytest.mark.parametrize(("began", "violations"), [(KILL - 0.6, 0), (KILL - 0.8, 1)])
+def test_a_second_acceptance_may_be_late_if_a_kill_lost_the_line(
+    began: float, violations: int
+) -> None:
+    twice = [email("z", "mail:1", began), email("z", "mail:2", began + 0.4)]
+    evidence = replace(
+        SOUND,
+        replies=[*SOUND.replies, reply("z", 200, began)],
+        deliveries=[*SOUND.deliveries, *twice],
+    )
+    assert len([*invariants.replies_match_deliveries(evidence)]) == violations
+
+
 def test_an_acceptance_after_the_attempt_timed_out_does_not_count() -> None:
     late = fails("b", "mail:1", 20.6, "timeout")
     assert late in SOUND.lines
@@ -278,8 +307,9 @@ def test_the_same_seed_makes_the_same_schedule_and_another_seed_a_different_one(
 @pytest.mark.parametrize("seed", range(5))
 def test_a_schedule_has_every_kind_within_its_time_and_no_overlap_in_a_track(seed: int) -> None:
     schedule = plan(seed, 150.0, 8, EVERYTHING)
-    tracks = [schedule.processes, schedule.database, *schedule.providers]
-    assert {fault.kind for track in tracks for fault in track} == EVERYTHING.all()
+    tracks = [schedule.processes, schedule.machine, schedule.database, *schedule.providers]
+    kinds = {fault.kind for track in tracks for fault in track}
+    assert kinds | {*EVERYTHING.callers} == EVERYTHING.all()
     for track in tracks:
         times = [time for fault in track for time in (fault.at, fault.at + fault.seconds)]
         assert times == sorted(times)

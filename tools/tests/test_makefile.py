@@ -162,5 +162,5 @@ def test_help_lists_every_command(make: Make) -> None:
     listed = [line.split()[1] for line in make().stdout.splitlines()]
     assert listed == [
         *["help", "install", "run", "check", "test", "lint"],
-        *["measure", "chaos", "bench", "up", "down"],
+        *["measure", "chaos", "pressure", "bench", "up", "down"],
     ]

@@ -123,7 +123,7 @@ def stream() -> Iterator[StringIO]:
     root = logging.getLogger()
     before = root.handlers[:], root.level
     stream = StringIO()
-    logs.configure("notification-service", "INFO", stream)
+    logs.configure("notification-service", "INFO", logging.StreamHandler(stream))
     yield stream
     root.handlers[:], root.level = before
 

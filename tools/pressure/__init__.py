@@ -1,0 +1,1 @@
+"""`make pressure`: what silent and greedy callers, and shortages of the machine, cost others."""
