@@ -40,7 +40,7 @@ class Stalled:
         self._reader, writer = os.pipe()
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
         self.lines: list[dict[str, Any]] = []
-        self.service = Service(folder, environment, writer)
+        self.service = Service(folder, environment, output=writer)
         os.close(writer)
 
     @contextmanager

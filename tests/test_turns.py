@@ -125,5 +125,41 @@ def test_a_thread_that_cannot_start_is_done_without(
         for taken in (1, 2, 3):
             eventually(lambda taken=taken: len(crowd.taken) == taken)
             crowd.go.release()
+    crowd.waits = True
     crowd.arrive(3, 4)
-    eventually(lambda: len(crowd.taken) == 5)
+    eventually(lambda: len(crowd.taken) == 5)  # in two threads
+
+
+def test_requests_that_have_begun_go_first_and_by_rank(crowd: Crowd) -> None:
+    crowd.arrive(0)
+    eventually(lambda: len(crowd.taken) == 1)  # it has the only turn
+    resumed: list[float] = []
+
+    def resume(rank: float) -> None:
+        crowd.turns.resume(rank)
+        resumed.append(rank)
+
+    threads = [threading.Thread(target=resume, args=(rank,)) for rank in (3.0, 1.0, 2.0)]
+    for number, thread in enumerate(threads, start=1):
+        thread.start()
+        eventually(lambda number=number: len(crowd.turns._resuming) == number)
+    crowd.arrive(1)
+    crowd.go.release()
+    for number in range(1, 4):
+        eventually(lambda number=number: len(resumed) == number)
+        crowd.turns.end()
+    assert resumed == [1.0, 2.0, 3.0]
+    eventually(lambda: len(crowd.taken) == 2)
+    for thread in threads:
+        thread.join(10)
+
+
+def test_a_request_that_has_begun_goes_on_after_a_while_without_a_turn(
+    crowd: Crowd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns_module, "PATIENCE", 0.05)
+    crowd.arrive(0)
+    eventually(lambda: len(crowd.taken) == 1)
+    crowd.turns.resume(1.0)
+    assert crowd.turns._running == RUNNERS + 1
+    crowd.turns.end()
