@@ -43,11 +43,12 @@ class Crowd:
 
     def _work(self) -> None:
         while (fd := self.turns.take()) != STOPPED:
+            waits = self.waits
             self.taken.append(fd)
-            if self.waits:
+            if waits:
                 self.turns.end(calling=True)
             self.go.acquire(timeout=30)
-            if not self.waits:
+            if not waits:
                 self.turns.end()
 
 
@@ -147,7 +148,7 @@ def test_requests_that_have_begun_go_first_and_by_rank(crowd: Crowd) -> None:
     crowd.go.release()
     for number in range(1, 4):
         eventually(lambda number=number: len(resumed) == number)
-        crowd.turns.end()
+        crowd.turns.end(calling=True)
     assert resumed == [1.0, 2.0, 3.0]
     eventually(lambda: len(crowd.taken) == 2)
     for thread in threads:
