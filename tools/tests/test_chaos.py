@@ -257,6 +257,11 @@ def test_a_delivery_that_an_opened_breaker_may_admit_is_no_violation(allowed: Ev
     assert [*invariants.open_breakers_refuse(allowed)] == []
 
 
+def test_a_killed_worker_may_lose_the_line_about_an_admitted_attempt() -> None:
+    lost = with_delivery(email("z", "mail:1", KILL - 0.1))
+    assert [*invariants.open_breakers_refuse(lost)] == []
+
+
 def test_an_acceptance_after_the_attempt_timed_out_does_not_count() -> None:
     late = fails("b", "mail:1", 20.6, "timeout")
     assert late in SOUND.lines
