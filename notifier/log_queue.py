@@ -16,7 +16,7 @@ from typing import Any, TextIO
 # Lines that a process keeps while the reader stalls. Beyond that, new lines are dropped.
 MAX_LINES = 10_000
 
-# Seconds for which the thread lets lines collect: under load it wakes up a hundred times a second.
+# Minimum seconds between two rounds of writing: under load, a write takes several lines.
 COLLECT_SECONDS = 0.01
 
 # Seconds that a process waits at its exit for the reader to take the last lines.
@@ -54,8 +54,8 @@ class QueueHandler(logging.Handler):
         self._stopping = False
         self._asleep = False
         self._wake: SimpleQueue[None] = SimpleQueue()  # reentrant: a destructor may log
-        self._is_cut = False  # the first of `_lines` is the rest of a line
-        self._mend = b""  # ends a line whose rest was dropped
+        self._is_cut = False  # the last write ended within a line
+        self._is_torn = False  # and the rest of that line was dropped
 
     def start(self, count: Callable[[int], object]) -> None:
         """Write from a thread from now on; `count` is called with each number of dropped lines."""
@@ -95,48 +95,59 @@ class QueueHandler(logging.Handler):
             self.write_queued()
 
     def _run(self) -> None:
+        next_write = _PAST
         while not self._stopping:
             self._asleep = True
             if not self._lines:
                 self._wake.get()
             self._asleep = False
-            time.sleep(COLLECT_SECONDS)
+            time.sleep(max(0.0, next_write - time.monotonic()))
+            next_write = time.monotonic() + COLLECT_SECONDS
             with suppress(MemoryError):  # the lines are still queued
                 self.write_queued(None)
 
     def write_queued(self, until: float | None = _PAST) -> None:
         """Write the queued lines; wait for the reader until that moment, or without a limit."""
-        while (queued := len(self._lines)) | (missing := self._missing()):
+        while any(due := (len(self._lines), self._refused + self._failed - self._told)):
+            queued, missing = due  # the missing lines came after the queued ones
             while queued > 0:
-                if not (done := self._write_some(until)):
+                if not (done := self._write_oldest(until)):
                     return
                 queued -= done
-            if missing and not self._tell(missing, until):  # they came after the queued lines
+            if missing and not self._tell(missing, until):
                 return
 
-    def _missing(self) -> int:
-        return self._refused + self._failed - self._told
-
-    def _write_some(self, until: float | None) -> int:
-        """Write the oldest lines in one call; return how many entries of `_lines` are done."""
+    def _write_oldest(self, until: float | None) -> int:
+        """Write the oldest lines once; return how many entries of `_lines` are done."""
         oldest = self._oldest()
-        data = self._mend + b"".join(oldest)
+        data = b"".join(oldest)
         try:
-            if not (sent := write(self._fd, data, until)):
+            if not (sent := self._write(data, until)):
                 return 0
-            self._mend = b""
-            self._is_cut = data[sent - 1 : sent] != b"\n"
         except OSError:  # the reader has gone, or the disk is full
-            self._mend = b"\n" if self._is_cut else self._mend
-            self._is_cut = False
-            self._failed += len(oldest)
-            self._count(len(oldest))
+            dropped = data.count(b"\n")
+            self._failed += dropped
+            self._count(dropped)
             sent = len(data)
         for _ in oldest:
             self._lines.popleft()
         if rest := data[sent:]:
             self._lines.appendleft(rest)
         return len(oldest)
+
+    def _write(self, data: bytes, until: float | None) -> int:
+        """Write once, and return how much of `data` was written; see `write`."""
+        end = b"\n" if self._is_torn else b""
+        try:
+            sent = write(self._fd, end + data, until)
+        except OSError:
+            self._is_torn |= self._is_cut
+            self._is_cut = False
+            raise
+        if sent:
+            self._is_torn = False
+            self._is_cut = not (end + data)[:sent].endswith(b"\n")
+        return max(0, sent - len(end))
 
     def _oldest(self) -> list[bytes]:
         """Return the oldest lines, at least one, at most as many as one atomic write takes."""
@@ -152,11 +163,14 @@ class QueueHandler(logging.Handler):
         """Write a line about `missing` lines; return True if it was written."""
         fields = {"name": __name__, "levelname": "WARNING", "msg": "log lines dropped"}
         record = logging.makeLogRecord(fields | {"lines": missing})
-        with suppress(OSError):
-            if write(self._fd, f"{self.format(record)}\n".encode(), until):
-                self._told += missing
-                return True
-        return False
+        line = f"{self.format(record)}\n".encode()
+        try:
+            sent = self._write(line, until)
+        except OSError:
+            return False
+        self._is_torn |= 0 < sent < len(line)
+        self._told += missing if sent == len(line) else 0
+        return sent == len(line)
 
 
 class _Dropping(io.RawIOBase):

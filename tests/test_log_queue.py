@@ -232,6 +232,21 @@ def test_a_full_disk_costs_lines_and_leaves_later_lines_whole(
     assert disk.content.decode().splitlines() == ["0 1", "1 1", "2", "6 1", f"{GAP} 4"]
 
 
+def test_a_disk_that_fills_up_within_a_write_costs_the_rest_of_its_lines(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(room=len("0 1\n1"))
+    log.fill()
+    for number in range(5):
+        log.line(number)
+    monkeypatch.setattr(log_queue, "write", disk)
+    log.handler.write_queued()
+    for disk.room in (4, 1000):  # first for a part of the line about the others
+        log.handler.write_queued()
+    log.line(5)
+    assert disk.content.decode().splitlines() == ["0 1", "1", GAP[:3], f"{GAP} 4", "5 1"]
+
+
 def test_a_file_gets_the_lines_too(tmp_path: Path) -> None:
     with (tmp_path / "log").open("a") as stream:
         handler = QueueHandler(stream)

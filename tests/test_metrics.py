@@ -41,6 +41,7 @@ EXPORTED = {
     "notifications": ("counter", {"recipient", "outcome"}),
     "notification_duration_seconds": ("histogram", {"recipient"}),
     "notification_places": ("gauge", set()),
+    "log_lines_dropped": ("counter", set()),
     "notification_wait_seconds": ("histogram", set()),
     "notifications_refused": ("counter", set()),
     "notification_channel": ("counter", {"channel", "provider", "outcome"}),

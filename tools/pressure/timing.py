@@ -71,6 +71,17 @@ def new_domain() -> float:
     return _bodies(lambda turn, number: f"someone{number}@shop{number}.round{turn}.example.com")
 
 
+def _schema() -> Schema:
+    try:
+        from notifier.addresses import Addresses  # noqa: PLC0415
+        from notifier.web.body import message_schema  # noqa: PLC0415
+    except ImportError:  # an older checkout
+        from notifier.web.body import NotificationSchema  # type: ignore[attr-defined]  # noqa: PLC0415
+
+        return NotificationSchema()  # type: ignore[no-any-return]
+    return message_schema(Addresses(allow_local=False))
+
+
 def _bodies(address: Callable[[int, int], str]) -> float:
     schema = _schema()
 
@@ -95,14 +106,3 @@ STEPS = {"log line": log_line, "known domain": known_domain, "new domain": new_d
 
 if __name__ == "__main__":
     print(f"{1e6 * STEPS[sys.argv[1]]():.1f}", file=sys.stderr)
-
-
-def _schema() -> Schema:
-    try:
-        from notifier.addresses import Addresses  # noqa: PLC0415
-        from notifier.web.body import message_schema  # noqa: PLC0415
-    except ImportError:  # an older checkout
-        from notifier.web.body import NotificationSchema  # type: ignore[attr-defined]  # noqa: PLC0415
-
-        return NotificationSchema()  # type: ignore[no-any-return]
-    return message_schema(Addresses(allow_local=False))
