@@ -6,7 +6,6 @@ header or a body.
 """
 
 import logging
-import re
 import threading
 import time
 import traceback
@@ -23,11 +22,6 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 # Libraries whose log lines quote hosts, paths or SQL. The service logs the same events itself.
 _QUIET_LIBRARIES = ("urllib3", "requests", "psycopg", "yoyo", "werkzeug")
-
-# gunicorn quotes paths, and input that it cannot parse, which may be the rest of a body.
-_QUOTES_THE_REQUEST = re.compile(
-    r"(Invalid request from ip=[^ ]+?|Error handling request)(: | ).*", re.DOTALL
-)
 
 _MOST_CAUSES = 20
 
@@ -52,8 +46,6 @@ class _Formatter(JsonFormatter):
         log_data["timestamp"] = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
         log_data["level"] = record.levelname
         log_data["logger"] = record.name
-        # Changed in the record too: `super` writes it into the line again.
-        record.message = _QUOTES_THE_REQUEST.sub(r"\1", record.message)
         log_data["message"] = record.message
         log_data["app"] = self._app_name
         log_data["request_id"] = request_id.get()

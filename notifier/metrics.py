@@ -75,7 +75,7 @@ def _histogram(name: str, what: str, *labels: str) -> Histogram:
 _SERVER_REQUESTS = _counter("http_server_requests_total", "Requests answered.", *_SERVER)
 _SERVER_DURATION = _histogram(
     "http_server_duration_seconds",
-    "Seconds from a thread taking a request to the reply.",
+    "Seconds from the arrival of a request to the reply.",
     *_SERVER,
 )
 ACTIVE_REQUESTS = Gauge(
@@ -98,7 +98,8 @@ _NOTIFICATION_DURATION = _histogram(
 )
 REFUSED = _counter("notifications_refused_total", "Notifications refused for lack of a place.")
 WAIT = _histogram(
-    "notification_wait_seconds", "Seconds that queued notifications waited, admitted or refused."
+    "notification_wait_seconds",
+    "Seconds that queued notifications waited since they arrived, admitted or refused.",
 )
 PLACES = Gauge(
     "notification_places",

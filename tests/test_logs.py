@@ -231,16 +231,6 @@ def test_a_masked_address_shows_the_first_character_and_the_domain(to: str, mask
     assert logs.mask_address(to) == masked
 
 
-def test_gunicorns_quote_of_an_invalid_request_is_removed(
-    stream: io.StringIO, lines: Lines
-) -> None:
-    quote = f'Invalid HTTP request line: \'{{"to": "{SECRET}"}}\n{SECRET}\''
-    logging.getLogger("gunicorn.error").warning("Invalid request from ip=192.0.2.7: %s", quote)
-    (line,) = lines()
-    assert line["message"] == "Invalid request from ip=192.0.2.7"
-    assert SECRET not in stream.getvalue()
-
-
 def test_other_lines_of_gunicorn_are_kept(lines: Lines) -> None:
     logging.getLogger("gunicorn.error").info("Booting worker with pid: %s", 7)
     assert lines()[0]["message"] == "Booting worker with pid: 7"

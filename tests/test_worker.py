@@ -16,6 +16,8 @@ import pytest
 import requests
 
 from notifier.serving.caller import HEAD_BYTES, REQUEST_SECONDS
+from notifier.serving.worker import MAX_HELD_BYTES
+from notifier.settings import MAX_BODY_BYTES
 from tests.fixtures import MakeProvider
 from tests.scripted_provider import Peer, Received, answer
 from tests.service import MESSAGE, Service
@@ -439,3 +441,23 @@ def test_without_descriptors_a_worker_drops_idle_connections_and_goes_on(
             for _ in range(3):
                 assert requests.get(f"{service.url}/healthz", timeout=30).status_code == 200
     assert [each.pid for each in service.booted()] == [worker.pid]
+
+
+def test_incomplete_requests_take_a_bounded_amount_of_memory(service: Service) -> None:
+    (worker,) = service.booted()
+    before = worker.memory_info().rss
+    part = b" " * (MAX_BODY_BYTES - 1)
+    count = 4 * MAX_HELD_BYTES // len(part)
+    head = HEAD.replace(b"%d" % len(BODY), b"%d" % MAX_BODY_BYTES)
+    closed = 0
+    with callers(service, head, count=count) as socks:
+        for sock in socks:
+            with suppress(OSError):
+                sock.sendall(part)
+        for _ in range(3):
+            answers_at_once(service)
+        assert worker.memory_info().rss - before < 4 * MAX_HELD_BYTES
+        for sock in socks:
+            with suppress(ConnectionResetError):
+                closed += not sock.recv(1)
+    assert closed >= count // 2

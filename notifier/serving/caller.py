@@ -72,6 +72,7 @@ class Caller(Unreader):
         self.client = client
         self.server = server
         self.leaving = False
+        self.held = 0  # bytes of the request that have arrived
         self._ended = time.monotonic()  # when the last request ended, or the connection began
         self.expires = self._ended + REQUEST_SECONDS  # when to close it
         self._parser = RequestParser(cfg, (), client)
@@ -142,6 +143,7 @@ class Caller(Unreader):
         if not self._parser.finish_body() or self._has_ended:
             return False
         self._has_begun, self._has_served = False, True
+        self.held = 0
         self._ended = time.monotonic()
         self.expires = self._ended + self._keepalive
         self._begin()
@@ -165,6 +167,7 @@ class Caller(Unreader):
         except BlockingIOError:
             return
         self._has_ended = not data
+        self.held += len(data)
         self.buf.seek(0, io.SEEK_END)
         self.buf.write(data)
         if not self._has_begun:

@@ -29,6 +29,10 @@ LOOK_SECONDS = 1.0
 # Seconds that a stopping worker keeps idle connections: a request may be in transit.
 LINGER_SECONDS = 2.0
 
+# Maximum bytes of incomplete requests in a worker, and the bytes of one that count as large.
+MAX_HELD_BYTES = 32 * 1024 * 1024
+LARGE_BYTES = 32 * 1024
+
 # Seconds without accepting connections after a lack of descriptors or memory.
 SHORTAGE_SECONDS = 0.5
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -183,10 +187,16 @@ class Worker(base.Worker):
             turn.end()
             if conn is None:  # it expired meanwhile
                 continue
-            if kept:
+            if kept and not self._is_too_much(conn):
                 self._arm(conn)
             else:
                 self._close(conn)
+
+    def _is_too_much(self, conn: Caller) -> bool:
+        """Return True if incomplete requests take too much memory, and `conn` a lot of it."""
+        if conn.held < LARGE_BYTES:
+            return False
+        return conn.held + sum(other.held for other in [*self._waiting.values()]) > MAX_HELD_BYTES
 
     def _rank(self, fd: int) -> float:
         conn = self._waiting.get(fd)
