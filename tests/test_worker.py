@@ -458,6 +458,8 @@ def test_incomplete_requests_take_a_bounded_amount_of_memory(service: Service) -
             answers_at_once(service)
         assert worker.memory_info().rss - before < 4 * MAX_HELD_BYTES
         for sock in socks:
-            with suppress(ConnectionResetError):
+            try:
                 closed += not sock.recv(1)
+            except ConnectionResetError:
+                closed += 1
     assert closed >= count // 2
