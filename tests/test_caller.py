@@ -166,3 +166,17 @@ def test_malformed_chunks_raise_the_os_error_that_wsgi_libraries_expect() -> Non
     with pytest.raises(NoMoreData) as raised:
         BodyReader(Malformed()).read(10)
     assert isinstance(raised.value, OSError)
+
+
+def test_a_request_that_waits_for_a_thread_does_not_expire(
+    conn: Caller, caller: socket.socket
+) -> None:
+    later = conn.expires + 1
+    assert conn.has_expired(later)
+    caller.sendall(HEAD[:5])
+    assert not conn.has_expired(later)  # nobody has read it
+    conn.receive()
+    assert conn.has_expired(conn.expires + 1)
+    assert not conn.has_expired(conn.expires - 1)
+    caller.sendall(b"X")
+    assert conn.has_expired(conn.expires + 1)  # it had its time

@@ -427,3 +427,26 @@ def test_a_caller_whose_body_does_not_arrive_gets_a_reply_and_no_reset(
         assert requests.get(f"{service.url}/healthz", timeout=10).status_code == 200
         for sock in socks:
             assert sock.recv(65536) == b""
+
+
+def test_the_wait_for_a_thread_counts(
+    start_service: StartService, make_provider: MakeProvider, add_provider: AddProvider
+) -> None:
+    """The worker is stopped while a request arrives, as if it were busy."""
+    add_provider(make_provider().url)
+    service = start_service(
+        WEB_CONCURRENCY="1", HTTP_CLIENT_TIMEOUT="1s", NOTIFY_DEADLINE="1s"
+    ).wait_until_listening()
+    (worker,) = service.booted()
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as sock:
+        worker.suspend()
+        sock.sendall(post(json.dumps(MESSAGE).encode()))
+        time.sleep(1.5)  # the time that is measured
+        worker.resume()
+        assert sock.recv(65536).startswith(b"HTTP/1.1 503 ")
+    assert service.metric("notification_wait_seconds_count") == 1
+    assert service.metric("notification_wait_seconds_sum") >= 1.4
+    (line,) = [line for line in service.lines() if line.get("status") == 503]
+    assert line["reason"] == "no time left"
+    assert line["duration_ms"] >= 1400
+    assert service.notify().status_code == 200

@@ -5,7 +5,6 @@ wait to send a reply that is larger than the kernel's send buffer.
 """
 
 import io
-import math
 import re
 import socket
 import struct
@@ -121,9 +120,11 @@ class Caller(Unreader):
 
         A request has an advantage over requests on connections that send the next one at once.
         """
-        at = max(time.monotonic() - self._seconds_since_data(), self._ended)
-        pause = at - self._ended if self._has_served else math.inf
-        return Arrival(at, at - min(ADVANTAGE * pause, MAX_ADVANTAGE))
+        at = time.monotonic() - self._seconds_since_data()
+        if not self._has_served:  # it may have arrived before its connection was accepted
+            return Arrival(at, at - MAX_ADVANTAGE)
+        at = max(at, self._ended)
+        return Arrival(at, at - min(ADVANTAGE * (at - self._ended), MAX_ADVANTAGE))
 
     def _seconds_since_data(self) -> float:
         """Return the seconds since the last byte arrived; 0 for a short time, or if unknown."""
@@ -148,6 +149,10 @@ class Caller(Unreader):
         self.expires = self._ended + self._keepalive
         self._begin()
         return True
+
+    def has_expired(self, now: float) -> bool:
+        """Return True if its time is over, and not only because its request waits for a thread."""
+        return self.expires < now and (self._has_begun or self.leaving or self.is_idle())
 
     def give_up(self) -> bool:
         """End the time of the request; return True if its head deserves a reply."""

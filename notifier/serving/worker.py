@@ -159,7 +159,7 @@ class Worker(base.Worker):
         for conn in list(self._waiting.values()):
             if not self.alive:
                 conn.expires = min(conn.expires, now + LINGER_SECONDS)
-            if conn.expires < now and self._waiting.pop(conn.fd, None) is not None:
+            if conn.has_expired(now) and self._waiting.pop(conn.fd, None) is not None:
                 self._expire(conn)
 
     def _expire(self, conn: Caller) -> None:
