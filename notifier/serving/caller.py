@@ -7,8 +7,6 @@ wait to send a reply that is larger than the kernel's send buffer.
 import io
 import re
 import socket
-import struct
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,18 +34,6 @@ _EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 _NOTHING = (b"", b"\r")
 
 _INTERIM_REPLY = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-# Seconds. The kernel counts shorter times too roughly.
-TICK = 0.01
-
-# A request ranks by its arrival, less so many times its pause after the last reply on the same
-# connection, up to a second. So a caller that sends one request after the other cannot crowd out
-# others, and waits for a second more at most.
-ADVANTAGE = 10
-MAX_ADVANTAGE = 1.0
-
-# Position of tcpi_last_data_recv in Linux's struct tcp_info: milliseconds since data arrived.
-_LAST_DATA = struct.Struct("=52xI")
 
 
 class Caller(Unreader):
@@ -116,24 +102,8 @@ class Caller(Unreader):
         return self._has_ended or self._has_body()
 
     def arrival(self) -> Arrival:
-        """Return when the last byte of the request arrived, and the rank of the request.
-
-        A request has an advantage over requests on connections that send the next one at once.
-        """
-        at = time.monotonic() - self._seconds_since_data()
-        if not self._has_served:  # it may have arrived before its connection was accepted
-            return Arrival(at, at - MAX_ADVANTAGE)
-        at = max(at, self._ended)
-        return Arrival(at, at - min(ADVANTAGE * (at - self._ended), MAX_ADVANTAGE))
-
-    def _seconds_since_data(self) -> float:
-        """Return the seconds since the last byte arrived; 0 for a short time, or if unknown."""
-        if not sys.platform.startswith("linux"):
-            return 0.0
-        info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA.size)
-        (milliseconds,) = _LAST_DATA.unpack(info)
-        seconds: float = milliseconds / 1000
-        return seconds if seconds >= TICK else 0.0
+        """Return the arrival of the request: that of its last byte."""
+        return Arrival.on(self.socket, self._ended if self._has_served else None)
 
     def chunk(self, size_hint: int | None = None) -> bytes:
         """Return no more bytes: gunicorn's parser gets only those that have arrived."""
