@@ -199,8 +199,10 @@ class Worker(base.Worker):
         return conn.held + sum(other.held for other in [*self._waiting.values()]) > MAX_HELD_BYTES
 
     def _rank(self, fd: int) -> float:
-        conn = self._waiting.get(fd)
-        return conn.arrival().rank if conn else 0.0  # it expired meanwhile
+        try:
+            return self._waiting[fd].arrival().rank
+        except (KeyError, OSError):  # it expired meanwhile
+            return 0.0
 
     def _attend(self, conn: Caller, turn: Turn) -> bool:
         """Read from `conn` and answer a request that is ready; return False to close `conn`."""
