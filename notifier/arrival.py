@@ -52,7 +52,10 @@ def _seconds_since_data(sock: socket.socket) -> float:
     """Return the seconds since the last byte arrived; 0 for a short time, or if unknown."""
     if not sys.platform.startswith("linux"):
         return 0.0
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA.size)
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA.size)
+    except OSError:  # another thread has closed it, or it is no TCP connection
+        return 0.0
     (milliseconds,) = _LAST_DATA.unpack(info)
     seconds: float = milliseconds / 1000
     return seconds if seconds >= TICK else 0.0

@@ -463,3 +463,31 @@ def test_incomplete_requests_take_a_bounded_amount_of_memory(service: Service) -
             except ConnectionResetError:
                 closed += 1
     assert closed >= count // 2
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/api/v1.0/recipient/buyer/notify", "/api/v1.0/recipient/nobody/notify", "/healthz", "/"],
+)
+def test_a_body_that_is_too_large_closes_its_connection_and_no_other(
+    service: Service, path: str
+) -> None:
+    with requests.Session() as session:
+        for _ in range(3):
+            reply = session.post(service.url + path, data=b" " * 300_000, timeout=30)
+            assert reply.status_code in (405, 413, 422)
+            assert reply.headers["Connection"] == "close"
+            assert session.get(f"{service.url}/healthz", timeout=30).status_code == 200
+    assert "Traceback" not in service.log.read_text()
+    assert "could not serve" not in service.log.read_text()
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 30])
+def test_a_head_that_is_too_long_is_refused(service: Service, pieces: int) -> None:
+    head = PING[:-2] + b"".join(b"X-%d: %s\r\n" % (n, b"y" * 4000) for n in range(90)) + b"\r\n"
+    with connect(service) as sock:
+        size = len(head) // pieces + 1
+        with suppress(OSError):  # it is refused before its end
+            for start in range(0, len(head), size):
+                sock.sendall(head[start : start + size])
+        assert sock.recv(65536).startswith(b"HTTP/1.1 431 ")

@@ -13,11 +13,11 @@ from contextlib import suppress
 from typing import Any
 
 from gunicorn.http import RequestParser
-from gunicorn.http.errors import NoMoreData, ParseException
+from gunicorn.http.errors import LimitRequestHeaders, NoMoreData, ParseException
 from gunicorn.http.unreader import Unreader
 
 from notifier.arrival import Arrival
-from notifier.serving.framing import Framing, framing_of
+from notifier.serving.framing import Body, Framing, framing_of
 from notifier.serving.refusals import check_host
 
 # Maximum seconds from the connection to its first byte, from the first byte of a request to its
@@ -68,6 +68,7 @@ class Caller(Unreader):
         self._has_ended = False  # the caller has closed its sending side, or its time is over
         self._request: Any = None  # whose body has not arrived
         self._framing: Framing | None = None
+        self._body = Body.WHOLE
         self._reply: list[bytes] = []
 
     # --- reading
@@ -95,6 +96,10 @@ class Caller(Unreader):
         request, self._request = self._request, None
         return request
 
+    def is_whole(self) -> bool:
+        """Return True if the last request that `receive` returned had arrived to its last byte."""
+        return self._body is Body.WHOLE
+
     def has_request(self) -> bool:
         """Return True if `receive` can return a request, or refuse it, without reading."""
         if self._request is None:
@@ -114,7 +119,7 @@ class Caller(Unreader):
         if not self._parser.finish_body() or self._has_ended:
             return False
         self._has_begun, self._has_served = False, True
-        self.held = 0
+        self.held = len(self.buf.getvalue())
         self._ended = time.monotonic()
         self.expires = self._ended + self._keepalive
         self._begin()
@@ -166,11 +171,16 @@ class Caller(Unreader):
         return data.count(b"\n") != data.count(b"\r\n")  # the parser refuses bare line feeds
 
     def _has_body(self) -> bool:
-        return self._framing is None or self._framing.is_complete(self.buf.getvalue())
+        if self._framing:
+            self._body = self._framing.body(self.buf.getvalue())
+        return self._body is not Body.PART
 
     def _parse(self) -> None:
         """Parse a head, and send the interim reply if the caller waits for one."""
-        request = next(self._parser)
+        try:
+            request = next(self._parser)
+        except NoMoreData:  # it is longer than `HEAD_BYTES`
+            raise LimitRequestHeaders("the head is too long") from None
         check_host(request)
         self._request, self._framing = request, framing_of(request)
         if not self._has_body() and _expects_interim_reply(request):

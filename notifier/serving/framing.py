@@ -1,6 +1,7 @@
 """Finds the end of a request's body in the bytes that have arrived, without waiting for more."""
 
 import re
+from enum import Enum
 from typing import Any, Protocol
 
 from gunicorn.http.body import LengthReader
@@ -13,11 +14,20 @@ MAX_CHUNKED_BYTES = 4 * MAX_BODY_BYTES
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(?:;|$)")
 
 
+class Body(Enum):
+    """How much of a body has arrived."""
+
+    PART = "part"
+    WHOLE = "whole"
+    # The rest need not arrive: the application refuses the body.
+    UNUSABLE = "too long or malformed"
+
+
 class Framing(Protocol):
     """The framing of one body."""
 
-    def is_complete(self, received: bytes) -> bool:
-        """Return True if `received` has the whole body, or if it is too long or malformed.
+    def body(self, received: bytes) -> Body:
+        """Return how much of the body has arrived.
 
         Args:
             received: all bytes after the head.
@@ -36,8 +46,10 @@ class _Length:
     def __init__(self, length: int) -> None:
         self._length = length
 
-    def is_complete(self, received: bytes) -> bool:
-        return len(received) >= self._length or self._length > MAX_BODY_BYTES
+    def body(self, received: bytes) -> Body:
+        if self._length > MAX_BODY_BYTES:
+            return Body.UNUSABLE
+        return Body.WHOLE if len(received) >= self._length else Body.PART
 
 
 class _Chunks:
@@ -48,16 +60,17 @@ class _Chunks:
         self._size = 0  # of all chunks before it
         self._is_last = False
 
-    def is_complete(self, received: bytes) -> bool:
+    def body(self, received: bytes) -> Body:
         while not self._is_last and (end := received.find(b"\r\n", self._next)) >= 0:
             match = _CHUNK_SIZE.match(received, self._next, end)
             if not match:
-                return True
+                return Body.UNUSABLE
             size = int(match[1], 16)
             self._size += size
             self._is_last = size == 0
             self._next = end if self._is_last else end + 2 + size + 2
         if self._is_last and received.find(b"\r\n\r\n", self._next) >= 0:  # after the trailers
-            return True
+            return Body.WHOLE
         arrived = self._size - max(0, self._next - 2 - len(received))
-        return arrived > MAX_BODY_BYTES or len(received) > MAX_CHUNKED_BYTES
+        is_too_long = arrived > MAX_BODY_BYTES or len(received) > MAX_CHUNKED_BYTES
+        return Body.UNUSABLE if is_too_long else Body.PART

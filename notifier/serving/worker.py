@@ -199,10 +199,8 @@ class Worker(base.Worker):
         return conn.held + sum(other.held for other in [*self._waiting.values()]) > MAX_HELD_BYTES
 
     def _rank(self, fd: int) -> float:
-        try:
-            return self._waiting[fd].arrival().rank
-        except (KeyError, OSError):  # it expired meanwhile
-            return 0.0
+        conn = self._waiting.get(fd)
+        return conn.arrival().rank if conn else 0.0  # it expired meanwhile
 
     def _attend(self, conn: Caller, turn: Turn) -> bool:
         """Read from `conn` and answer a request that is ready; return False to close `conn`."""
@@ -251,7 +249,7 @@ class Worker(base.Worker):
         turn.arrival = conn.arrival()
         environ["notifier.turn"] = turn
         environ["notifier.refusal"] = refusal
-        if self._is_last():
+        if self._is_last() or not conn.is_whole():
             reply.force_close()
         chunks = self.wsgi(environ, reply.start_response)
         try:
