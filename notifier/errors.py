@@ -15,7 +15,6 @@ _SHORTAGES = frozenset(
         *(errno.EMFILE, errno.ENFILE),
         *(errno.ENOMEM, errno.ENOBUFS),
         errno.EADDRNOTAVAIL,
-        errno.EAGAIN,  # of a thread that cannot start; sockets here never raise it
     }
 )
 

@@ -31,8 +31,8 @@ from prometheus_client.registry import Collector
 from pybreaker import STATE_CLOSED, STATE_HALF_OPEN, STATE_OPEN
 
 from notifier import __version__
-from notifier.merged_metrics import MergedMetrics
-from notifier.metric_files import MetricFiles
+from notifier.sharing.merged_metrics import MergedMetrics
+from notifier.sharing.metric_files import MetricFiles
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 

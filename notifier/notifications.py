@@ -11,7 +11,7 @@ from notifier.capacity import Capacity
 from notifier.delivery import Delivery, Report
 from notifier.models import Message, Recipient
 from notifier.settings import Settings
-from notifier.snapshot import Snapshot
+from notifier.sharing.snapshot import Snapshot
 from notifier.store.handover import Handover
 from notifier.store.preferences import Preferences
 from notifier.store.refresher import Refresher

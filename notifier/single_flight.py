@@ -24,7 +24,7 @@ def start(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError as error:
-        raise OSError(errno.EAGAIN, "can't start new thread") from error
+        raise OSError(errno.ENOMEM, "can't start new thread") from error
 
 
 class SingleFlight(Generic[Key, Result]):

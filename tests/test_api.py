@@ -26,7 +26,7 @@ from notifier.errors import AttemptOutcome
 from notifier.models import Channel, ChannelOutcome, Message, Recipient
 from notifier.settings import MIN_DEADLINE, Settings
 from notifier.web.body import MAX_BODY_BYTES
-from notifier.web.requests import Turn
+from notifier.web.requests import Unlimited
 from tests.addresses import INVALID, LOCAL, VALID
 from tests.fixtures import Growth, MakeSettings
 
@@ -504,8 +504,8 @@ def test_a_valid_request_without_a_place_is_refused(
         assert client.post(NOTIFY, json=GOOD).status_code in (200, 500)
 
 
-def turn_of(arrival: Arrival) -> Turn:
-    turn = Turn()
+def turn_of(arrival: Arrival) -> Unlimited:
+    turn = Unlimited()
     turn.arrival = arrival
     return turn
 

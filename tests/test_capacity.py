@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import requests
 
-from notifier import capacity as capacity_module
+from notifier import ranked_queue
 from notifier.arrival import Arrival
 from notifier.capacity import Capacity
 from notifier.errors import Overloaded
@@ -51,7 +51,7 @@ def give(capacity: Capacity, places: int = 1) -> None:
 
 
 def is_as_new(capacity: Capacity, places: int) -> bool:
-    return capacity._free == places and not capacity._waiting
+    return capacity._free == places and not capacity._queue
 
 
 @pytest.fixture
@@ -67,9 +67,9 @@ def queue(pool: ThreadPoolExecutor, capacity: Capacity, then: Callable[[], None]
         take(capacity)
         then()
 
-    already = len(capacity._waiting)
+    already = len(capacity._queue)
     waiting = pool.submit(wait)
-    eventually(lambda: len(capacity._waiting) == already + 1)
+    eventually(lambda: len(capacity._queue) == already + 1)
     return waiting
 
 
@@ -147,7 +147,7 @@ def test_a_request_that_leaves_the_queue_does_not_use_up_the_turn_of_the_next(
             return timeout is None or not patience_ends.wait(timeout)
 
     with monkeypatch.context() as patch:
-        patch.setattr(capacity_module, "threading", SimpleNamespace(Lock=Turn))
+        patch.setattr(ranked_queue, "threading", SimpleNamespace(Lock=Turn))
         impatient = queue(pool, capacity, lambda: came.append("impatient"))
     patient = queue(pool, capacity, lambda: came.append("patient"))
     patience_ends.set()
@@ -175,7 +175,7 @@ def test_a_place_handed_over_just_as_the_wait_times_out_is_not_lost(
         def release(self) -> None:
             """Do nothing: the waiter has timed out already."""
 
-    monkeypatch.setattr(capacity_module, "threading", SimpleNamespace(Lock=Turn))
+    monkeypatch.setattr(ranked_queue, "threading", SimpleNamespace(Lock=Turn))
     take(capacity)
     assert growth("notifications_refused_total") == {}
     assert growth("notification_wait_seconds_count") == {(): 1}

@@ -490,7 +490,7 @@ def test_our_own_shortage_is_neutral_for_the_breaker_and_the_next_provider_is_tr
                 "notifier.wire.transport.WireAdapter._close_idle", lambda _: False
             )
         else:
-            error = OSError(errno.EAGAIN, "can't start new thread")
+            error = OSError(errno.ENOMEM, "can't start new thread")
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             patch.setattr("notifier.wire.connector.SingleFlight.run", raising(error))
         for _ in range(5):

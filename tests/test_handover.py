@@ -11,7 +11,7 @@ import pytest
 
 from notifier.models import Channel, Provider
 from notifier.settings import Settings
-from notifier.snapshot import LARGEST, Snapshot
+from notifier.sharing.snapshot import LARGEST, Snapshot
 from notifier.store.db import Database
 from notifier.store.handover import Handover, Load
 from notifier.store.preferences import Preferences

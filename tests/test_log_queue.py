@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from notifier import log_queue
-from notifier.log_queue import FLUSH_SECONDS, MAX_LINES, QueueHandler
+from notifier.serving import log_queue
+from notifier.serving.log_queue import FLUSH_SECONDS, MAX_LINES, QueueHandler
 from tests.timing import within
 
 ROOT = Path(__file__).parent.parent
@@ -327,7 +327,7 @@ def test_text_for_a_stderr_without_a_reader_raises_nothing() -> None:
 
 PROGRAM = """
 import logging, os, signal, sys, threading
-from notifier.log_queue import QueueHandler
+from notifier.serving.log_queue import QueueHandler
 
 handler = QueueHandler(sys.stdout)
 logging.basicConfig(handlers=[handler], format="%(message)s", level="INFO")

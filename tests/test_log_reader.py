@@ -26,7 +26,7 @@ DROPPED = "log lines dropped"
 
 SHORT_QUEUE = f"""
 import runpy
-from notifier import log_queue
+from notifier.serving import log_queue
 
 log_queue.MAX_LINES = {KEPT}
 globals().update(runpy.run_path("gunicorn.conf.py"))

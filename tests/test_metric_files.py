@@ -18,8 +18,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, valu
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from notifier.merged_metrics import MergedMetrics
-from notifier.metric_files import HISTOGRAM_BYTES, OTHER_BYTES, MetricFiles
+from notifier.sharing.merged_metrics import MergedMetrics
+from notifier.sharing.metric_files import HISTOGRAM_BYTES, OTHER_BYTES, MetricFiles
 
 Series = dict[tuple[str, ...], float]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from notifier import snapshot as snapshot_module
 from notifier.serving import master
-from notifier.snapshot import LARGEST, LOCK_WAIT, Snapshot
+from notifier.sharing import snapshot as snapshot_module
+from notifier.sharing.snapshot import LARGEST, LOCK_WAIT, Snapshot
 from tests.timing import within
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 # A process that has inherited a snapshot, as `shared`.
 WORKER = """
 import os, resource, signal, sys, time
-from notifier.snapshot import Snapshot
+from notifier.sharing.snapshot import Snapshot
 
 shared = Snapshot.__new__(Snapshot)
 shared._fd = int(sys.argv[1])

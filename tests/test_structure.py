@@ -54,15 +54,13 @@ LEVELS = {
     "characters": 1,
     "environ": 1,
     "errors": 1,
-    "log_queue": 1,
     "logs": 1,
     "metrics": 1,
     "models": 1,
+    "ranked_queue": 1,
     "single_flight": 1,
-    "snapshot": 1,
     "variables": 1,
-    "merged_metrics": 0,
-    "metric_files": 0,
+    "sharing": 0,
 }
 
 # Only these may import Flask or werkzeug.

@@ -23,9 +23,9 @@ from typing import Any
 from gunicorn.glogging import Logger
 
 from notifier import logs
-from notifier.log_queue import QueueHandler, dropping
+from notifier.serving.log_queue import QueueHandler, dropping
 from notifier.settings import Settings, SettingsError
-from notifier.snapshot import Snapshot
+from notifier.sharing.snapshot import Snapshot
 from notifier.variables import WITHOUT_EFFECT, unknown_variables
 
 # Folder of a memory file system, where writes never wait for a disk; None if there is none.

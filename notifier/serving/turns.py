@@ -8,12 +8,12 @@ Requests that have begun go before ready connections. Both queue by rank.
 """
 
 import heapq
-import itertools
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 
 from notifier.arrival import Arrival
+from notifier.ranked_queue import RankedQueue
 from notifier.serving.poller import NOTHING, STOPPED, Poller
 
 # Maximum threads that run at once. If there were more, each would wait for the interpreter after
@@ -51,8 +51,7 @@ class Turns:
         self._taken = self._taken_before = 0  # turns in all, and at the last look
         self._runners = RUNNERS
         self._resting: list[threading.Lock] = []  # released to let a thread take a connection
-        self._resuming: list[tuple[float, int, threading.Lock]] = []  # a heap, by rank
-        self._numbers = itertools.count()
+        self._resuming = RankedQueue()  # threads whose requests have begun
         self._queue: list[tuple[float, int]] = []  # a heap of ranks and file descriptors
         self._stopped = False
 
@@ -97,7 +96,8 @@ class Turns:
                 if self._stopped:
                     return STOPPED
                 if self._running >= self._runners:
-                    rest = _closed_lock()
+                    rest = threading.Lock()
+                    rest.acquire()
                     self._resting.append(rest)
                 elif (fd := self._next_in_queue()) != NOTHING:
                     self._run()
@@ -125,14 +125,11 @@ class Turns:
             if self._running < self._runners:
                 self._running += 1
                 return
-            turn = (rank, next(self._numbers), _closed_lock())
-            heapq.heappush(self._resuming, turn)
-        if turn[2].acquire(timeout=PATIENCE):
+            ticket = self._resuming.join(rank)
+        if ticket.wait(PATIENCE):
             return
         with self._lock:
-            if turn in self._resuming:  # else it got its turn just now
-                self._resuming.remove(turn)
-                heapq.heapify(self._resuming)
+            if self._resuming.leave(ticket):
                 self._running += 1
 
     def _run(self) -> None:
@@ -145,7 +142,7 @@ class Turns:
         while self._resuming and self._running < self._runners:
             self._running += 1
             self._taken += 1
-            heapq.heappop(self._resuming)[2].release()
+            self._resuming.call()
         if self._idle or self._running >= self._runners:
             return
         if self._resting:
@@ -216,9 +213,3 @@ class Turn:
         if self._has:
             self._has = False
             self._turns.end()
-
-
-def _closed_lock() -> "threading.Lock":
-    lock = threading.Lock()
-    lock.acquire()
-    return lock

@@ -4,7 +4,6 @@ A connection occupies a thread from the arrival of a whole request until the rep
 main thread accepts connections and closes expired ones, and never waits for a caller.
 """
 
-import errno
 import itertools
 import mmap
 import os
@@ -17,6 +16,7 @@ from gunicorn.http import wsgi
 from gunicorn.http.errors import ParseException
 from gunicorn.workers import base
 
+from notifier.errors import is_shortage
 from notifier.serving.caller import BodyReader, Caller
 from notifier.serving.listening import plain
 from notifier.serving.poller import STOPPED
@@ -35,7 +35,6 @@ LARGE_BYTES = 32 * 1024
 
 # Seconds without accepting connections after a lack of descriptors or memory.
 SHORTAGE_SECONDS = 0.5
-_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 # Seconds between checks whether a stopping worker has finished.
 STOP_LOOK_SECONDS = 0.1
@@ -125,7 +124,7 @@ class Worker(base.Worker):
         try:
             sock, client = listener.accept()
         except OSError as error:  # usually another worker took it, or the caller left
-            if error.errno in _SHORTAGES:
+            if is_shortage(error):
                 self.log.error("cannot accept connections: %s", error.strerror)  # noqa: TRY400 no traceback
                 self._accept_from = time.monotonic() + SHORTAGE_SECONDS
                 self._make_room()

@@ -10,7 +10,7 @@ from operator import attrgetter
 from notifier import __version__
 from notifier.models import Channel, Provider
 from notifier.settings import Settings
-from notifier.snapshot import Snapshot
+from notifier.sharing.snapshot import Snapshot
 
 Providers = Mapping[Channel, tuple[Provider, ...]]
 

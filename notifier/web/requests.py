@@ -14,6 +14,7 @@ from notifier import metrics
 from notifier.arrival import Arrival
 from notifier.logs import request_id
 from notifier.notifications import Notifier
+from notifier.serving.turns import Turn
 
 # RFC 9110's, and PATCH. A caller may send any other word as a method; metrics do not show it.
 METHODS = frozenset(HTTPMethod)
@@ -27,8 +28,8 @@ log = logging.getLogger(__name__)
 _USABLE_REQUEST_ID = re.compile(r"[\x20-\x7e]{1,128}")
 
 
-class Turn:
-    """The turn of a request to run, where the server gives none: it has one all the time."""
+class Unlimited:
+    """The turn of a request in a server that has no turns, such as that of `flask run`."""
 
     def __init__(self) -> None:
         self.arrival = Arrival.now()
@@ -47,7 +48,7 @@ class CurrentRequest:
     `turn` is its turn to run, from the server. `log_fields` go into its log line.
     """
 
-    turn: Turn
+    turn: Turn | Unlimited
     is_operators: bool
     log_fields: dict[str, Any] = field(default_factory=dict)
 
@@ -72,7 +73,7 @@ def register(app: Flask) -> None:
 def _begin() -> None:
     given = request.environ.get("HTTP_X_REQUEST_ID", "")
     request_id.set(given if _USABLE_REQUEST_ID.fullmatch(given) else _new_request_id())
-    turn = request.environ.get("notifier.turn") or Turn()
+    turn = request.environ.get("notifier.turn") or Unlimited()
     g.current = CurrentRequest(turn, request.blueprint == OPERATORS)
     if not g.current.is_operators:
         metrics.ACTIVE_REQUESTS.inc()

@@ -52,7 +52,7 @@ def _configure() -> None:
     from notifier import logs  # noqa: PLC0415
 
     try:
-        from notifier.log_queue import QueueHandler  # noqa: PLC0415
+        from notifier.serving.log_queue import QueueHandler  # noqa: PLC0415
     except ImportError:  # an older checkout, which writes each line at once
         logs.configure("notifier", "INFO")  # type: ignore[call-arg]
     else:
