@@ -63,7 +63,7 @@ def crowd() -> Iterator[Crowd]:
         eventually(lambda: not any(thread.name == "request" for thread in threading.enumerate()))
 
 
-def test_few_requests_begin_at_once_and_the_others_follow(crowd: Crowd) -> None:
+def test_one_request_begins_at_a_time_and_the_others_follow(crowd: Crowd) -> None:
     crowd.arrive(*range(MANY))
     for begun in range(RUNNERS, MANY + 1):
         eventually(lambda begun=begun: len(crowd.taken) == begun)

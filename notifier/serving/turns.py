@@ -1,8 +1,8 @@
 """Gives threads turns: which of them may run, and which ready connection the next one takes.
 
-Threads share the interpreter, so many requests that run at once are all slow. Only `RUNNERS`
-threads run at the same time. A request gives up its turn while it waits for others, such as a
-provider, and takes another one afterwards.
+Threads share the interpreter, so many requests that run at once are all slow. Under load only
+`RUNNERS` threads run at the same time. A request gives up its turn while it waits for others, such
+as a provider, and takes another one afterwards.
 
 Requests that have begun go before ready connections. Both queue by rank.
 """
@@ -192,7 +192,7 @@ class Turn:
     __slots__ = ("_has", "_turns", "arrival")
 
     def __init__(self, turns: Turns) -> None:
-        self.arrival = Arrival.now()
+        self.arrival: Arrival  # set before the application runs
         self._turns = turns
         self._has = True
 
