@@ -46,9 +46,9 @@ logger_class = JsonLogger
 
 
 def on_starting(server):
-    """Check the configuration and the environment, and log what is noteworthy."""
+    """Check the configuration and the environment, and log warnings."""
     master.on_starting(server)
-    descriptors.log_shortage(settings)
+    descriptors.log_low_limit(settings)
 
 
 def when_ready(server):

@@ -6,9 +6,9 @@ import sys
 import time
 from typing import NamedTuple
 
-# A request ranks by its arrival, less so many times its pause after the last reply on the same
-# connection, up to a second. So a caller that sends one request after the other cannot crowd out
-# others, and waits for a second more at most.
+# The rank of a request is its arrival, minus `ADVANTAGE` times the pause since the last reply on
+# its connection, at most `MAX_ADVANTAGE` seconds. So callers that send one request after the other
+# cannot crowd out others, and others delay them by at most a second.
 ADVANTAGE = 10
 MAX_ADVANTAGE = 1.0
 

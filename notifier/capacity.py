@@ -9,7 +9,7 @@ from notifier.arrival import Arrival
 from notifier.errors import Overloaded
 from notifier.ranked_queue import RankedQueue, Ticket
 
-# Seconds from the arrival of a request that are no wait: a thread takes it and reads it.
+# Seconds from the arrival of a request. Shorter delays are its normal handling, and no wait.
 READING_SECONDS = 0.01
 
 

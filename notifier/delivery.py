@@ -89,7 +89,7 @@ class Report:
 
 
 class _Once:
-    """Work that the first thread to reach it runs: one of the pool, or the one that needs it."""
+    """Work that runs once: in a pool thread, or in the thread that needs its result."""
 
     def __init__(self, work: Callable[[], ChannelResult]) -> None:
         self._work = work

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Ticket(NamedTuple):
-    """The place of a thread in a queue. Among equal ranks the lowest number is first."""
+    """The position of a thread in a queue. Among equal ranks the lowest number is first."""
 
     rank: float
     number: int

@@ -73,7 +73,7 @@ def proxies(environ: Mapping[str, str]) -> dict[str, str]:
 def proxy_problems(environ: Mapping[str, str]) -> list[str]:
     """Return a line for each variable in use that names no usable proxy.
 
-    The lines never show the value: what looks like a port may be a password.
+    The lines never show the value: a password may stand where a port is expected.
     """
     urls = dict(_proxies(environ).values())
     problems = {name: _proxy_problem(url) for name, url in urls.items()}

@@ -35,8 +35,8 @@ NAMES = [
 ]
 TABLE = "notification_preferences"
 LIMITED = (
-    f"may open {4 * min(4, available_cpus()) * 1000} connections:"
-    " 4 * WEB_CONCURRENCY * WEB_INSTANCES"
+    f"may open at most {4 * min(4, available_cpus()) * 1000} connections"
+    " (4 * WEB_CONCURRENCY * WEB_INSTANCES)"
 )
 GRANTED = f"role {SERVING} may read {TABLE}\nrole {SERVING} {LIMITED}\n"
 INDEX = "idx_notification_prefs_provider_deleted_active"
@@ -403,8 +403,8 @@ def test_the_holders_of_the_lock_are_named_in_one_line(
             result = run(empty_database, command)
             assert result.exit_code == 1
             assert result.output == (
-                f"Error: the lock of migrations has been taken for 200ms by {', '.join(held)}: try"
-                " again when it is done; if it is no migration, ask an administrator to run:"
+                f"Error: the migration lock has been held for 200ms by {', '.join(held)}: try"
+                " again when that has finished; if it is not a migration, ask an administrator to run:"
                 f" {ends}\n"
             )
         execute(superuser_of(empty_database), ends)

@@ -61,7 +61,7 @@ def test_the_role_may_open_four_connections_for_each_worker(
 ) -> None:
     name = fresh["DB_USERNAME"]
     environment = fresh | {"WEB_CONCURRENCY": workers, "WEB_INSTANCES": instances}
-    line = f"role {name} may open {limit} connections: 4 * WEB_CONCURRENCY * WEB_INSTANCES"
+    line = f"role {name} may open at most {limit} connections (4 * WEB_CONCURRENCY * WEB_INSTANCES)"
     for _ in range(2):
         assert notices(environment) == [line]
         assert limit_of(fresh) == limit

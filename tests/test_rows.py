@@ -364,7 +364,7 @@ def test_the_list_names_a_bad_row_and_its_column(
     outputs = [run(database, "list", *option) for option in ((), ("--json",))]
     assert [output.exit_code for output in outputs] == [0, 0]
     _, bad, good = outputs[0].output.splitlines()
-    assert bad.endswith("active unusable (provider_name: longer than 1000 bytes)")
+    assert bad.endswith("active skipped (provider_name: longer than 1000 bytes)")
     assert good.endswith("active")
     shown = {one["id"]: (one["name"], one["problem"]) for one in json.loads(outputs[1].output)}
     assert shown == {1: (None, "provider_name: longer than 1000 bytes"), 2: ("fine", None)}

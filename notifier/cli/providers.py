@@ -277,7 +277,7 @@ def _show(entry: Entry, *, as_json: bool) -> None:
 
 
 def _shown(entry: Entry) -> dict[str, Any]:
-    problem = entry.problem and f"unusable ({entry.problem})"
+    problem = entry.problem and f"skipped ({entry.problem})"
     return {
         "id": entry.id,
         "channel": entry.channel,

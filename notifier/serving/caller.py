@@ -64,9 +64,9 @@ class Caller(Unreader):
         self._parser.unreader = self  # type: ignore[assignment]  # replaces gunicorn's own
         self._keepalive: float = cfg.keepalive
         self._has_begun = False  # a request has begun to arrive
-        self._has_served = False  # a request before it has had its reply
+        self._has_served = False  # an earlier request has been answered
         self._has_ended = False  # the caller has closed its sending side, or its time is over
-        self._request: Any = None  # whose body has not arrived
+        self._request: Any = None  # parsed, while its body is incomplete
         self._framing: Framing | None = None
         self._body = Body.WHOLE
         self._reply: list[bytes] = []

@@ -58,7 +58,7 @@ def connections(settings: Settings, limit: int) -> int:
     return min(room, _wanted(settings))
 
 
-def log_shortage(settings: Settings) -> None:
+def log_low_limit(settings: Settings) -> None:
     """Log a warning if the limit of open files leaves a worker fewer connections than it wants."""
     limit = raise_limit()
     room, wanted = connections(settings, limit), _wanted(settings)

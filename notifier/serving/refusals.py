@@ -41,7 +41,8 @@ _HOST = re.compile(
     rf"|(?:[{_CHARACTERS}]|%[0-9A-Fa-f]{{2}})*)(?::[0-9]*)?"
 )
 
-# The application answers this request in place of one that it must not see. It has no such method.
+# The application gets this request instead of the refused one. No route accepts its method, so the
+# error handler replies.
 _PLACEHOLDER = "REFUSED %s/ HTTP/1.1\r\nConnection: close\r\n\r\n"
 
 

@@ -77,13 +77,13 @@ class Turns:
     def look(self) -> None:
         """Let one more thread run if none has begun to run since the last look.
 
-        The threads that run wait for something unforeseen.
+        The running threads are blocked by a wait that did not give up its turn.
         """
         with self._lock:
             is_stuck = self._running >= RUNNERS and self._taken == self._taken_before
             self._runners = self._running + 1 if is_stuck else RUNNERS
             self._taken_before = self._taken
-            self._hand_over()
+            self._dispatch()
 
     def take(self) -> int:
         """Take a turn; return the file descriptor of a ready connection.
@@ -117,7 +117,7 @@ class Turns:
         with self._lock:
             self._running -= 1
             if calling or self._resuming:
-                self._hand_over()
+                self._dispatch()
 
     def resume(self, rank: float) -> None:
         """Take another turn for a request of this rank; wait for it for `PATIENCE` at most."""
@@ -135,9 +135,9 @@ class Turns:
     def _run(self) -> None:
         self._running += 1
         self._taken += 1
-        self._hand_over()
+        self._dispatch()
 
-    def _hand_over(self) -> None:
+    def _dispatch(self) -> None:
         """Let others run if they may: a request that has begun, or else a thread for the next."""
         while self._resuming and self._running < self._runners:
             self._running += 1
@@ -197,19 +197,19 @@ class Turn:
         self._has = True
 
     def wait(self) -> None:
-        """Give it up, as the request waits for others now."""
+        """Give up the turn while the request waits for a provider or the caller."""
         if self._has:
             self._has = False
             self._turns.end(calling=True)
 
     def resume(self) -> None:
-        """Take it again."""
+        """Take a turn again after a wait."""
         if not self._has:
             self._turns.resume(self.arrival.rank)
             self._has = True
 
     def end(self) -> None:
-        """Give it up for good, as this thread takes the next connection."""
+        """Give up the turn for good: this thread takes the next connection."""
         if self._has:
             self._has = False
             self._turns.end()

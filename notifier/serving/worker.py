@@ -5,6 +5,7 @@ main thread accepts connections and closes expired ones, and never waits for a c
 """
 
 import itertools
+import logging
 import mmap
 import os
 import selectors
@@ -17,6 +18,7 @@ from gunicorn.http.errors import ParseException
 from gunicorn.workers import base
 
 from notifier.errors import is_shortage
+from notifier.logs import OncePerSecond
 from notifier.serving.caller import BodyReader, Caller
 from notifier.serving.listening import plain
 from notifier.serving.poller import STOPPED
@@ -38,6 +40,8 @@ SHORTAGE_SECONDS = 0.5
 
 # Seconds between checks whether a stopping worker has finished.
 STOP_LOOK_SECONDS = 0.1
+
+log = logging.getLogger(__name__)
 
 
 class Worker(base.Worker):
@@ -63,6 +67,7 @@ class Worker(base.Worker):
         # Connections to close when so few more would fill the worker.
         self._margin = max(1, min(self.cfg.threads, self.cfg.worker_connections // 4))
         self._accept_from = 0.0  # when to accept connections again, on time.monotonic()
+        self._shortages = OncePerSecond()
         self._next_look = 0.0  # when to check for expired connections, on time.monotonic()
         # As plain attributes: reading a setting costs 0.4 us, and the parser reads eighteen.
         vars(self.cfg).update({name: each.get() for name, each in self.cfg.settings.items()})
@@ -125,7 +130,9 @@ class Worker(base.Worker):
             sock, client = listener.accept()
         except OSError as error:  # usually another worker took it, or the caller left
             if is_shortage(error):
-                self.log.error("cannot accept connections: %s", error.strerror)  # noqa: TRY400 no traceback
+                if times := self._shortages.times(error.errno):
+                    fields = {"reason": error.strerror, "times": times}
+                    log.error("connection not accepted", extra=fields)  # noqa: TRY400 no traceback
                 self._accept_from = time.monotonic() + SHORTAGE_SECONDS
                 self._make_room()
             return

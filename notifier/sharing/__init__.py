@@ -1,1 +1,1 @@
-"""What the workers of one master share: files of metrics, and the providers for a new worker."""
+"""State that the workers of one master share: metrics, and the providers for a new worker."""

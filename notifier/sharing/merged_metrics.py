@@ -23,8 +23,8 @@ class MergedMetrics(Collector):
     """Adds up the files in `folder`.
 
     A series that is in no file comes from this process's `own` metrics, unless `are_complete` says
-    that the files hold all of these. Counts that this process keeps to itself are not added to a
-    series of the files: the sum would depend on the worker that answers, and Prometheus would take
+    that the files hold every one of its series. Private counts are not added to a series of the
+    files: the sum would depend on the worker that answers, and Prometheus would take
     each decrease for a restart.
     """
 

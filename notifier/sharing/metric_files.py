@@ -3,8 +3,8 @@
 Each worker writes its own files, in the format of prometheus_client's `MmapedDict`, which
 `MultiProcessCollector` reads. prometheus_client's own values live in sparse files, and a write to a
 sparse file on a full file system ends the process with SIGBUS. Here the blocks of a file are
-reserved before it is mapped, so that a lack of room is an error at a known place. A series without
-room is counted in the memory of this process.
+reserved before it is mapped, so a lack of room raises OSError where a file is made or grows. A
+series without room is counted in the memory of this process.
 """
 
 import logging
@@ -198,7 +198,7 @@ def _reserve(file: int, size: int) -> None:
 
 
 def _read(path: Path) -> dict[str, int]:
-    """Return the index of each key's cell; remove a damaged file, as if there were none."""
+    """Return the index of each key's cell; remove a damaged file, to start afresh."""
     try:
         found = [*MmapedDict.read_all_values_from_file(path)]  # type: ignore[no-untyped-call]
     except FileNotFoundError:

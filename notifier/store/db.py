@@ -72,7 +72,7 @@ REASONS_BY_STATE = {
 # Otherwise the first text below that the error's message contains decides. psycopg has no SQLSTATE
 # for a connection that fails or breaks, even if the server sent one. pgbouncer has one for all.
 REASONS_BY_TEXT = {
-    "Too many open files": _SHORTAGE,  # of whichever file or socket
+    "Too many open files": _SHORTAGE,  # first: the message also names a file or socket
     "can't start new thread": _SHORTAGE,
     "Cannot allocate memory": _SHORTAGE,
     "through a pooler": "no notification arrives through a pooler: set DB_LISTEN_HOST or "

@@ -62,7 +62,7 @@ class Standing:
 class Handover:
     """The providers that the workers of one master share, for those that start later.
 
-    Callers take turns. Failures are logged once, until a load has been handed over again.
+    The caller serializes access. Failures are logged once, until a load has been handed over again.
     """
 
     def __init__(self, snapshot: Snapshot, settings: Settings) -> None:

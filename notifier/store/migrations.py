@@ -143,6 +143,6 @@ def _locked(connection: Connection) -> str:
     )
     ends = "; ".join(f"SELECT pg_terminate_backend({pid})" for pid, *_ in holders)
     return (
-        f"the lock of migrations has been taken for {roles.LOCK_WAIT} by {names}: try again when"
-        f" it is done; if it is no migration, {by_administrator(ends)}"
+        f"the migration lock has been held for {roles.LOCK_WAIT} by {names}: try again when that"
+        f" has finished; if it is not a migration, {by_administrator(ends)}"
     )

@@ -68,9 +68,9 @@ def notices(connection: Connection, role: Role, settings: Settings) -> list[str]
     elif role.connections is None:
         return lacking(connection, role, settings)
     else:
-        line = f"role {role.name} may open {role.connections} connections"
+        line = f"role {role.name} may open at most {role.connections} connections"
         if role.connections == limit:
-            line += f": {PER_WORKER} * WEB_CONCURRENCY * WEB_INSTANCES"
+            line += f" ({PER_WORKER} * WEB_CONCURRENCY * WEB_INSTANCES)"
     return [line, *_unlimited(connection, role)]
 
 

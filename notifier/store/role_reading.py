@@ -32,11 +32,11 @@ _TABLE = "SELECT to_regclass(%s)::oid"
 
 _IDS = f"SELECT ARRAY(SELECT id FROM ({QUERY}) AS service)"  # noqa: S608 no input is part of it
 
-# Both are of one statement, so they have the same snapshot.
+# One statement, so both come from the same snapshot.
 _SNAPSHOT_AND_IDS = f"SELECT pg_export_snapshot(), ({_IDS})"
 
-# Whether a policy shows the session all rows of a table, and whether a restrictive one may hide
-# some. It cannot be told what other conditions show.
+# Two flags: a permissive policy shows the session all rows; a restrictive policy may hide rows.
+# Other conditions cannot be evaluated.
 _POLICIES = """
     SELECT coalesce(bool_or(all_rows) FILTER (WHERE polpermissive), false),
            coalesce(bool_or(NOT all_rows) FILTER (WHERE NOT polpermissive), false)
@@ -153,7 +153,7 @@ def _not_found(serving: Connection, role: Role, table: Object) -> str:
 
 
 def _set(serving: Connection, role: Role, setting: str) -> str:
-    """Return the statement for a setting of the role that goes before all others."""
+    """Return the statement for the role's setting in this database, which overrides all others."""
     database = quoted(value(serving, "SELECT current_database()"))
     return f"ALTER ROLE {role} IN DATABASE {database} SET {setting}"
 

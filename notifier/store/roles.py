@@ -63,7 +63,7 @@ def grant(connection: Connection, settings: Settings) -> list[str]:
 
 
 def _provide(connection: Connection, settings: Settings) -> tuple[Role, list[Object], list[str]]:
-    """Do for the role what `connection` may do; return the role, its objects, and notices."""
+    """Make every change to the role that is allowed; return the role, its objects, and notices."""
     username = settings.db_username
     verifier = _verifier(connection, username, settings.db_password)
     with connection.transaction():  # so a running service never lacks a privilege

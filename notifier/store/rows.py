@@ -22,7 +22,7 @@ def _too_long() -> str:
     return f"CASE {' '.join(cases)} END"
 
 
-# What a query selects for `provider`: the columns, and the name of one that is too long.
+# The SELECT list that `provider` reads: the columns, and the name of one that is too long.
 SELECTED = ", ".join([*map(_bounded, COLUMNS), _too_long()])
 WIDTH = len(COLUMNS) + 1
 

@@ -42,7 +42,7 @@ _OBJECTS = """
 class Role(NamedTuple):
     """A role; `attributes` are its attributes beyond LOGIN and SUPERUSER.
 
-    `connections` is its connection limit; `expired` says that its password is no longer valid.
+    `connections` is its connection limit; `expired` is True if its password is no longer valid.
     """
 
     name: str

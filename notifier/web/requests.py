@@ -35,10 +35,10 @@ class Unlimited:
         self.arrival = Arrival.now()
 
     def wait(self) -> None:
-        """Give it up while the request waits for others."""
+        """Do nothing."""
 
     def resume(self) -> None:
-        """Take it again."""
+        """Do nothing."""
 
 
 @dataclass(slots=True)
@@ -109,6 +109,8 @@ def _end(response: Response) -> Response:
 def _level(current: CurrentRequest, status: int) -> int:
     if current.is_operators:
         return logging.DEBUG
+    if request.environ.get("notifier.refusal"):  # a stranger must not fill the log with errors
+        return logging.INFO
     if status == HTTPStatus.SERVICE_UNAVAILABLE:  # overload is no failure, and may be frequent
         return logging.WARNING
     return logging.ERROR if status >= HTTPStatus.INTERNAL_SERVER_ERROR else logging.INFO

@@ -23,7 +23,7 @@ _FAULTS = {
     "connect": "no connection",
     "tls": "TLS failed",
     "proxy": "proxy failed",
-    "shortage": "this machine ran out",
+    "shortage": "no free descriptor, port, thread or memory",
     "timeout": "no answer in time",
     "reset": "connection lost",
     "protocol": "malformed answer",
