@@ -404,8 +404,8 @@ def test_the_holders_of_the_lock_are_named_in_one_line(
             assert result.exit_code == 1
             assert result.output == (
                 f"Error: the migration lock has been held for 200ms by {', '.join(held)}: try"
-                " again when that has finished; if it is not a migration, ask an administrator to run:"
-                f" {ends}\n"
+                " again when that has finished; if it is not a migration, ask an administrator to"
+                f" run: {ends}\n"
             )
         execute(superuser_of(empty_database), ends)
         assert run(empty_database, "migrate").exit_code == 0
