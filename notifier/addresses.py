@@ -28,6 +28,9 @@ _DOT_ATOM = re.compile(rf"[{_ATEXT}]+(?:\.[{_ATEXT}]+)*")
 # `"a,b"@x.com` for two recipients, so only atoms, dots and single spaces are valid here.
 _QUOTED = re.compile(rf'"[{_ATEXT}.]+(?: [{_ATEXT}.]+)*"')
 
+# Numbers to inet_aton, which would take a domain that ends in one for an IP address.
+_NUMBER = re.compile(r"0x[0-9a-f]*|\d+", re.IGNORECASE)
+
 _INVISIBLE = re.compile(f"[{INVISIBLE}]")
 _JOINERS = frozenset("\u200c\u200d")
 
@@ -61,7 +64,8 @@ class Addresses:
     def _measure(self, domain: str) -> int:
         """Return the octets of `domain` in UTF-8 or in ASCII, whichever is more; 0 if invalid."""
         is_local = domain[:1] == "[" or "." not in domain
-        if (is_local and not self._allow_local) or domain.isdecimal():
+        last_label = domain.rpartition(".")[2]
+        if (is_local and not self._allow_local) or _NUMBER.fullmatch(last_label):
             return 0
         try:
             if not (domain.isascii() or _is_mapped_by_case_only(domain)):
@@ -81,11 +85,21 @@ def _is_mapped_by_case_only(domain: str) -> bool:
     """Return True if UTS 46, by which the library maps, changes only case and composition.
 
     The provider gets the domain unmapped, and IDNA 2008 knows no fullwidth or ignorable characters.
-    Each character is lowered by itself, as a final sigma has no capital of its own.
+    UTS 46 lowers letters except Cherokee ones, which it raises.
     """
-    lowered = "".join(map(str.lower, domain))
     mapped = idna.uts46_remap(domain, std3_rules=False, transitional=False)
-    return mapped == unicodedata.normalize("NFC", lowered)
+    return _lowered(mapped) == _lowered(domain) and not any(map(_is_singleton, domain))
+
+
+def _lowered(domain: str) -> str:
+    """Lower each character by itself, as a final sigma has no capital of its own."""
+    return unicodedata.normalize("NFC", "".join(map(str.lower, domain)))
+
+
+def _is_singleton(character: str) -> bool:
+    """Return True if NFC replaces `character` by another one, such as the Kelvin sign by a K."""
+    composed = unicodedata.normalize("NFC", character)
+    return len(composed) == 1 and composed != character
 
 
 def _is_local_part(local: str) -> bool:
