@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import email_validator
 import idna
+from email_validator.syntax import validate_email_domain_name
 
 from notifier.characters import INVISIBLE
 
@@ -70,15 +71,25 @@ class Addresses:
         try:
             if not (domain.isascii() or _is_mapped_by_case_only(domain)):
                 return 0
-            found = email_validator.validate_email(
-                f"a@{domain}",
-                allow_domain_literal=True,
-                globally_deliverable=not is_local,
-                check_deliverability=False,  # no DNS
-            )
+            return max(len(domain.encode()), len(_in_ascii(domain, is_local=is_local)))
         except ValueError:
             return 0
-        return max(len(domain.encode()), len(found.ascii_domain))
+
+
+def _in_ascii(domain: str, *, is_local: bool) -> str:
+    """Return `domain` in ASCII.
+
+    A name goes straight to the library's rule for names. Around it, `validate_email` would only
+    split and judge an address.
+
+    Raises:
+        ValueError: `domain` is invalid.
+    """
+    if domain.startswith("["):
+        return email_validator.validate_email(
+            f"a@{domain}", allow_domain_literal=True, check_deliverability=False
+        ).ascii_domain
+    return validate_email_domain_name(domain, globally_deliverable=not is_local)["ascii_domain"]
 
 
 def _is_mapped_by_case_only(domain: str) -> bool:
