@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import email_validator
 import idna
+from email_validator.syntax import validate_email_domain_name
 
 from notifier.characters import INVISIBLE
 
@@ -27,6 +28,9 @@ _DOT_ATOM = re.compile(rf"[{_ATEXT}]+(?:\.[{_ATEXT}]+)*")
 # RFC 5321 allows any printable ASCII between quotes. A vendor that ignores the quotes would take
 # `"a,b"@x.com` for two recipients, so only atoms, dots and single spaces are valid here.
 _QUOTED = re.compile(rf'"[{_ATEXT}.]+(?: [{_ATEXT}.]+)*"')
+
+# Numbers to inet_aton, which would take a domain that ends in one for an IP address.
+_NUMBER = re.compile(r"0x[0-9a-f]*|\d+", re.IGNORECASE)
 
 _INVISIBLE = re.compile(f"[{INVISIBLE}]")
 _JOINERS = frozenset("\u200c\u200d")
@@ -61,31 +65,52 @@ class Addresses:
     def _measure(self, domain: str) -> int:
         """Return the octets of `domain` in UTF-8 or in ASCII, whichever is more; 0 if invalid."""
         is_local = domain[:1] == "[" or "." not in domain
-        if (is_local and not self._allow_local) or domain.isdecimal():
+        last_label = domain.rpartition(".")[2]
+        if (is_local and not self._allow_local) or _NUMBER.fullmatch(last_label):
             return 0
         try:
             if not (domain.isascii() or _is_mapped_by_case_only(domain)):
                 return 0
-            found = email_validator.validate_email(
-                f"a@{domain}",
-                allow_domain_literal=True,
-                globally_deliverable=not is_local,
-                check_deliverability=False,  # no DNS
-            )
+            return max(len(domain.encode()), len(_in_ascii(domain, is_local=is_local)))
         except ValueError:
             return 0
-        return max(len(domain.encode()), len(found.ascii_domain))
+
+
+def _in_ascii(domain: str, *, is_local: bool) -> str:
+    """Return `domain` in ASCII.
+
+    A name goes straight to the library's rule for names. Around it, `validate_email` would only
+    split and judge an address.
+
+    Raises:
+        ValueError: `domain` is invalid.
+    """
+    if domain.startswith("["):
+        return email_validator.validate_email(
+            f"a@{domain}", allow_domain_literal=True, check_deliverability=False
+        ).ascii_domain
+    return validate_email_domain_name(domain, globally_deliverable=not is_local)["ascii_domain"]
 
 
 def _is_mapped_by_case_only(domain: str) -> bool:
     """Return True if UTS 46, by which the library maps, changes only case and composition.
 
     The provider gets the domain unmapped, and IDNA 2008 knows no fullwidth or ignorable characters.
-    Each character is lowered by itself, as a final sigma has no capital of its own.
+    UTS 46 lowers letters except Cherokee ones, which it raises.
     """
-    lowered = "".join(map(str.lower, domain))
     mapped = idna.uts46_remap(domain, std3_rules=False, transitional=False)
-    return mapped == unicodedata.normalize("NFC", lowered)
+    return _lowered(mapped) == _lowered(domain) and not any(map(_is_singleton, domain))
+
+
+def _lowered(domain: str) -> str:
+    """Lower each character by itself, as a final sigma has no capital of its own."""
+    return unicodedata.normalize("NFC", "".join(map(str.lower, domain)))
+
+
+def _is_singleton(character: str) -> bool:
+    """Return True if NFC replaces `character` by another one, such as the Kelvin sign by a K."""
+    composed = unicodedata.normalize("NFC", character)
+    return len(composed) == 1 and composed != character
 
 
 def _is_local_part(local: str) -> bool:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping, MutableMapping
 from difflib import get_close_matches
 from ipaddress import IPv6Address
+from typing import NamedTuple
 from urllib.parse import unquote
 
 # Variables of the Go service's cache and framework that have no counterpart here.
@@ -24,16 +25,59 @@ _SIMILAR = 0.9
 # Kubernetes sets these for each of the namespace's services, one named `db` or `web` included.
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_[0-9]+_(TCP|UDP|SCTP)")
 
+# Without a scheme the port may not be empty: `http:` is no host.
 _PROXY = re.compile(
     r"(?:(?P<scheme>[^:/?#@\s]*)://)?"
-    r"(?:(?P<user>[^/?#\s]*)@)?"
-    r"(?P<host>\[[^]\s]*]|[^][:/?#@\s]*)"
-    r"(?::(?P<port>[^/?#@\s]*))?/?"
+    r"(?:(?P<userinfo>[^][\\/?#\s]*)@)?"
+    r"(?P<host>\[[^]%\s]*(?:%[A-Za-z0-9._~-]+)?]|[^][:/?#@\s]*)"
+    r"(?::(?P<port>[^/?#@\s]*))?(?(scheme)|(?<!:))/?"
 )
+# RFC 6874's form of the % before the zone of an address.
+_ENCODED_PERCENT = re.compile("%25(?!])")
 _LABEL = "[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,253}}$){_LABEL}(?:\.{_LABEL})*\.?")
 _PORTS = range(1, 65_536)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class ProxyUrl(NamedTuple):
+    """The parts of a proxy's URL.
+
+    `host` is a name or an address, IPv6 in brackets. `port` is None if the URL has none.
+    `credentials` is `USER:PASSWORD`, decoded, or empty.
+    """
+
+    is_tls: bool
+    host: str
+    port: int | None
+    credentials: str
+
+    @classmethod
+    def of(cls, url: str) -> "ProxyUrl":
+        """Parse the URL of a proxy, whose scheme may be missing.
+
+        Raises:
+            ValueError: `url` cannot be used; the message says why, and does not quote it.
+        """
+        parts = _PROXY.fullmatch(url)
+        if not parts:
+            raise ValueError("it is not the URL of a proxy")
+        scheme, userinfo, host, port = parts.groups(default="")
+        if parts["scheme"] is not None and scheme.lower() not in ("http", "https"):
+            raise ValueError("its scheme is neither http nor https")
+        if port and not (re.fullmatch("[0-9]{1,5}", port) and int(port) in _PORTS):
+            raise ValueError("its port is not a number from 1 to 65535")
+        if not _is_host(host):
+            raise ValueError("it has no valid host")
+        user, _, password = map(unquote, userinfo.partition(":"))
+        if not _is_sendable(user + password):
+            raise ValueError("its user or password cannot be sent")
+        return cls(
+            is_tls=scheme.lower() == "https",
+            host=_ENCODED_PERCENT.sub("%", host),
+            port=int(port) if port else None,
+            credentials=f"{user}:{password}" if user or password else "",
+        )
 
 
 def unknown_variables(environ: Mapping[str, str], settings: Collection[str]) -> dict[str, str]:
@@ -109,17 +153,11 @@ def _read(environ: Mapping[str, str], variable: str) -> tuple[str, str]:
 
 def _proxy_problem(url: str) -> str:
     """Return why `url` cannot be used as a proxy, or an empty string."""
-    parts = _PROXY.fullmatch(url)
-    if not parts:
-        return "it is not the URL of a proxy"
-    scheme, user, host, port = parts.groups()
-    if scheme is not None and scheme.lower() not in ("http", "https"):
-        return "its scheme is neither http nor https"
-    if port and not (re.fullmatch("[0-9]{1,5}", port) and int(port) in _PORTS):
-        return "its port is not a number from 1 to 65535"
-    if not _is_host(host):
-        return "it has no valid host"
-    return "" if _is_sendable(unquote(user or "")) else "its user or password cannot be sent"
+    try:
+        ProxyUrl.of(url)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _is_host(text: str) -> bool:

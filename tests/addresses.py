@@ -25,6 +25,8 @@ VALID = [
         "a@\u05d0\u05d1.com",
     ],
     *["a@\u0645\u062b\u0627\u0644.\u0625\u062e\u062a\u0628\u0627\u0631", "a@\u30c4.life"],
+    # Cherokee, which UTS 46 maps to its capitals: in both cases, and mixed.
+    *["a@\u13e3\u13b3\u13a9.com", "a@\uabb3\uab83\uab79.com", "a@\u13e3\uab83\u13f8.com"],
     # Special-use names.
     *["a@x.test", "a@x.example", "a@x.local", "a@x.invalid", "a@x.localhost", "a@x.onion"],
     *["a@example.net", "a@1.0.0.127.in-addr.arpa", "a@x.internal", "a@home.arpa"],
@@ -42,6 +44,7 @@ LOCAL = [
         "a@[10.0.0.12]",
     ],
     *["user@[192.0.2.7]", "postmaster@localhost", "a@mail-1", "a@b\u00fccher", "a@test", "a@3com"],
+    *["a@0xg", "a@x0", "a@0x-a"],
     *['"john doe"@localhost', "a@xn--bcher-kva"],
 ]
 
@@ -81,6 +84,8 @@ INVALID = [
     ],
     # IP addresses without brackets, and malformed literals.
     *["a@10.0.0.12", "a@127.1", "a@2130706433", "a@192.0.2.7:25", "a@1.2.3.4.5", "a@0x7f.0.0.1"],
+    *["a@0x7f.0.0.0xa", "a@127.0.0.0xa", "a@127.0.0.0XA", "a@x.0x", "a@example.0x1", "a@x.1"],
+    *["a@0x7f", "a@0xa", "a@0X", "a@0", "a@\u0967\u0968", "a@x.\u0967\u0968"],
     *["a@2001:db8::1", "a@[300.0.0.1]", "a@[192.0.2]", "a@[example.com]", "a@[]", "a@[", "a@]"],
     *["a@[IPv6:fe80::1%eth0]", "a@[IPv6:192.0.2.7]", "a@[::1]", "a@[192.0.2.7", "a@x[192.0.2.7]"],
     *["a@[192.0.2.7].com", "a@[192.0.2.7]\\", "a@[x:y]", "a@[010.0.0.1]"],
@@ -120,6 +125,17 @@ INVALID = [
     *["a@\u0dc1\u0dca\u200d\u0dbb\u0dd3.com", "a@1.\u05d0\u05d1.com", "a@\u05d0a.com"],
     *["a@\u0661a.com", "a@" + "\u00fc" * 60 + ".com", "a@\u2665.com", "a@xn--i-7iq.com"],
     *["a@\u017fhop.com", "a@\ufb01sh.com", "a@x\uff61com"],
+    # IDNA 2008 disallows the Kelvin, Angstrom and Ohm signs, Greek oxia, and CJK compatibility
+    # ideographs, each of which NFC replaces; and SARA AM (Thai, Lao), which UTS 46 maps.
+    *[
+        "a@\u212a.com",
+        "a@x\u212b.com",
+        "a@\u2126.com",
+        "a@x.\u212aom",
+        "a@\u1f71.gr",
+        "a@\u1fbb.gr",
+    ],
+    *["a@\uf900.com", "a@\U0002f800.com", "a@e\u0340.com", "a@x\u0e33.com", "a@\u0e99\u0eb3.com"],
     # Quoted local parts that somebody may take for several addresses, or for none.
     *['"a,b"@x.com', '"a;b"@x.com', '"a@b"@x.com', '"a<b>"@x.com', '"a:b"@x.com', '"a(b)"@x.com'],
     *[r'"a\"b"@x.com', r'"a\\b"@x.com', r'"a\ b"@x.com', '"a[b]"@x.com', '"a\uff0cb"@x.com'],

@@ -8,6 +8,7 @@ from email.utils import getaddresses
 from functools import cache
 from time import thread_time
 
+import idna
 import pytest
 from email_validator import EmailNotValidError, validate_email
 
@@ -132,6 +133,30 @@ def test_domains_in_ascii_are_judged_as_the_library_does() -> None:
         domain = "".join(chance.choices("ab1-.", k=chance.randint(1, 8))) + ".com"
         address = f"a@{domain}"
         assert (problem(address) is None) == is_valid_to_the_library(address), address
+
+
+def is_label(text: str) -> bool:
+    try:
+        return bool(idna.alabel(text))
+    except ValueError:
+        return False
+
+
+def test_a_letter_is_valid_in_a_domain_if_it_is_a_label_in_its_other_case() -> None:
+    letters = filter(str.isalpha, map(chr, range(0x80, 0x30000)))
+    for letter in letters:
+        others = {letter.lower(), letter.upper()} - {letter}
+        if unicodedata.is_normalized("NFKC", letter) and any(
+            len(other) == 1 and is_label(other) and letter in (other.lower(), other.upper())
+            for other in others
+        ):
+            assert problem(f"a@{letter}.com") is None, ascii(letter)
+
+
+def test_no_character_of_a_domain_is_one_that_nfc_replaces() -> None:
+    for character in filter(unicodedata.decomposition, map(chr, range(0x80, 0x30000))):
+        if len(replaced := unicodedata.normalize("NFC", character)) == 1 != (replaced == character):
+            assert problem(f"a@a{character}.com") == MALFORMED, ascii(character)
 
 
 PIECES = [

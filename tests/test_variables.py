@@ -1,12 +1,14 @@
 """The variables that libraries read: proxies are checked, and others cannot bypass the settings."""
 
 import os
+import random
+from base64 import b64decode
 from urllib.request import getproxies_environment
 
 import pytest
 
 from notifier.settings import Settings, SettingsError
-from notifier.variables import proxies, withdraw
+from notifier.variables import proxies, proxy_problems, withdraw
 from notifier.wire.proxies import Proxies
 from tests.test_settings import REQUIRED
 
@@ -25,6 +27,7 @@ USABLE = [
     "10.0.0.1:3128",
     "http://[2001:db8::1]:3128",
     "[::1]:3128",
+    "http://[fe80::1%25eth0]:3128",
     "http://user:p%40ss@proxy.corp:3128",
     "http://user:p@ss@proxy.corp",
     "http://user:@proxy.corp",
@@ -54,6 +57,14 @@ UNUSABLE = {
     "http://proxy.corp:\uff18\uff10": PORT,
     "http:proxy.corp": PORT,
     f"http://user:{SECRET}": PORT,
+    "http:": WHOLE,
+    "http:/": WHOLE,
+    "proxy.corp:": WHOLE,
+    f"http://user:{SECRET}[x]@proxy.corp": WHOLE,
+    f"http://user:{SECRET}\\x@proxy.corp": WHOLE,
+    f"http://[user:{SECRET}@proxy.corp:1": WHOLE,
+    f"http://user]:{SECRET}@proxy.corp:1": WHOLE,
+    "http://[fe80::1%/]:3128": WHOLE,
     "http://": HOST,
     "http:///": HOST,
     "http://:3128": HOST,
@@ -117,6 +128,70 @@ def test_an_unusable_proxy_stops_the_start_with_one_line_that_shows_no_password(
     assert message.startswith(f"HTTPS_PROXY cannot be used ({UNUSABLE[url]}): expected http://HOST")
     assert SECRET not in message
     assert message.splitlines() == [message]
+
+
+PIECES = [
+    *["http:", "https:", "//", "/", ":", "@", "[", "]", "\\", "?", "#", "%", "%40", "%ff", "%25"],
+    *["u", "p", "h.corp", "10.0.0.1", "[::1]", "[fe80::1%eth0]", "3128", "0", "99999", "-", "."],
+    *[
+        "\t",
+        "\x00",
+        "\x85",
+        "\xa0",
+        "\xbd",
+        "\xe9",
+        "\u2100",
+        "\uff0f",
+        "\uff18",
+        "\udcff",
+        "http://",
+    ],
+]
+
+
+def test_each_value_stops_the_start_or_can_be_used() -> None:
+    chance = random.Random(1_000_003)
+    usable = 0
+    for _ in range(40_000):
+        url = "".join(chance.choices(PIECES, k=chance.randint(1, 7)))
+        url = chance.choice(["", "http://", "http://u:p"]) + url
+        given = {"HTTPS_PROXY": url + chance.choice(["", "@h.corp:1"])}
+        if proxies(given) and not proxy_problems(given):
+            proxy = Proxies(proxies(given)).of("https://mail.example.com/")
+            assert proxy is not None, given
+            assert proxy.origin.port in range(1, 65_536), given
+            assert proxy.origin.name.encode("idna"), given
+            assert proxy.credentials.splitlines(keepends=True) in ([], [proxy.credentials])
+            usable += 1
+    assert usable > 1000
+
+
+@pytest.mark.parametrize(
+    ("userinfo", "sent"),
+    {
+        "user:pass@": "user:pass",
+        "us%40er:p%3Ass@": "us@er:p:ss",
+        "user:p@ss@": "user:p@ss",
+        "user@": "user:",
+        "\xe9:%C3%A4@": "\xe9:\xe4",
+        ":@": "",
+        "@": "",
+        "": "",
+    }.items(),
+)
+def test_the_credentials_are_sent_decoded(userinfo: str, sent: str) -> None:
+    proxy = Proxies({"https": f"http://{userinfo}proxy.corp"}).of("https://mail.example.com/")
+    assert proxy is not None
+    assert proxy.origin == (False, "proxy.corp", 80)
+    assert b64decode(proxy.credentials.partition("Basic ")[2]).decode("latin-1") == sent
+
+
+@pytest.mark.parametrize("zone", ["%25eth0", "%eth0"])
+def test_the_zone_of_an_address_is_decoded(zone: str) -> None:
+    proxy = Proxies({"https": f"https://[fe80::1{zone}]"}).of("https://mail.example.com/")
+    assert proxy is not None
+    assert proxy.origin == (True, "[fe80::1%eth0]", 443)
+    assert proxy.origin.name == "fe80::1%eth0"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,6 +12,7 @@ import requests
 from urllib3.util import parse_url
 
 from notifier.models import DEFAULT_PORTS
+from notifier.variables import ProxyUrl
 from notifier.wire.exchange import Head
 from notifier.wire.streams import Budget, Stream
 
@@ -47,6 +48,20 @@ class Proxy(NamedTuple):
     origin: Origin
     credentials: str
 
+    @classmethod
+    def of(cls, url: str) -> "Proxy":
+        """Return the proxy at `url`, parsed by the function that checks the variables at the start.
+
+        Raises:
+            ValueError: `url` cannot be used.
+        """
+        is_tls, host, port, credentials = ProxyUrl.of(url)
+        origin = Origin(is_tls, host, port or DEFAULT_PORTS["https" if is_tls else "http"])
+        if not credentials:
+            return cls(origin, "")
+        encoded = b64encode(credentials.encode("latin-1")).decode()
+        return cls(origin, f"Proxy-Authorization: Basic {encoded}\r\n")
+
 
 class Proxies:
     """The proxies that the environment configures.
@@ -68,10 +83,7 @@ class Proxies:
         if not self._by_scheme or self._is_exempt(parse_url(url).host or ""):
             return None
         proxy_url = requests.utils.select_proxy(url, self._by_scheme)
-        if not proxy_url:
-            return None
-        proxy_url = proxy_url if "://" in proxy_url else f"http://{proxy_url}"
-        return Proxy(Origin.of(proxy_url), _credentials(proxy_url))
+        return Proxy.of(proxy_url) if proxy_url else None
 
     def _is_exempt(self, host: str) -> bool:
         """Return True if `no` lists `host`, or a CIDR network that contains it."""
@@ -90,14 +102,6 @@ def _networks(no_proxy: str) -> Iterator[IPv4Network | IPv6Network]:
             yield ip_network(entry.strip(), strict=False)
         except ValueError:
             continue
-
-
-def _credentials(proxy_url: str) -> str:
-    user, password = requests.utils.get_auth_from_url(proxy_url)
-    if not user:
-        return ""
-    encoded = b64encode(f"{user}:{password}".encode("latin-1")).decode()
-    return f"Proxy-Authorization: Basic {encoded}\r\n"
 
 
 def open_tunnel(budget: Budget, stream: Stream, credentials: str, origin: Origin) -> None:
