@@ -109,6 +109,24 @@ def test_a_missing_limit_is_reported_with_the_statement(fresh: Environment) -> N
     assert check_role(fresh) == []
 
 
+@pytest.mark.parametrize(("used", "limit", "mended"), [(0, 0, 4), (4, 4, 8)])
+def test_a_limit_that_lets_the_role_not_log_in_is_reported_with_the_statement(
+    fresh: Environment, used: int, limit: int, mended: int
+) -> None:
+    migrate(fresh)
+    name = fresh["DB_USERNAME"]
+    with ExitStack() as stack:
+        eventually(lambda: connections_of(fresh) == 0)
+        for _ in range(used):
+            stack.enter_context(serving(fresh))
+        execute_as_superuser(fresh, f'ALTER ROLE "{name}" CONNECTION LIMIT {limit}')
+        (line,) = check_role(fresh | SMALL)
+        assert f'too many connections for role "{name}": {ADVICE}' in line
+        assert line.endswith(f'ALTER ROLE "{name}" CONNECTION LIMIT {mended}')
+        obey(fresh, line)
+        assert check_role(fresh | SMALL) == []
+
+
 # --- statements
 
 

@@ -99,6 +99,11 @@ def _unlimited(connection: Connection, role: Role) -> list[str]:
     return lines
 
 
+def more_connections(connection: Connection, role: Role, settings: Settings) -> str:
+    """Return the statement that lets a role log in that has used up its connection limit."""
+    return _set_connections(role, max(_limit(settings), _needed(connection, role)))
+
+
 def _limit(settings: Settings) -> int:
     return PER_WORKER * settings.web_concurrency * settings.web_instances
 

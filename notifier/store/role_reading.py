@@ -7,6 +7,7 @@ from typing import NamedTuple
 import psycopg
 
 from notifier.settings import Settings
+from notifier.store import role_limits
 from notifier.store.db import (
     COMMAND_WAIT,
     GRACE,
@@ -78,7 +79,7 @@ def problems(owner: Connection, role: Role, settings: Settings) -> list[str]:
     try:
         serving = Database.listening(settings).connect()
     except psycopg.Error as error:
-        return [_login_failed(role, error)]
+        return [_login_failed(owner, role, settings, error)]
     with serving, transaction(owner, COMMAND_WAIT):
         read = _read(owner)
         try:
@@ -89,14 +90,16 @@ def problems(owner: Connection, role: Role, settings: Settings) -> list[str]:
     return [problem] if problem else []
 
 
-def _login_failed(role: Role, error: psycopg.Error) -> str:
+def _login_failed(owner: Connection, role: Role, settings: Settings, error: psycopg.Error) -> str:
     """Return a line with PostgreSQL's words, which may span several lines if there are hosts."""
     words = " ".join(str(error).split())
     line = f"role {role.name} cannot log in, so the service cannot either: {words}"
-    if "authentication failed" not in words:
-        return line
-    by_hand = "VALID UNTIL 'infinity'" if role.expired else "LOGIN PASSWORD '...'"
-    return f"{line}: {by_administrator(f'ALTER ROLE {role} {by_hand}')}"
+    if "too many connections for role" in words:
+        return f"{line}: {by_administrator(role_limits.more_connections(owner, role, settings))}"
+    if "authentication failed" in words:
+        by_hand = "VALID UNTIL 'infinity'" if role.expired else "LOGIN PASSWORD '...'"
+        return f"{line}: {by_administrator(f'ALTER ROLE {role} {by_hand}')}"
+    return line
 
 
 def _read(owner: Connection) -> _Read:
