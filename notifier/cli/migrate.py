@@ -4,14 +4,13 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import click
-import psycopg
 from flask.cli import with_appcontext
 
 from notifier.cli.explained import explained
 from notifier.cli.parts import parts
 from notifier.errors import Refused
 from notifier.settings import Settings
-from notifier.store import migrations, roles
+from notifier.store import migrations
 from notifier.store.roles import NotGranted
 
 Result = TypeVar("Result")
@@ -40,9 +39,5 @@ def rollback() -> None:
 def _with_database(act: Callable[[Settings], Result]) -> Result:
     try:
         return act(parts().settings)
-    except psycopg.errors.LockNotAvailable:
-        raise Refused(
-            f"another migration has been running for {roles.LOCK_WAIT}; try again when it is done"
-        ) from None
     except NotGranted as error:
         raise Refused(f"the schema is up to date, but {error}") from None
