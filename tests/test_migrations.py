@@ -444,6 +444,23 @@ def test_the_holders_of_other_locks_are_named_in_one_line(
     assert run(empty_database, "migrate").exit_code == 0
 
 
+def test_a_migration_that_fails_prints_first_the_steps_that_it_has_applied(
+    empty_database: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = NAMES[3]
+    conflict, done = CONFLICTS[step]
+    monkeypatch.setattr(lock_waits, "LOCK_WAIT", 0.4)
+    with connect(empty_database) as other:
+        other.execute("BEGIN")
+        other.execute(conflict)
+        result = run(empty_database, "migrate")
+        other.execute("ROLLBACK")
+    assert result.exit_code == 1
+    *applied, error = result.output.splitlines()
+    assert applied == [f"applied {name}" for name in NAMES[:done]]
+    assert error.startswith("Error: another lock that this needs has been held")
+
+
 def test_a_rollback_does_not_wait_for_an_idle_transaction_of_the_serving_role(
     empty_database: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:

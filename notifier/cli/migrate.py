@@ -1,6 +1,7 @@
 """The commands `flask --app notifier.app migrate` and `rollback`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import click
@@ -19,13 +20,15 @@ Result = TypeVar("Result")
 @click.command("migrate", help="Bring the database's schema and the service's role up to date.")
 @with_appcontext
 def migrate() -> None:
-    migrated = _with_database(migrations.migrate)
-    for name in migrated.applied:
-        click.echo(f"applied {name}")
+    migrated = _with_database(partial(migrations.migrate, report=_applied))
     if not migrated.applied:
         click.echo("nothing to apply, the schema is up to date")
     for notice in migrated.notices:
         click.echo(notice)
+
+
+def _applied(name: str) -> None:
+    click.echo(f"applied {name}")
 
 
 @click.command("rollback", help="Undo the last migration.")

@@ -1,6 +1,6 @@
 """Applies and undoes the migrations, one process at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,8 +67,11 @@ class Migrated(NamedTuple):
     notices: list[str]
 
 
-def migrate(settings: Settings) -> Migrated:
+def migrate(settings: Settings, report: Callable[[str], None] = lambda _: None) -> Migrated:
     """Apply the pending migrations, and let the serving role read the providers.
+
+    Args:
+        report: called with the name of each migration as soon as it is applied.
 
     Raises:
         Refused: another session holds a lock for too long.
@@ -78,8 +81,10 @@ def migrate(settings: Settings) -> Migrated:
     """
     with _exclusive(settings) as (connection, backend):
         pending = backend.to_apply(read_migrations(str(MIGRATIONS)))
+        for migration in pending:
+            backend.apply_one(migration)
+            report(migration.id)
         names = [migration.id for migration in pending]
-        backend.apply_migrations(pending)
         # No trigger fired for rows that came with the table, such as those of a restored backup.
         connection.execute(f"NOTIFY {CHANGES}")
         return Migrated(names, roles.grant(connection, settings))
