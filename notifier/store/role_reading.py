@@ -129,14 +129,15 @@ def _problem(serving: Connection, role: Role, read: _Read) -> str | None:
     if secured and (read.secured or not read.ids):  # no rows to compare
         shown, hidden = _policies(serving, read.table)
         if hidden or not shown:
-            return _rows_hidden(serving, role, read.table, "some")
+            return _rows_hidden(
+                serving, role, read.table, f"may not see all rows of {read.table.plain}"
+            )
     ids = set(value(serving, _IDS))
-    if missed := read.ids - ids:
-        some = f"{len(missed)} of the {len(read.ids)}"
-        if secured:
-            return _rows_hidden(serving, role, read.table, some)
-        return f"role {role.name} does not see {some} rows of {read.table}"
-    return None
+    seen = read.ids & ids
+    if seen == read.ids:
+        return None
+    sees = f"sees {len(seen)} of the {len(read.ids)} rows of {read.table.plain}"
+    return _rows_hidden(serving, role, read.table, sees) if secured else f"role {role.name} {sees}"
 
 
 def _query_failed(serving: Connection, role: Role, error: psycopg.Error) -> str:
@@ -152,7 +153,9 @@ def _query_failed(serving: Connection, role: Role, error: psycopg.Error) -> str:
 def _not_found(serving: Connection, role: Role, table: Object) -> str:
     path = value(serving, "SELECT current_setting('search_path')")
     remedy = by_administrator(_set(serving, role, f"search_path = {quoted(*table.path[:1])}"))
-    return f"role {role.name} does not find {table}, because its search_path is {path}: {remedy}"
+    return (
+        f"role {role.name} does not find {table.plain}, because its search_path is {path}: {remedy}"
+    )
 
 
 def _set(serving: Connection, role: Role, setting: str) -> str:
@@ -161,16 +164,13 @@ def _set(serving: Connection, role: Role, setting: str) -> str:
     return f"ALTER ROLE {role} IN DATABASE {database} SET {setting}"
 
 
-def _rows_hidden(serving: Connection, role: Role, table: Object, some: str) -> str:
+def _rows_hidden(serving: Connection, role: Role, table: Object, sees: str) -> str:
     policy, name = quoted(f"{role.name} reads"), quoted(*table.path)
     statement = f"CREATE POLICY {policy} ON {name} FOR SELECT TO {role} USING (true)"
     _, restricted = _policies(serving, table)
     if restricted:  # no further policy shows the rows that it hides
         statement = f"ALTER {table} DISABLE ROW LEVEL SECURITY"
-    return (
-        f"role {role.name} does not see {some} rows of {table}, because of row-level security:"
-        f" {by_administrator(statement)}"
-    )
+    return f"role {role.name} {sees}, because of row-level security: {by_administrator(statement)}"
 
 
 def _policies(connection: Connection, table: Object) -> tuple[bool, bool]:
