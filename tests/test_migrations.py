@@ -16,7 +16,7 @@ from click.testing import Result
 from notifier.app import create_app
 from notifier.models import Channel
 from notifier.settings import Settings, available_cpus
-from notifier.store import migrations, roles
+from notifier.store import lock_waits, migrations
 from notifier.store.db import Database
 from notifier.store.preferences import Preferences
 from tests.fixtures import Environment, connect
@@ -388,7 +388,7 @@ def test_the_holders_of_the_lock_are_named_in_one_line(
 ) -> None:
     """Any role may take the lock, the serving role included."""
     migrations.migrate(settings_of(empty_database))
-    monkeypatch.setattr(roles, "LOCK_WAIT", "200ms")
+    monkeypatch.setattr(lock_waits, "LOCK_WAIT", 0.4)
     shared = lock.endswith("shared")
     with ExitStack() as stack:
         places = [Database(settings_of(empty_database)) for _ in range(1 + shared)]
@@ -403,23 +403,102 @@ def test_the_holders_of_the_lock_are_named_in_one_line(
             result = run(empty_database, command)
             assert result.exit_code == 1
             assert result.output == (
-                f"Error: the migration lock has been held for 200ms by {', '.join(held)}: try"
-                " again when that has finished; if it is not a migration, ask an administrator to"
-                f" run: {ends}\n"
+                f"Error: the migration lock has been held for 0.4s by {', '.join(held)}: try"
+                " again when that has finished; if it is not a migration, ask an administrator"
+                f" to run: {ends}\n"
             )
         execute(superuser_of(empty_database), ends)
         assert run(empty_database, "migrate").exit_code == 0
 
 
-def test_a_lock_that_was_released_just_now_is_reported_too(
+@pytest.mark.parametrize("command", ["migrate", "migrate again", "rollback"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        f"LOCK TABLE {TABLE} IN ACCESS EXCLUSIVE MODE",
+        "LOCK TABLE _yoyo_migration IN ACCESS EXCLUSIVE MODE",
+        "LOCK TABLE _yoyo_version IN ACCESS EXCLUSIVE MODE",
+        "LOCK TABLE yoyo_lock IN ACCESS EXCLUSIVE MODE",
+    ],
+)
+def test_the_holders_of_other_locks_are_named_in_one_line(
+    empty_database: Environment, monkeypatch: pytest.MonkeyPatch, statement: str, command: str
+) -> None:
+    settings = settings_of(empty_database)
+    migrations.migrate(settings)
+    if command == "migrate":
+        migrations.rollback(settings)  # so a step is pending
+    monkeypatch.setattr(lock_waits, "LOCK_WAIT", 0.4)
+    with connect(empty_database) as other:
+        other.execute("BEGIN")
+        other.execute(statement.encode())
+        pid = other.info.backend_pid
+        result = run(empty_database, command.removesuffix(" again"))
+        other.execute("ROLLBACK")
+    assert result.exit_code == 1
+    (line,) = result.output.splitlines()
+    assert line.startswith(
+        f"Error: another lock that this needs has been held for 0.4s by process {pid} of role "
+    )
+    assert line.endswith(f"SELECT pg_terminate_backend({pid})")
+    assert run(empty_database, "migrate").exit_code == 0
+
+
+def test_a_migration_that_fails_prints_first_the_steps_that_it_has_applied(
     empty_database: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roles, "LOCK_WAIT", "200ms")
-    monkeypatch.setattr(migrations, "_HOLDERS", "SELECT WHERE 1 <> 1 OR %s < 0")
+    step = NAMES[3]
+    conflict, done = CONFLICTS[step]
+    monkeypatch.setattr(lock_waits, "LOCK_WAIT", 0.4)
+    with connect(empty_database) as other:
+        other.execute("BEGIN")
+        other.execute(conflict)
+        result = run(empty_database, "migrate")
+        other.execute("ROLLBACK")
+    assert result.exit_code == 1
+    *applied, error = result.output.splitlines()
+    assert applied == [f"applied {name}" for name in NAMES[:done]]
+    assert error.startswith("Error: another lock that this needs has been held")
+
+
+def test_a_rollback_does_not_wait_for_an_idle_transaction_of_the_serving_role(
+    empty_database: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migrations.migrate(settings_of(empty_database))
+    monkeypatch.setattr(lock_waits, "LOCK_WAIT", 0.4)
+    with Database(settings_of(empty_database)).connect() as other:
+        other.execute("BEGIN")
+        other.execute(f"SELECT FROM {TABLE}".encode())
+        result = run(empty_database, "rollback")
+        named = f"by process {other.info.backend_pid} of role {SERVING} ("
+    assert result.exit_code == 1
+    assert named in result.output
+
+
+def test_a_session_that_waits_for_the_lock_too_is_not_named(
+    empty_database: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connect(empty_database) as other, migrating(empty_database):
+        pid = other.info.backend_pid
+        other.execute("SELECT pg_advisory_lock(%s)", (migrations.LOCK_KEY,))
+        waits = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        eventually(lambda: rows(empty_database, waits))
+        monkeypatch.setattr(lock_waits, "LOCK_WAIT", 0.4)
+        result = run(empty_database, "migrate")
+        other.execute("SELECT pg_advisory_unlock_all()")
+    assert result.output.count("process ") == 1
+    assert f"by process {pid} of role" in result.output
+
+
+def test_a_prepared_transaction_has_no_process_to_name(
+    empty_database: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock_waits, "LOCK_WAIT", 0.4)
+    monkeypatch.setattr(lock_waits, "_HOLDERS", "SELECT WHERE %s::int[] IS NULL")
     with connect(empty_database) as other:
         other.execute("SELECT pg_advisory_lock(%s)", (migrations.LOCK_KEY,))
         result = run(empty_database, "migrate")
-    line = "Error: another migration has been running for 200ms; try again\n"
+    line = "Error: the migration lock has been held for 0.4s by an unknown session; try again\n"
     assert (result.exit_code, result.output) == (1, line)
 
 

@@ -109,6 +109,24 @@ def test_a_missing_limit_is_reported_with_the_statement(fresh: Environment) -> N
     assert check_role(fresh) == []
 
 
+@pytest.mark.parametrize(("used", "limit", "mended"), [(0, 0, 4), (4, 4, 8)])
+def test_a_limit_that_lets_the_role_not_log_in_is_reported_with_the_statement(
+    fresh: Environment, used: int, limit: int, mended: int
+) -> None:
+    migrate(fresh)
+    name = fresh["DB_USERNAME"]
+    with ExitStack() as stack:
+        eventually(lambda: connections_of(fresh) == 0)
+        for _ in range(used):
+            stack.enter_context(serving(fresh))
+        execute_as_superuser(fresh, f'ALTER ROLE "{name}" CONNECTION LIMIT {limit}')
+        (line,) = check_role(fresh | SMALL)
+        assert f'too many connections for role "{name}": {ADVICE}' in line
+        assert line.endswith(f'ALTER ROLE "{name}" CONNECTION LIMIT {mended}')
+        obey(fresh, line)
+        assert check_role(fresh | SMALL) == []
+
+
 # --- statements
 
 
@@ -196,8 +214,9 @@ def test_other_migrating_roles_give_the_statement_and_go_on(opened: Environment)
     (line,) = migrate(opened)
     name = opened["DB_USERNAME"]
     revoke = "REVOKE EXECUTE ON FUNCTION lo_creat(integer), "
-    assert line.startswith(f"role {name} may store large objects: {ADVICE}{revoke}")
-    assert line.endswith(f' FROM PUBLIC, "{name}"')
+    where = f"in database {opened['DB_NAME']}, "
+    assert line.startswith(f"role {name} may store large objects: {where}{ADVICE}{revoke}")
+    assert line.endswith(" FROM PUBLIC")
     assert check_role(opened) == [line]
     assert run(opened, "migrate").exit_code == 0
     obey(opened, line)
@@ -218,7 +237,8 @@ def test_roles_that_have_large_objects_keep_their_functions(opened: Environment)
     name = opened["DB_USERNAME"]
     (line,) = migrate(superuser(opened))
     assert line.startswith(
-        f"role {name} may store large objects, as other roles do in this database: {ADVICE}REVOKE "
+        f"role {name} may store large objects, as other roles do:"
+        f" in database {opened['DB_NAME']}, {ADVICE}REVOKE "
     )
     assert check_role(opened) == [line]
     execute(opened, "SELECT lo_create(0)")
@@ -233,3 +253,24 @@ def test_a_grant_of_the_role_itself_is_revoked(opened: Environment) -> None:
     migrate(superuser(opened))
     assert check_role(opened) == []
     assert not may(opened, WRITES[1])
+
+
+@pytest.mark.parametrize("also", ["", ", PUBLIC"])
+def test_a_grant_through_groups_names_the_groups(fresh: Environment, also: str) -> None:
+    assert migrate(fresh) == []
+    name = fresh["DB_USERNAME"]
+    inner, outer = sorted([f"inner {name}", f"outer {name}"])
+    execute_as_superuser(
+        fresh,
+        f'CREATE ROLE "{inner}"; CREATE ROLE "{outer}" ROLE "{inner}"; GRANT "{inner}" TO "{name}";'
+        f'GRANT EXECUTE ON FUNCTION lo_create TO "{outer}"{also};'
+        f'GRANT EXECUTE ON FUNCTION lo_put TO "{inner}", pg_monitor',
+    )
+    (line,) = migrate(fresh)
+    functions = "lo_create(oid), lo_put(oid,bigint,bytea)"
+    assert line.endswith(
+        f'{ADVICE}REVOKE EXECUTE ON FUNCTION {functions} FROM "{inner}", "{outer}"{also}'
+    )
+    obey(fresh, line)
+    assert migrate(fresh) == check_role(fresh) == []
+    assert not any(may(fresh, statement) for statement in STATEMENTS)

@@ -77,7 +77,7 @@ def name_of(environment: Environment) -> str:
 def not_found(environment: Environment, schema: str, path: str) -> str:
     name = environment["DB_USERNAME"]
     return (
-        f'role {name} does not find TABLE "{schema}"."{TABLE}", because its search_path is {path}:'
+        f"role {name} does not find table {schema}.{TABLE}, because its search_path is {path}:"
         f' {ADVICE}ALTER ROLE "{name}" IN DATABASE "{environment["DB_NAME"]}"'
         f' SET search_path = "{schema}"'
     )
@@ -150,10 +150,10 @@ def test_rows_that_row_level_security_hides_are_refused(
     if filled:
         execute(migrated, ROWS)
     line = refused(migrated)
-    name, table = migrated["DB_USERNAME"], f'TABLE "public"."{TABLE}"'
-    some = f"{hidden} of the 3" if filled else "some"
+    name, table = migrated["DB_USERNAME"], f"table public.{TABLE}"
+    sees = f"sees {3 - hidden} of the 3 rows" if filled else "may not see all rows"
     assert line.startswith(
-        f"role {name} does not see {some} rows of {table}, because of row-level security: {ADVICE}"
+        f"role {name} {sees} of {table}, because of row-level security: {ADVICE}"
     )
     mend(migrated, line)
     execute(migrated, "" if filled else ROWS)
@@ -222,7 +222,7 @@ def test_a_view_that_shows_each_role_other_rows_is_refused(migrated: Environment
         " DELETE FROM _yoyo_migration WHERE false",
     )
     name = migrated["DB_USERNAME"]
-    line = f'role {name} does not see 1 of the 3 rows of TABLE "public"."{TABLE}"'
+    line = f"role {name} sees 2 of the 3 rows of table public.{TABLE}"
     assert refused(migrated) == line
 
 

@@ -1,6 +1,6 @@
 """Applies and undoes the migrations, one process at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,46 +8,35 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 import psycopg
-from psycopg.errors import LockNotAvailable
 from yoyo import default_migration_table, read_migrations
 from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.connections import DatabaseURI
 
-from notifier.errors import Refused
 from notifier.settings import Settings
 from notifier.store import roles
 from notifier.store.db import Connection, Database
+from notifier.store.lock_waits import LockWaits
 from notifier.store.preferences import CHANGES
-from notifier.store.serving_role import by_administrator, quoted
 
 MIGRATIONS = Path(__file__).parent.parent.parent / "migrations"
 
 # Key of the advisory lock in the database. The number is arbitrary, but must never change.
 LOCK_KEY = 6_684_777_082
 
-# The sessions that hold it. pg_locks has the upper and the lower half of the key.
-_HOLDERS = """
-    SELECT pid, usename, application_name FROM pg_locks JOIN pg_stat_activity USING (pid)
-     WHERE locktype = 'advisory' AND granted AND objsubid = 1
-       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-       AND (classid::bigint << 32) + objid::bigint = %s
-     ORDER BY pid
-"""
-
 
 class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]
-    """yoyo's backend, which connects through our `Database` instead of a URL."""
+    """yoyo's backend, which connects with our `LockWaits` instead of a URL."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, lock_waits: LockWaits) -> None:
+        self._lock_waits = lock_waits
         uri = DatabaseURI("postgresql+psycopg", None, None, None, None, "notifier", {})
         super().__init__(uri, default_migration_table)
 
     def connect(self, dburi: DatabaseURI) -> psycopg.Connection[Any]:
-        return self._database.connect()
+        return self._lock_waits.connect()
 
     def copy(self) -> "_Backend":
-        return _Backend(self._database)
+        return _Backend(self._lock_waits)
 
     def create_lock_table(self) -> None:
         """Create yoyo's lock table unless it exists; yoyo's own method hides failures."""
@@ -78,19 +67,24 @@ class Migrated(NamedTuple):
     notices: list[str]
 
 
-def migrate(settings: Settings) -> Migrated:
+def migrate(settings: Settings, report: Callable[[str], None] = lambda _: None) -> Migrated:
     """Apply the pending migrations, and let the serving role read the providers.
 
+    Args:
+        report: called with the name of each migration as soon as it is applied.
+
     Raises:
-        Refused: another session holds the lock of migrations.
+        Refused: another session holds a lock for too long.
         NotGranted: the schema is up to date, but the role cannot serve.
         psycopg.Error: PostgreSQL is unreachable or reports an error; migrations
             that are already applied stay.
     """
     with _exclusive(settings) as (connection, backend):
         pending = backend.to_apply(read_migrations(str(MIGRATIONS)))
+        for migration in pending:
+            backend.apply_one(migration)
+            report(migration.id)
         names = [migration.id for migration in pending]
-        backend.apply_migrations(pending)
         # No trigger fired for rows that came with the table, such as those of a restored backup.
         connection.execute(f"NOTIFY {CHANGES}")
         return Migrated(names, roles.grant(connection, settings))
@@ -100,7 +94,7 @@ def rollback(settings: Settings) -> str | None:
     """Undo the last applied migration and return its name, or None if there is none.
 
     Raises:
-        Refused: another session holds the lock of migrations.
+        Refused: another session holds a lock for too long.
         psycopg.Error: PostgreSQL is unreachable or reports an error.
     """
     with _exclusive(settings) as (_, backend):
@@ -119,30 +113,17 @@ def _exclusive(settings: Settings) -> Iterator[tuple[Connection, _Backend]]:
     belongs to a dead process. A transaction holds it, because a pooler keeps a transaction on one
     server process.
     """
-    database = Database.migrating(settings)
-    with database.connect() as holder, holder.transaction(), database.connect() as connection:
-        holder.execute(f"SET LOCAL lock_timeout = '{roles.LOCK_WAIT}'")
+    waits = LockWaits(Database.migrating(settings))
+    with (
+        waits.connect() as holder,
+        waits.connect() as connection,
+        waits.watched(),
+        holder.transaction(),
+    ):
         holder.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
-        try:
+        with waits.explained("the migration lock"):
             holder.execute("SELECT pg_advisory_xact_lock(%s)", (LOCK_KEY,))
-        except LockNotAvailable:
-            raise Refused(_locked(connection)) from None
-        with _Backend(database) as backend:
+        with waits.explained("another lock that this needs"), _Backend(waits) as backend:
             backend.create_lock_table()
             backend.break_lock()
             yield connection, backend
-
-
-def _locked(connection: Connection) -> str:
-    """Return a line that names the sessions with the lock. Any role may have taken it."""
-    holders = connection.execute(_HOLDERS, (LOCK_KEY,)).fetchall()
-    if not holders:  # the last one has just ended
-        return f"another migration has been running for {roles.LOCK_WAIT}; try again"
-    names = ", ".join(
-        f"process {pid} of role {role} ({quoted(name)})" for pid, role, name in holders
-    )
-    ends = "; ".join(f"SELECT pg_terminate_backend({pid})" for pid, *_ in holders)
-    return (
-        f"the migration lock has been held for {roles.LOCK_WAIT} by {names}: try again when that"
-        f" has finished; if it is not a migration, {by_administrator(ends)}"
-    )

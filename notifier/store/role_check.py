@@ -83,7 +83,7 @@ def excess(connection: Connection, role: Role, objects: list[Object]) -> list[st
 
 
 def _ownership(connection: Connection, role: Role, objects: list[Object]) -> list[str]:
-    owned = [str(obj) for obj in objects if obj.owner == role.oid and obj.kind != "SEQUENCE"]
+    owned = [obj.plain for obj in objects if obj.owner == role.oid and obj.kind != "SEQUENCE"]
     if not owned:
         return []
     remedy, ours = "choose another DB_USERNAME", value(connection, "SELECT current_user")
@@ -107,7 +107,7 @@ def _privileges(connection: Connection, role: Role, objects: list[Object]) -> li
         its, everybodys = (_unwanted(connection, name, obj) for name in (role.name, "public"))
         if held := ", ".join(name for name in its if name not in everybodys):
             lines.append(
-                f"role {role.name} has {held} on {obj}, granted by another role"
+                f"role {role.name} has {held} on {obj.plain}, granted by another role"
                 " or to a role it is a member of: revoke that"
             )
     return lines
@@ -123,7 +123,8 @@ def _attributes(role: Role) -> list[str]:
 
 def _of_public(connection: Connection, objects: list[Object]) -> list[str]:
     return [
-        f"every role has {held} on {obj}: {by_administrator(f'REVOKE {held} ON {obj} FROM PUBLIC')}"
+        f"every role has {held} on {obj.plain}:"
+        f" {by_administrator(f'REVOKE {held} ON {obj} FROM PUBLIC')}"
         for obj in objects
         if (held := ", ".join(_unwanted(connection, "public", obj)))
     ]

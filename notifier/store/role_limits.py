@@ -21,13 +21,17 @@ _HAS_TIMEOUT = """
          ORDER BY setdatabase DESC LIMIT 1), false)
 """
 
-# The functions of large objects that the role may call, as a list for REVOKE; empty if none.
+# The functions of large objects that the role may call, as a list for REVOKE, and the roles that
+# these were granted to: itself, those that it inherits from, or PUBLIC, which is null.
 _FUNCTIONS = """
-    SELECT coalesce(string_agg(oid::regprocedure::text, ', ' ORDER BY oid::regprocedure::text), '')
-      FROM pg_proc
+    SELECT coalesce(string_agg(DISTINCT its.oid::regprocedure::text, ', '), ''),
+           coalesce(array_agg(DISTINCT rolname::text), '{}')
+      FROM pg_proc AS its
+     CROSS JOIN aclexplode(coalesce(proacl, acldefault('f', proowner))) AS granted
+      LEFT JOIN pg_roles AS role ON role.oid = grantee
      WHERE pronamespace = 'pg_catalog'::regnamespace
        AND (proname LIKE 'lo\\_%%' OR proname IN ('loread', 'lowrite'))
-       AND has_function_privilege(%s::oid, oid, 'EXECUTE')
+       AND CASE grantee WHEN 0 THEN true ELSE pg_has_role(%s::oid, grantee, 'USAGE') END
 """
 
 _USED_BY_OTHERS = """
@@ -93,10 +97,16 @@ def _unlimited(connection: Connection, role: Role) -> list[str]:
         lines.append(f"role {role.name} has no statement_timeout: {remedy}")
     if revoke := _revoke(connection, role):
         used = value(connection, _USED_BY_OTHERS, role.oid)
-        others = ", as other roles do in this database" if used else ""
+        others = ", as other roles do" if used else ""
+        where = f"in database {value(connection, 'SELECT current_database()')}"
         remedy = by_administrator(revoke)
-        lines.append(f"role {role.name} may store large objects{others}: {remedy}")
+        lines.append(f"role {role.name} may store large objects{others}: {where}, {remedy}")
     return lines
+
+
+def more_connections(connection: Connection, role: Role, settings: Settings) -> str:
+    """Return the statement that lets a role log in that has used up its connection limit."""
+    return _set_connections(role, max(_limit(settings), _needed(connection, role)))
 
 
 def _limit(settings: Settings) -> int:
@@ -119,5 +129,6 @@ def _set_timeout(connection: Connection, role: Role) -> str:
 
 def _revoke(connection: Connection, role: Role) -> str:
     """Return the statement that takes large objects away; an empty one if none is needed."""
-    functions = value(connection, _FUNCTIONS, role.oid)
-    return functions and f"REVOKE EXECUTE ON FUNCTION {functions} FROM PUBLIC, {role}"
+    ((functions, grantees),) = connection.execute(_FUNCTIONS, (role.oid,))
+    names = ["PUBLIC" if name is None else quoted(name) for name in grantees]
+    return functions and f"REVOKE EXECUTE ON FUNCTION {functions} FROM {', '.join(names)}"

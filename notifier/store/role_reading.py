@@ -7,6 +7,7 @@ from typing import NamedTuple
 import psycopg
 
 from notifier.settings import Settings
+from notifier.store import role_limits
 from notifier.store.db import (
     COMMAND_WAIT,
     GRACE,
@@ -78,7 +79,7 @@ def problems(owner: Connection, role: Role, settings: Settings) -> list[str]:
     try:
         serving = Database.listening(settings).connect()
     except psycopg.Error as error:
-        return [_login_failed(role, error)]
+        return [_login_failed(owner, role, settings, error)]
     with serving, transaction(owner, COMMAND_WAIT):
         read = _read(owner)
         try:
@@ -89,14 +90,16 @@ def problems(owner: Connection, role: Role, settings: Settings) -> list[str]:
     return [problem] if problem else []
 
 
-def _login_failed(role: Role, error: psycopg.Error) -> str:
+def _login_failed(owner: Connection, role: Role, settings: Settings, error: psycopg.Error) -> str:
     """Return a line with PostgreSQL's words, which may span several lines if there are hosts."""
     words = " ".join(str(error).split())
     line = f"role {role.name} cannot log in, so the service cannot either: {words}"
-    if "authentication failed" not in words:
-        return line
-    by_hand = "VALID UNTIL 'infinity'" if role.expired else "LOGIN PASSWORD '...'"
-    return f"{line}: {by_administrator(f'ALTER ROLE {role} {by_hand}')}"
+    if "too many connections for role" in words:
+        return f"{line}: {by_administrator(role_limits.more_connections(owner, role, settings))}"
+    if "authentication failed" in words:
+        by_hand = "VALID UNTIL 'infinity'" if role.expired else "LOGIN PASSWORD '...'"
+        return f"{line}: {by_administrator(f'ALTER ROLE {role} {by_hand}')}"
+    return line
 
 
 def _read(owner: Connection) -> _Read:
@@ -126,14 +129,15 @@ def _problem(serving: Connection, role: Role, read: _Read) -> str | None:
     if secured and (read.secured or not read.ids):  # no rows to compare
         shown, hidden = _policies(serving, read.table)
         if hidden or not shown:
-            return _rows_hidden(serving, role, read.table, "some")
+            return _rows_hidden(
+                serving, role, read.table, f"may not see all rows of {read.table.plain}"
+            )
     ids = set(value(serving, _IDS))
-    if missed := read.ids - ids:
-        some = f"{len(missed)} of the {len(read.ids)}"
-        if secured:
-            return _rows_hidden(serving, role, read.table, some)
-        return f"role {role.name} does not see {some} rows of {read.table}"
-    return None
+    seen = read.ids & ids
+    if seen == read.ids:
+        return None
+    sees = f"sees {len(seen)} of the {len(read.ids)} rows of {read.table.plain}"
+    return _rows_hidden(serving, role, read.table, sees) if secured else f"role {role.name} {sees}"
 
 
 def _query_failed(serving: Connection, role: Role, error: psycopg.Error) -> str:
@@ -149,7 +153,9 @@ def _query_failed(serving: Connection, role: Role, error: psycopg.Error) -> str:
 def _not_found(serving: Connection, role: Role, table: Object) -> str:
     path = value(serving, "SELECT current_setting('search_path')")
     remedy = by_administrator(_set(serving, role, f"search_path = {quoted(*table.path[:1])}"))
-    return f"role {role.name} does not find {table}, because its search_path is {path}: {remedy}"
+    return (
+        f"role {role.name} does not find {table.plain}, because its search_path is {path}: {remedy}"
+    )
 
 
 def _set(serving: Connection, role: Role, setting: str) -> str:
@@ -158,16 +164,13 @@ def _set(serving: Connection, role: Role, setting: str) -> str:
     return f"ALTER ROLE {role} IN DATABASE {database} SET {setting}"
 
 
-def _rows_hidden(serving: Connection, role: Role, table: Object, some: str) -> str:
+def _rows_hidden(serving: Connection, role: Role, table: Object, sees: str) -> str:
     policy, name = quoted(f"{role.name} reads"), quoted(*table.path)
     statement = f"CREATE POLICY {policy} ON {name} FOR SELECT TO {role} USING (true)"
     _, restricted = _policies(serving, table)
     if restricted:  # no further policy shows the rows that it hides
         statement = f"ALTER {table} DISABLE ROW LEVEL SECURITY"
-    return (
-        f"role {role.name} does not see {some} rows of {table}, because of row-level security:"
-        f" {by_administrator(statement)}"
-    )
+    return f"role {role.name} {sees}, because of row-level security: {by_administrator(statement)}"
 
 
 def _policies(connection: Connection, table: Object) -> tuple[bool, bool]:

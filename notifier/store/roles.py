@@ -27,9 +27,6 @@ _OPEN_TO_ALL = ("DATABASE", "SCHEMA")
 _CONCURRENT_CHANGE = (DuplicateObject, UniqueViolation, InternalError_)
 _ATTEMPTS = 20
 
-# How long a migration waits for another one of the same database or role.
-LOCK_WAIT = "60s"
-
 
 class NotGranted(Exception):
     """The role cannot serve; the message is one line with the remedy."""
@@ -67,7 +64,6 @@ def _provide(connection: Connection, settings: Settings) -> tuple[Role, list[Obj
     username = settings.db_username
     verifier = _verifier(connection, username, settings.db_password)
     with connection.transaction():  # so a running service never lacks a privilege
-        connection.execute(f"SET LOCAL lock_timeout = '{LOCK_WAIT}'".encode())
         _create_or_alter(connection, username, verifier)
         role = find_role(connection, username)
         if role is None:

@@ -68,6 +68,11 @@ class Object(NamedTuple):
     def __str__(self) -> str:
         return f"{self.kind} {quoted(*self.path)}"
 
+    @property
+    def plain(self) -> str:
+        """The object's kind and name in a sentence; `str` is for statements."""
+        return f"{self.kind.lower()} {'.'.join(self.path)}"
+
 
 def find_role(connection: Connection, username: str) -> Role | None:
     """Return the role of that name, or None if there is none."""
