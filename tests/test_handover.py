@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psycopg
 import pytest
 
+from notifier.errors import PreferencesUnavailable
 from notifier.models import Channel, Provider
 from notifier.settings import Settings
 from notifier.sharing.snapshot import LARGEST, Snapshot
-from notifier.store.db import Database
+from notifier.store.db import Connection, Database
 from notifier.store.handover import Handover, Load
 from notifier.store.preferences import Preferences
 from tests.fixtures import Environment, Growth, MakeSettings, connect
@@ -221,3 +223,35 @@ def test_each_load_of_a_worker_is_handed_over_even_if_it_took_nothing_over(
     added = add_provider("http://a/")
     assert worker.ids() == [added]  # the first load, by a look-up
     assert Worker(unreachable(database), snapshot).ids() == [added]
+
+
+def test_a_worker_that_started_first_takes_what_another_could_read_later(
+    database: Environment, snapshot: Snapshot, add_provider: Callable[..., int], growth: Growth
+) -> None:
+    added = add_provider("http://mail.example.com/")
+    cold = Worker(unreachable(database), snapshot)
+    with pytest.raises(PreferencesUnavailable):
+        cold.ids()
+    Worker(database, snapshot).reload(database)
+    with within(1):  # the pause after a failed first load does not delay it
+        assert cold.ids() == [added]
+    assert cold.endpoints == [{"mail.example.com:80"}]
+    assert growth("preference_cache_total") == {("error",): 1, ("miss",): 1}
+
+
+def test_a_load_that_another_worker_ends_while_ours_fails_is_taken(
+    database: Environment,
+    snapshot: Snapshot,
+    add_provider: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    added = add_provider("http://a/")
+    other, cold = Worker(database, snapshot), Worker(database, snapshot)
+
+    def fail(_: Database) -> Connection:
+        monkeypatch.undo()
+        other.reload(database)
+        raise psycopg.OperationalError("the server closed the connection unexpectedly")
+
+    monkeypatch.setattr(Database, "connect", fail)
+    assert cold.ids() == [added]

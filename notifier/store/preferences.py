@@ -149,19 +149,38 @@ class Preferences:
     def inherit(self, handover: Handover) -> None:
         """Begin with the providers that another worker has read, and hand over all later loads."""
         self._handover = handover
-        inherited = handover.take()
-        if inherited:
-            standing, providers = inherited
-            with self._keeping:
+        self._take()
+
+    def _take(self) -> None:
+        """Take over the providers that another worker has read, if the cache is empty."""
+        with self._keeping:
+            if self._handover and self._held is None and (found := self._handover.take()):
+                standing, providers = found
                 self._hold(standing, providers, (time.monotonic_ns() - standing.generation) / 1e9)
 
     def _load_first(self, deadline: float) -> _Held:
-        """Return the cache after the first load, which another thread may have started.
+        """Return the cache after the first load, unless another worker has handed one over.
+
+        Raises:
+            PreferencesUnavailable: there is neither.
+        """
+        log.debug("preferences cache miss")
+        self._take()
+        if self._held is None:
+            self._wait_for_load(deadline)
+            self._take()  # another worker may have been luckier
+        held = self._held
+        self._count["error" if held is None else "miss"].inc()
+        if held is None:
+            raise PreferencesUnavailable
+        return held
+
+    def _wait_for_load(self, deadline: float) -> None:
+        """Wait for the first load, which another thread may have started.
 
         Threads wait for it only until the first thread gives up. Otherwise, in an outage, waiting
         threads would leave none for other requests.
         """
-        log.debug("preferences cache miss")
         if self._waiting_ends is None:
             self._waiting_ends = time.monotonic() + self._database.wait
         if self._clock() >= self._first_load_at:
@@ -173,11 +192,6 @@ class Preferences:
             except OSError as error:  # no thread could start
                 fields = log_fields(error, self._database.hosts)
                 log.error("database error", extra=fields)  # noqa: TRY400 expected
-        held = self._held  # the refresher may have filled it
-        self._count["error" if held is None else "miss"].inc()
-        if held is None:
-            raise PreferencesUnavailable
-        return held
 
     def _ask(self) -> None:
         host = self._database.hosts
