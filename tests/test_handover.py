@@ -1,6 +1,7 @@
 """Workers hand the providers on: which load counts, and how a later worker begins."""
 
 import errno
+import json
 import logging
 import os
 import time
@@ -10,6 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from notifier import __version__
 from notifier.errors import PreferencesUnavailable
 from notifier.models import Channel, Provider
 from notifier.settings import Settings
@@ -131,6 +133,84 @@ def test_memory_that_cannot_be_read_is_logged_and_nothing_is_taken(
     assert handover.take() is None
     handover.give(load(1), 1)
     assert [record.msg for record in caplog.records] == ["providers are not handed over"]
+
+
+BAD_HEADS = [
+    b"\xff\x00 garbage",
+    b"null",
+    b"7",
+    b"[" * 100_000,
+    *(
+        json.dumps(["SOURCE", *numbers]).encode()
+        for numbers in ([], [1], [1, 1, 1, 1], ["1", 1, 1], [1, None, 1], [1.5, 1, 1], [1, 2, 1])
+    ),
+    b'["SOURCE", %d, 1, 1]' % 10**30,
+    b'["SOURCE", -%d, 1, 1]' % 10**400,
+]
+
+BAD_ROWS = [
+    b"\xff\x00 garbage",
+    b"null",
+    b"7",
+    b"[" * 100_000,
+    *(
+        json.dumps(rows).encode()
+        for rows in (
+            [[1]],
+            [None],
+            [[1, "Email", "a", "http://a/", "s", "more"]],
+            [[1, "Sms", "a", "http://a/", "s"]],
+            [[1, ["Email"], "a", "http://a/", "s"]],
+            [["1", "Email", "a", "http://a/", "s"]],
+            [[True, "Email", "a", "http://a/", "s"]],
+            [[1, "Email", 5, "http://a/", "s"]],
+            [[1, "Email", "\ud800", "http://a/", "s"]],
+            [[1, "Email", "a", None, "s"]],
+            [[1, "Email", "a", "http://a/", {}]],
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(head + b"\n[]" for head in BAD_HEADS),
+        *(b'["SOURCE", 1, 1, 1]\n' + row for row in BAD_ROWS),
+    ],
+    ids=lambda content: repr(content[:60]),
+)
+def test_malformed_content_counts_as_none_and_is_logged_once(
+    content: bytes,
+    database: Environment,
+    snapshot: Snapshot,
+    add_provider: Callable[..., int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    added = add_provider("http://a/")
+    settings = Settings.from_env(database)
+    source = json.dumps([__version__, *settings.serve_place, settings.db_name]).encode()
+    snapshot.replace(lambda _: content.replace(b'"SOURCE"', source))
+    worker = Worker(unreachable(database), snapshot)
+    with pytest.raises(PreferencesUnavailable):
+        worker.ids()
+    (record,) = [one for one in caplog.records if one.msg == "providers are not handed over"]
+    assert record.__dict__["reason"] == "malformed"
+    worker.reload(database)
+    assert Worker(unreachable(database), snapshot).ids() == [added]
+
+
+def test_a_failure_to_hand_over_harms_no_load_and_leaves_nothing_out_of_date(
+    database: Environment, snapshot: Snapshot, add_provider: Callable[..., int]
+) -> None:
+    worker = Worker(database, snapshot)
+    worker.reload(database)
+    added = add_provider("http://a/")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Provider, "row", lambda _: [object()])
+        assert worker.reload(database)
+    assert worker.ids() == [added]
+    assert snapshot.read() == b""
 
 
 # --- the preferences of a worker
