@@ -27,7 +27,7 @@ class Load:
     providers: Providers
     position: int
     from_standby: bool
-    unusable: Set[tuple[int, str, str]] = frozenset()
+    unusable: Set[tuple[int | str | None, str, str]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

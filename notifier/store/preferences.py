@@ -88,7 +88,7 @@ class Preferences:
         self._keeping = threading.Lock()
         self._standing = Standing()
         self._handover: Handover | None = None
-        self._unusable: Set[tuple[int, str, str]] = frozenset()
+        self._unusable: Set[tuple[int | str | None, str, str]] = frozenset()
         self._first_load: SingleFlight[str, None] = SingleFlight("preferences")
         self._first_load_at = -math.inf
         self._waiting_ends: float | None = None
@@ -221,7 +221,7 @@ class Preferences:
         metrics.LAST_REFRESH.set(time.time() - age)
         self._on_load(_endpoints(providers))
 
-    def _log_unusable(self, unusable: Set[tuple[int, str, str]]) -> None:
+    def _log_unusable(self, unusable: Set[tuple[int | str | None, str, str]]) -> None:
         """Log the rows that have become unusable since the last load."""
         for provider_id, column, problem in sorted(unusable - self._unusable, key=str):
             fields = {"provider_id": provider_id, "column": column, "problem": problem}
@@ -246,7 +246,7 @@ def _read(connection: Connection) -> Load:
             provider = rows.provider(row)
             by_channel[provider.channel].append(provider)
         except Unusable as error:
-            unusable.add((row[0], error.column, error.problem))
+            unusable.add((rows.integer(row[0]), error.column, error.problem))
     providers = {channel: tuple(found) for channel, found in by_channel.items()}
     return Load(providers, position or 0, replayed is not None, unusable)
 
