@@ -84,7 +84,7 @@ class Provider:
         """Make a provider of the values of `COLUMNS`.
 
         Raises:
-            Unusable: a value is missing or is no text, or the channel is unknown.
+            Unusable: a value is missing or of another type, or the channel is unknown.
         """
         for column, value in zip(COLUMNS, row, strict=True):
             _check(column, value)
@@ -94,17 +94,31 @@ class Provider:
         url = url.strip()
         return cls(provider_id, Channel(channel), name, url, endpoint_of(url), secret_key or "")
 
+    def row(self) -> tuple[int, str, str, str, str]:
+        """Return the values of which `from_row` makes an equal provider."""
+        return self.id, self.channel, self.name, self.url, self.secret_key
+
 
 _CHANNELS = frozenset(Channel)
 
 
 def _check(column: str, value: object) -> None:
-    if value is None and column != "secret_key":
-        raise Unusable(column, "missing")
+    if value is None:
+        if column != "secret_key":
+            raise Unusable(column, "missing")
+    elif column == "id":
+        if type(value) is not int:
+            raise Unusable(column, "not an integer")
+    elif not isinstance(value, str) or not _is_utf8(value):
+        raise Unusable(column, "not UTF-8 text")
+
+
+def _is_utf8(text: str) -> bool:
     try:
-        str(value).encode()
+        text.encode()
     except UnicodeEncodeError:  # a surrogate, which stands for a byte that is no text
-        raise Unusable(column, "not UTF-8 text") from None
+        return False
+    return True
 
 
 def endpoint_of(url: str) -> str | None:

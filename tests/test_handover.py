@@ -1,18 +1,22 @@
 """Workers hand the providers on: which load counts, and how a later worker begins."""
 
 import errno
+import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psycopg
 import pytest
 
+from notifier import __version__
+from notifier.errors import PreferencesUnavailable
 from notifier.models import Channel, Provider
 from notifier.settings import Settings
 from notifier.sharing.snapshot import LARGEST, Snapshot
-from notifier.store.db import Database
+from notifier.store.db import Connection, Database
 from notifier.store.handover import Handover, Load
 from notifier.store.preferences import Preferences
 from tests.fixtures import Environment, Growth, MakeSettings, connect
@@ -131,6 +135,84 @@ def test_memory_that_cannot_be_read_is_logged_and_nothing_is_taken(
     assert [record.msg for record in caplog.records] == ["providers are not handed over"]
 
 
+BAD_HEADS = [
+    b"\xff\x00 garbage",
+    b"null",
+    b"7",
+    b"[" * 100_000,
+    *(
+        json.dumps(["SOURCE", *numbers]).encode()
+        for numbers in ([], [1], [1, 1, 1, 1], ["1", 1, 1], [1, None, 1], [1.5, 1, 1], [1, 2, 1])
+    ),
+    b'["SOURCE", %d, 1, 1]' % 10**30,
+    b'["SOURCE", -%d, 1, 1]' % 10**400,
+]
+
+BAD_ROWS = [
+    b"\xff\x00 garbage",
+    b"null",
+    b"7",
+    b"[" * 100_000,
+    *(
+        json.dumps(rows).encode()
+        for rows in (
+            [[1]],
+            [None],
+            [[1, "Email", "a", "http://a/", "s", "more"]],
+            [[1, "Sms", "a", "http://a/", "s"]],
+            [[1, ["Email"], "a", "http://a/", "s"]],
+            [["1", "Email", "a", "http://a/", "s"]],
+            [[True, "Email", "a", "http://a/", "s"]],
+            [[1, "Email", 5, "http://a/", "s"]],
+            [[1, "Email", "\ud800", "http://a/", "s"]],
+            [[1, "Email", "a", None, "s"]],
+            [[1, "Email", "a", "http://a/", {}]],
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(head + b"\n[]" for head in BAD_HEADS),
+        *(b'["SOURCE", 1, 1, 1]\n' + row for row in BAD_ROWS),
+    ],
+    ids=lambda content: repr(content[:60]),
+)
+def test_malformed_content_counts_as_none_and_is_logged_once(
+    content: bytes,
+    database: Environment,
+    snapshot: Snapshot,
+    add_provider: Callable[..., int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    added = add_provider("http://a/")
+    settings = Settings.from_env(database)
+    source = json.dumps([__version__, *settings.serve_place, settings.db_name]).encode()
+    snapshot.replace(lambda _: content.replace(b'"SOURCE"', source))
+    worker = Worker(unreachable(database), snapshot)
+    with pytest.raises(PreferencesUnavailable):
+        worker.ids()
+    (record,) = [one for one in caplog.records if one.msg == "providers are not handed over"]
+    assert record.__dict__["reason"] == "malformed"
+    worker.reload(database)
+    assert Worker(unreachable(database), snapshot).ids() == [added]
+
+
+def test_a_failure_to_hand_over_harms_no_load_and_leaves_nothing_out_of_date(
+    database: Environment, snapshot: Snapshot, add_provider: Callable[..., int]
+) -> None:
+    worker = Worker(database, snapshot)
+    worker.reload(database)
+    added = add_provider("http://a/")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Provider, "row", lambda _: [object()])
+        assert worker.reload(database)
+    assert worker.ids() == [added]
+    assert snapshot.read() == b""
+
+
 # --- the preferences of a worker
 
 
@@ -221,3 +303,35 @@ def test_each_load_of_a_worker_is_handed_over_even_if_it_took_nothing_over(
     added = add_provider("http://a/")
     assert worker.ids() == [added]  # the first load, by a look-up
     assert Worker(unreachable(database), snapshot).ids() == [added]
+
+
+def test_a_worker_that_started_first_takes_what_another_could_read_later(
+    database: Environment, snapshot: Snapshot, add_provider: Callable[..., int], growth: Growth
+) -> None:
+    added = add_provider("http://mail.example.com/")
+    cold = Worker(unreachable(database), snapshot)
+    with pytest.raises(PreferencesUnavailable):
+        cold.ids()
+    Worker(database, snapshot).reload(database)
+    with within(1):  # the pause after a failed first load does not delay it
+        assert cold.ids() == [added]
+    assert cold.endpoints == [{"mail.example.com:80"}]
+    assert growth("preference_cache_total") == {("error",): 1, ("miss",): 1}
+
+
+def test_a_load_that_another_worker_ends_while_ours_fails_is_taken(
+    database: Environment,
+    snapshot: Snapshot,
+    add_provider: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    added = add_provider("http://a/")
+    other, cold = Worker(database, snapshot), Worker(database, snapshot)
+
+    def fail(_: Database) -> Connection:
+        monkeypatch.undo()
+        other.reload(database)
+        raise psycopg.OperationalError("the server closed the connection unexpectedly")
+
+    monkeypatch.setattr(Database, "connect", fail)
+    assert cold.ids() == [added]

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -13,8 +13,10 @@ from notifier.app import create_app
 from notifier.errors import Refused
 from notifier.models import Channel
 from notifier.settings import Settings
+from notifier.sharing.snapshot import Snapshot
 from notifier.store import catalogue, migrations
 from notifier.store.db import Database
+from notifier.store.handover import Handover
 from notifier.store.preferences import QUERY, Preferences
 from notifier.store.rows import LIMITS
 from notifier.store.values import Values
@@ -31,7 +33,7 @@ from tests.refreshed import Refreshed, wait_until_listening
 from tests.service import Service
 from tests.timing import eventually
 
-Logged = tuple[int | None, str, str]
+Logged = tuple[int | str | None, str, str]
 
 ACUTE = "caf\udce9"  # é in Latin-1, as a file name or a psycopg parameter would carry it
 NO_TEXT = "not UTF-8 text"
@@ -68,6 +70,13 @@ def without_encoding(server: Environment) -> Environment:
     return encoded_database(server, "SQL_ASCII")
 
 
+@pytest.fixture
+def snapshot() -> Iterator[Snapshot]:
+    made = Snapshot()
+    yield made
+    made.close()
+
+
 def read(environment: Environment, known: Preferences | None = None) -> list[int]:
     """Return the ids of all rows that become providers, by channel."""
     database = Database(Settings.from_env(environment))
@@ -86,7 +95,7 @@ def skipped(caplog: pytest.LogCaptureFixture) -> list[Logged]:
     ]
 
 
-def problems(environment: Environment) -> dict[int, str | None]:
+def problems(environment: Environment) -> dict[int | str | None, str | None]:
     return {one.id: one.problem for one in catalogue.entries(owner_of(environment))}
 
 
@@ -251,6 +260,7 @@ def test_a_text_is_read_up_to_a_limit(
 
 
 def test_a_text_of_megabytes_does_not_leave_postgresql(by_hand: Environment) -> None:
+    execute(by_hand, "ALTER TABLE notification_preferences ALTER id TYPE text")
     for column in LIMITS:
         insert_by_hand(by_hand, 1, **{column: "repeat('x', 3000000)"})
     with Database(Settings.from_env(by_hand)).connect() as connection:
@@ -300,6 +310,111 @@ def test_a_name_or_secret_of_control_characters_is_used(
     odd = "".join(map(chr, range(1, 32))) + "\x7f\x85\u2028\u202e\ufeff"
     add_provider("http://a/", name=odd, secret_key=odd)
     assert (read(database), problems(database)) == ([1], {1: None})
+
+
+@pytest.mark.parametrize("type_", ["smallint", "numeric", "text", "float8"])
+def test_an_integer_is_an_id_whatever_the_columns_type(
+    type_: str, by_hand: Environment, snapshot: Snapshot, caplog: pytest.LogCaptureFixture
+) -> None:
+    execute(by_hand, f"ALTER TABLE notification_preferences ALTER id TYPE {type_}")
+    execute(by_hand, f"ALTER TABLE notification_preferences ALTER priority TYPE {type_}")
+    insert_by_hand(by_hand, 7, priority="3")
+    insert_by_hand(by_hand, 8, priority="3", host="'http://b/'")
+    settings = Settings.from_env(by_hand)
+    known = Preferences(Database(settings), 600)
+    known.inherit(Handover(snapshot, settings))
+    assert read(by_hand, known) == [7, 8]
+    assert Handover(snapshot, settings).take() is not None
+    assert caplog.records == []
+    shown = json.loads(run(by_hand, "list", "--json").output)
+    assert [(one["id"], one["priority"]) for one in shown] == [(7, 3), (8, 3)]
+    owner = owner_of(by_hand)
+    assert catalogue.provider(owner, 8)[1].id == 8
+    assert catalogue.edit(owner, 8, {"host": "http://c/"}).host == "http://c/"
+    assert catalogue.remove(owner, 8).state == "removed"
+    assert catalogue.restore(owner, 8).state == "active"
+
+
+@pytest.mark.parametrize(
+    ("type_", "value"),
+    [
+        ("numeric", "1.5"),
+        ("numeric", "'NaN'"),
+        ("text", "'mailer'"),
+        ("text", "''"),
+        ("text", "'\u0661'"),
+        ("uuid", "'0e37df36-f698-11e6-8dd4-cb9ced3df976'"),
+    ],
+)
+def test_a_row_whose_id_is_no_integer_is_skipped_and_named(
+    type_: str, value: str, by_hand: Environment, caplog: pytest.LogCaptureFixture
+) -> None:
+    execute(by_hand, "ALTER TABLE notification_preferences DROP id")
+    execute(by_hand, f"ALTER TABLE notification_preferences ADD id {type_}")
+    insert_by_hand(by_hand, 1, id=value)
+    shown = value.strip("'")
+    assert read(by_hand) == []
+    assert skipped(caplog) == [(shown, "id", "not an integer")]
+    (entry,) = json.loads(run(by_hand, "list", "--json").output)
+    assert (entry["id"], entry["problem"]) == (shown, "id: not an integer")
+
+
+def test_an_id_of_megabytes_is_neither_read_nor_logged(
+    by_hand: Environment, caplog: pytest.LogCaptureFixture
+) -> None:
+    execute(by_hand, "ALTER TABLE notification_preferences ALTER id TYPE text")
+    insert_by_hand(by_hand, 1, id="repeat('1', 3000000)")
+    insert_by_hand(by_hand, 2)
+    assert read(by_hand) == [2]
+    assert skipped(caplog) == [(None, "id", "longer than 100 bytes")]
+
+
+def test_ids_are_numbers_to_the_order_of_attempts(by_hand: Environment) -> None:
+    execute(by_hand, "ALTER TABLE notification_preferences ALTER id TYPE numeric")
+    for entry_id in (10, 9, 100):
+        insert_by_hand(by_hand, entry_id)
+    assert read(by_hand) == [9, 10, 100]
+
+
+def test_rows_of_the_same_id_are_listed_and_neither_tested_nor_changed(
+    by_hand: Environment,
+) -> None:
+    for host in ("http://a/", "http://b/"):
+        insert_by_hand(by_hand, 1, host=f"'{host}'")
+    owner = owner_of(by_hand)
+    before = catalogue.entries(owner)
+    changes = (
+        lambda: catalogue.provider(owner, 1),
+        lambda: catalogue.edit(owner, 1, {"priority": 5}),
+        lambda: catalogue.remove(owner, 1),
+        lambda: catalogue.restore(owner, 1),
+    )
+    for act in changes:
+        with pytest.raises(Refused, match=r"^2 rows have the id 1: give each its own id with SQL$"):
+            act()
+    assert catalogue.entries(owner) == before
+    assert len(before) == 2
+
+
+def test_a_row_is_not_added_without_an_id(by_hand: Environment) -> None:
+    owner = owner_of(by_hand)
+    insert_by_hand(by_hand, 1)
+    with pytest.raises(Refused, match="the column id has no default"):
+        catalogue.add(owner, {"provider_type": "Email", "provider_name": "b", "host": "http://b/"})
+    assert [entry.id for entry in catalogue.entries(owner)] == [1]
+
+
+def test_times_of_type_text_are_listed(by_hand: Environment) -> None:
+    for column in ("created_at", "deleted_at"):
+        execute(by_hand, f"ALTER TABLE notification_preferences ALTER {column} TYPE text")
+    insert_by_hand(by_hand, 1, created_at="'yesterday'", deleted_at="'2026-01-02 03:04:05.6+00'")
+    insert_by_hand(by_hand, 2, created_at="repeat('x', 3000000)")
+    owner = owner_of(by_hand)
+    second, first = catalogue.entries(owner)
+    assert (first.created_at, first.deleted_at) == ("yesterday", "2026-01-02T03:04:05Z")
+    assert (second.created_at, second.state) == (100 * "x", "active")
+    assert catalogue.remove(owner, 2).state == "removed"
+    assert catalogue.restore(owner, 2).state == "active"
 
 
 # --- the log

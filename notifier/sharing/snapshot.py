@@ -57,17 +57,17 @@ class Snapshot:
         """Replace the value by what `choose` returns for it; None leaves it.
 
         Raises:
-            OSError: the new value is too large, or memory is short: the value is then empty, as it
-                is out of date. Or another process holds the memory for too long.
+            TimeoutError: another process holds the memory for too long.
+            Exception: the new value is too large, memory is short (OSError), or `choose` raised it.
+                The value is then empty, as it is out of date.
         """
         with self._locked():
             number, value = self._latest()
-            new = choose(value)
-            if new is None:
-                return
             try:
-                self._write(number + 1, new)
-            except OSError:
+                new = choose(value)
+                if new is not None:
+                    self._write(number + 1, new)
+            except Exception:
                 os.ftruncate(self._fd, 0)
                 raise
 

@@ -1,5 +1,6 @@
 """Operators' view of `notification_preferences`: list, add, edit, remove, restore."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,22 +21,21 @@ _Row = tuple[Any, ...]
 LOCK_WAIT = "5s"
 
 
-def _time(column: str) -> str:
-    """Return SQL that formats a time: Python cannot represent all of them."""
-    return f"""to_char({column} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
-               || CASE WHEN {column} < '0001-01-01Z' THEN ' BC' ELSE '' END"""
-
+# As bounded texts, because an operator may have made the table.
+_OTHERS = ", ".join(f"left({name}::text, 100)" for name in ("priority", "created_at", "deleted_at"))
 
 _READ = f"""
-    SELECT {rows.SELECTED}, priority, coalesce(octet_length(secret_key), 0) > 0,
-           {_time("created_at")}, {_time("deleted_at")},
-           CASE WHEN deleted_at IS NULL THEN 'active' ELSE 'removed' END
+    SELECT {rows.SELECTED}, coalesce(octet_length(secret_key::text), 0) > 0,
+           CASE WHEN deleted_at IS NULL THEN 'active' ELSE 'removed' END, {_OTHERS}
       FROM notification_preferences
-     WHERE (%(id)s::numeric IS NULL OR id = %(id)s)
+     WHERE (%(id)s::text IS NULL OR id::text = %(id)s::text)
        AND (%(channel)s::text IS NULL OR provider_type::text = %(channel)s)
        AND (deleted_at IS NULL OR NOT %(active)s)
      ORDER BY provider_type, deleted_at IS NOT NULL, priority, id
 """  # noqa: S608 only constants
+
+# PostgreSQL's text of a time in UTC. Python's `datetime` cannot hold all of them.
+_TIME = re.compile(r"(\d{4,}-\d\d-\d\d) (\d\d:\d\d:\d\d)(?:\.\d+)?\+00( BC)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,15 @@ class Entry:
     """A row without its secret; times are RFC 3339 in UTC, `state` is `active` or `removed`.
 
     `host` is the URL from the column of that name, with user info masked. `problem` names the
-    column for which the service skips the row. A text that is too long is None.
+    column for which the service skips the row. A text that is too long is None. In a table that an
+    operator has made, an id or a priority that is no integer, and a time that is none, are texts.
     """
 
-    id: int
+    id: int | str | None
     channel: str | None
     name: str | None
     host: str | None
-    priority: int | None
+    priority: int | str | None
     has_secret: bool
     created_at: str | None
     deleted_at: str | None
@@ -79,13 +80,10 @@ def provider(database: Database, entry_id: int) -> tuple[Entry, Provider]:
     """Return a row, even a removed one, and its provider including the secret.
 
     Raises:
-        Refused: there is no such row, or the service cannot use it.
+        Refused: there is no such row, there are several, or the service cannot use it.
     """
     with _reading(database) as connection:
-        found = _rows(connection, entry_id=entry_id)
-    if not found:
-        raise _unknown(entry_id)
-    [row] = found
+        row = _one(connection, entry_id)
     try:
         return _shown(row), _provider(row)
     except Unusable as error:
@@ -106,6 +104,8 @@ def add(database: Database, values: Values) -> Entry:
     with _changing(database, "INSERT") as connection:
         _check_unique(connection, columns["provider_type"], columns["host"])
         [(entry_id,)] = connection.execute(insert, columns).fetchall()
+        if entry_id is None:  # in a table that an operator has made
+            raise Refused("the column id has no default, so a new row would have no id")
         return _entry(connection, entry_id)
 
 
@@ -119,7 +119,7 @@ def edit(database: Database, entry_id: int, values: Values) -> Entry:
     columns = checked(values)
     if not columns:
         raise Refused("nothing to change: give at least one value")
-    update = sql.SQL("UPDATE notification_preferences SET {} WHERE id = %(id)s").format(
+    update = sql.SQL("UPDATE notification_preferences SET {} WHERE id::text = %(id)s::text").format(
         sql.SQL(", ").join(
             sql.SQL("{} = {}").format(sql.Identifier(name), sql.Placeholder(name))
             for name in columns
@@ -145,7 +145,8 @@ def remove(database: Database, entry_id: int) -> Entry:
         if not is_active:
             raise Refused(f"provider {entry_id} is already removed")
         connection.execute(
-            "UPDATE notification_preferences SET deleted_at = now() WHERE id = %s", (entry_id,)
+            "UPDATE notification_preferences SET deleted_at = now() WHERE id::text = %s::text",
+            (entry_id,),
         )
         return _entry(connection, entry_id)
 
@@ -164,7 +165,8 @@ def restore(database: Database, entry_id: int) -> Entry:
         check_url(url.strip())
         _check_unique(connection, channel, url, entry_id)
         connection.execute(
-            "UPDATE notification_preferences SET deleted_at = NULL WHERE id = %s", (entry_id,)
+            "UPDATE notification_preferences SET deleted_at = NULL WHERE id::text = %s::text",
+            (entry_id,),
         )
         return _entry(connection, entry_id)
 
@@ -174,6 +176,9 @@ def _reading(database: Database, *privileges: str) -> Iterator[Connection]:
     """Yield a connection in a transaction, after checking SELECT and `privileges`."""
     try:
         with database.connect() as connection, transaction(connection, COMMAND_WAIT):
+            connection.execute(
+                "SELECT set_config('TimeZone', 'UTC', true), set_config('DateStyle', 'ISO', true)"
+            )
             _check_privileges(connection, database.username, ["SELECT", *privileges])
             yield connection
     except psycopg.errors.UndefinedTable:
@@ -215,7 +220,7 @@ def _check_privileges(connection: Connection, role: str, wanted: list[str]) -> N
 def _rows(
     connection: Connection,
     *,
-    entry_id: int | None = None,
+    entry_id: int | str | None = None,
     channel: str | None = None,
     active: bool = False,
 ) -> list[_Row]:
@@ -224,11 +229,17 @@ def _rows(
     return connection.execute(_READ, parameters).fetchall()
 
 
-def _entry(connection: Connection, entry_id: int) -> Entry:
+def _one(connection: Connection, entry_id: int | str) -> _Row:
     found = _rows(connection, entry_id=entry_id)
     if not found:
-        raise _unknown(entry_id)
-    return _shown(found[0])
+        raise Refused(f"there is no provider {entry_id}")
+    if len(found) > 1:
+        raise Refused(f"{len(found)} rows have the id {entry_id}: give each its own id with SQL")
+    return found[0]
+
+
+def _entry(connection: Connection, entry_id: int | str) -> Entry:
+    return _shown(_one(connection, entry_id))
 
 
 def _provider(row: _Row) -> Provider:
@@ -236,15 +247,26 @@ def _provider(row: _Row) -> Provider:
 
 
 def _shown(row: _Row) -> Entry:
-    entry_id, *texts, _, _ = row[: rows.WIDTH]
-    channel, name, url = map(_printable, texts)
+    entry_id, channel, name, url, *_ = map(_printable, row[: rows.WIDTH])
+    has_secret, state, priority, *times = row[rows.WIDTH :]
     host = None if url is None else USER_INFO.sub(r"\1***@", url)
     problem = None
     try:
         _provider(row)
     except Unusable as error:
         problem = str(error)
-    return Entry(*(entry_id, channel, name, host, *row[rows.WIDTH :], problem))
+    created_at, deleted_at = map(_time, times)
+    return Entry(
+        *(rows.integer(entry_id), channel, name, host, rows.integer(_printable(priority))),
+        *(has_secret, created_at, deleted_at, state, problem),
+    )
+
+
+def _time(text: str | None) -> str | None:
+    """Return a time as RFC 3339; None for infinity. A text that is no time stays."""
+    if text in ("infinity", "-infinity"):
+        return None
+    return text and _TIME.sub(r"\1T\2Z\3", _printable(text) or "")
 
 
 def _printable(text: str | None) -> str | None:
@@ -256,20 +278,14 @@ def _printable(text: str | None) -> str | None:
 
 def _place_of(connection: Connection, entry_id: int) -> tuple[str, str, bool]:
     """Return the channel and the URL of a row, empty if too long, and whether it is active."""
-    found = _rows(connection, entry_id=entry_id)
-    if not found:
-        raise _unknown(entry_id)
-    _, channel, _, url, *_ = found[0]
-    return channel or "", url or "", _shown(found[0]).state == "active"
-
-
-def _unknown(entry_id: int) -> Refused:
-    return Refused(f"there is no provider {entry_id}")
+    row = _one(connection, entry_id)
+    _, channel, _, url, *_ = row
+    return channel or "", url or "", _shown(row).state == "active"
 
 
 def _check_unique(
     connection: Connection, channel: str, url: str, own_id: int | None = None
 ) -> None:
     for other, _, _, its_url, *_ in _rows(connection, channel=channel, active=True):
-        if other != own_id and its_url is not None and same_place(its_url, url):
+        if rows.integer(other) != own_id and its_url is not None and same_place(its_url, url):
             raise Refused(f"provider {other} is active and has the same channel and URL")

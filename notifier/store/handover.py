@@ -2,10 +2,10 @@
 
 import json
 import logging
+import time
 from collections.abc import Mapping, Set
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from functools import partial
-from operator import attrgetter
 
 from notifier import __version__
 from notifier.models import Channel, Provider
@@ -13,8 +13,6 @@ from notifier.settings import Settings
 from notifier.sharing.snapshot import Snapshot
 
 Providers = Mapping[Channel, tuple[Provider, ...]]
-
-_FIELDS = attrgetter(*(field.name for field in fields(Provider)))  # astuple copies each value
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +27,7 @@ class Load:
     providers: Providers
     position: int
     from_standby: bool
-    unusable: Set[tuple[int, str, str]] = frozenset()
+    unusable: Set[tuple[int | str | None, str, str]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,8 @@ class Standing:
 class Handover:
     """The providers that the workers of one master share, for those that start later.
 
-    The caller serializes access. Failures are logged once, until a load has been handed over again.
+    The caller serializes access. A failure harms neither the start nor a load; malformed content
+    counts as none. Failures are logged once, until a load has been handed over again.
     """
 
     def __init__(self, snapshot: Snapshot, settings: Settings) -> None:
@@ -75,21 +74,16 @@ class Handover:
         """Return what another worker has handed over; None if there is nothing."""
         try:
             standing, rows = self._decoded(self._snapshot.read())
-        except OSError as error:
+            return (standing, _providers(rows)) if rows else None
+        except Exception as error:  # noqa: BLE001 content can raise any
             self._log(error)
             return None
-        if not rows:
-            return None
-        providers: dict[Channel, list[Provider]] = {channel: [] for channel in Channel}
-        for provider_id, channel, *rest in json.loads(rows):
-            providers[channel].append(Provider(provider_id, Channel(channel), *rest))
-        return standing, {channel: tuple(found) for channel, found in providers.items()}
 
     def give(self, load: Load, generation: int) -> None:
         """Hand `load` over, unless another worker's is newer."""
         try:
             self._snapshot.replace(partial(self._newer, load, generation))
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 a load must not fail
             self._log(error)
         else:
             self._fails = False
@@ -99,17 +93,40 @@ class Handover:
         if standing is None:
             return None
         head = json.dumps([self._source, *astuple(standing)])
-        rows = [_FIELDS(one) for providers in load.providers.values() for one in providers]
+        rows = [one.row() for providers in load.providers.values() for one in providers]
         return f"{head}\n{json.dumps(rows)}".encode()
 
     def _decoded(self, value: bytes) -> tuple[Standing, bytes]:
         """Return the standing, and the rows as JSON; no rows if they are not from our source."""
         head, _, rows = value.partition(b"\n")
-        source, *standing = json.loads(head or b"[null]")
-        return (Standing(*standing), rows) if source == self._source else (Standing(), b"")
+        try:
+            source, *numbers = json.loads(head or b"[null]")
+            if source == self._source:
+                return _standing(*numbers), rows
+        except Exception as error:  # noqa: BLE001 content can raise any
+            self._log(error)
+        return Standing(), b""
 
-    def _log(self, error: OSError) -> None:
+    def _log(self, error: Exception) -> None:
         if not self._fails:
-            fields = {"error": type(error).__name__, "reason": error.strerror}
+            reason = error.strerror if isinstance(error, OSError) else "malformed"
+            fields = {"error": type(error).__name__, "reason": reason}
             log.warning("providers are not handed over", extra=fields)
         self._fails = True
+
+
+def _standing(generation: int, primary_generation: int, position: int) -> Standing:
+    """Return the standing of decoded numbers; one from the future would never be replaced."""
+    numbers = (generation, primary_generation, position)
+    are_integers = all(type(number) is int for number in numbers)
+    if not are_integers or not 0 <= primary_generation <= generation <= time.monotonic_ns():
+        raise ValueError("not a standing")
+    return Standing(*numbers)
+
+
+def _providers(rows: bytes) -> Providers:
+    providers: dict[Channel, list[Provider]] = {channel: [] for channel in Channel}
+    for row in json.loads(rows):
+        provider = Provider.from_row(row)
+        providers[provider.channel].append(provider)
+    return {channel: tuple(found) for channel, found in providers.items()}

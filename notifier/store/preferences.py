@@ -88,7 +88,7 @@ class Preferences:
         self._keeping = threading.Lock()
         self._standing = Standing()
         self._handover: Handover | None = None
-        self._unusable: Set[tuple[int, str, str]] = frozenset()
+        self._unusable: Set[tuple[int | str | None, str, str]] = frozenset()
         self._first_load: SingleFlight[str, None] = SingleFlight("preferences")
         self._first_load_at = -math.inf
         self._waiting_ends: float | None = None
@@ -149,19 +149,38 @@ class Preferences:
     def inherit(self, handover: Handover) -> None:
         """Begin with the providers that another worker has read, and hand over all later loads."""
         self._handover = handover
-        inherited = handover.take()
-        if inherited:
-            standing, providers = inherited
-            with self._keeping:
+        self._take()
+
+    def _take(self) -> None:
+        """Take over the providers that another worker has read, if the cache is empty."""
+        with self._keeping:
+            if self._handover and self._held is None and (found := self._handover.take()):
+                standing, providers = found
                 self._hold(standing, providers, (time.monotonic_ns() - standing.generation) / 1e9)
 
     def _load_first(self, deadline: float) -> _Held:
-        """Return the cache after the first load, which another thread may have started.
+        """Return the cache after the first load, unless another worker has handed one over.
+
+        Raises:
+            PreferencesUnavailable: there is neither.
+        """
+        log.debug("preferences cache miss")
+        self._take()
+        if self._held is None:
+            self._wait_for_load(deadline)
+            self._take()  # another worker may have been luckier
+        held = self._held
+        self._count["error" if held is None else "miss"].inc()
+        if held is None:
+            raise PreferencesUnavailable
+        return held
+
+    def _wait_for_load(self, deadline: float) -> None:
+        """Wait for the first load, which another thread may have started.
 
         Threads wait for it only until the first thread gives up. Otherwise, in an outage, waiting
         threads would leave none for other requests.
         """
-        log.debug("preferences cache miss")
         if self._waiting_ends is None:
             self._waiting_ends = time.monotonic() + self._database.wait
         if self._clock() >= self._first_load_at:
@@ -173,11 +192,6 @@ class Preferences:
             except OSError as error:  # no thread could start
                 fields = log_fields(error, self._database.hosts)
                 log.error("database error", extra=fields)  # noqa: TRY400 expected
-        held = self._held  # the refresher may have filled it
-        self._count["error" if held is None else "miss"].inc()
-        if held is None:
-            raise PreferencesUnavailable
-        return held
 
     def _ask(self) -> None:
         host = self._database.hosts
@@ -207,7 +221,7 @@ class Preferences:
         metrics.LAST_REFRESH.set(time.time() - age)
         self._on_load(_endpoints(providers))
 
-    def _log_unusable(self, unusable: Set[tuple[int, str, str]]) -> None:
+    def _log_unusable(self, unusable: Set[tuple[int | str | None, str, str]]) -> None:
         """Log the rows that have become unusable since the last load."""
         for provider_id, column, problem in sorted(unusable - self._unusable, key=str):
             fields = {"provider_id": provider_id, "column": column, "problem": problem}
@@ -232,7 +246,7 @@ def _read(connection: Connection) -> Load:
             provider = rows.provider(row)
             by_channel[provider.channel].append(provider)
         except Unusable as error:
-            unusable.add((row[0], error.column, error.problem))
+            unusable.add((rows.integer(row[0]), error.column, error.problem))
     providers = {channel: tuple(found) for channel, found in by_channel.items()}
     return Load(providers, position or 0, replayed is not None, unusable)
 

@@ -31,7 +31,7 @@ from notifier.store.serving_role import (
 # Which table the name in the service's query means to a session.
 _TABLE = "SELECT to_regclass(%s)::oid"
 
-_IDS = f"SELECT ARRAY(SELECT id FROM ({QUERY}) AS service)"  # noqa: S608 no input is part of it
+_IDS = f"SELECT ARRAY(SELECT id FROM ({QUERY}) AS service (id))"  # noqa: S608 no input is part of it
 
 # One statement, so both come from the same snapshot.
 _SNAPSHOT_AND_IDS = f"SELECT pg_export_snapshot(), ({_IDS})"
@@ -59,7 +59,7 @@ class _Read(NamedTuple):
     table: Object
     secured: bool  # by row-level security, so perhaps not all rows
     snapshot: str
-    ids: set[int]
+    ids: set[str]
 
 
 def problems(owner: Connection, role: Role, settings: Settings) -> list[str]:
