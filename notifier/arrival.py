@@ -9,7 +9,7 @@ from typing import NamedTuple
 # The rank of a request is its arrival, minus `ADVANTAGE` times the pause since the last reply on
 # its connection, at most `MAX_ADVANTAGE` seconds. So callers that send one request after the other
 # cannot crowd out others, and others delay them by at most a second.
-ADVANTAGE = 10
+ADVANTAGE = 50
 MAX_ADVANTAGE = 1.0
 
 # Seconds. The kernel counts shorter times too roughly.

@@ -491,3 +491,37 @@ def test_a_head_that_is_too_long_is_refused(service: Service, pieces: int) -> No
             for start in range(0, len(head), size):
                 sock.sendall(head[start : start + size])
         assert sock.recv(65536).startswith(b"HTTP/1.1 431 ")
+
+
+def test_many_small_chunks_cost_little(service: Service) -> None:
+    chunks = b"1\r\n \r\n" * 170_000  # close to the maximum
+    with connect(service) as sock, within(10):
+        sock.sendall(CHUNKED + chunks + b"0\r\n\r\n")
+        assert sock.recv(65536).startswith(WRONG)
+
+
+def test_a_half_body_behind_unread_replies_expires(service: Service) -> None:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", service.port))
+        (worker,) = service.booted()
+        page = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+        for _ in range(40):
+            sock.sendall(page)
+        sock.sendall(HEAD + BODY[:-1])
+        port = sock.getsockname()[1]
+
+        def is_held() -> bool:
+            return any(each.raddr and each.raddr.port == port for each in worker.net_connections())
+
+        eventually(lambda: not is_held(), 5 * REQUEST_SECONDS)
+
+
+def test_pipelined_requests_survive_the_closing_of_idle_connections(small: Service) -> None:
+    """They wait in the worker, where the kernel does not see them."""
+    with ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(callers(small, b"", count=50))
+            with callers(small, PING * 3, count=20) as socks:
+                for sock in socks:
+                    assert until(b"running", sock, times=3).count(OK) == 3

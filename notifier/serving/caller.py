@@ -24,10 +24,14 @@ from notifier.serving.refusals import check_host
 # last, and to send a reply.
 REQUEST_SECONDS = 5.0
 
+# Seconds after a reply in which the next request may be on its way.
+IDLE_SECONDS = 0.1
+
 # A longer head goes to the parser incomplete, and the parser refuses it.
 HEAD_BYTES = 64 * 1024
 
 _READ_BYTES = 64 * 1024
+_PIECE_BYTES = 8 * 1024
 
 # Empty lines before a request (RFC 9112, section 2.2), and half of one.
 _EMPTY_LINES = re.compile(rb"(?:\r\n)*")
@@ -69,6 +73,7 @@ class Caller(Unreader):
         self._request: Any = None  # parsed, while its body is incomplete
         self._framing: Framing | None = None
         self._body = Body.WHOLE
+        self._unread = memoryview(b"")  # bytes that `receive` took from `buf` and `chunk` returns
         self._reply: list[bytes] = []
 
     # --- reading
@@ -94,6 +99,7 @@ class Caller(Unreader):
         if not self.has_request():
             return None
         request, self._request = self._request, None
+        self._unread = memoryview(self.take_buffered())
         return request
 
     def is_whole(self) -> bool:
@@ -111,14 +117,21 @@ class Caller(Unreader):
         return Arrival.on(self.socket, self._ended if self._has_served else None)
 
     def chunk(self, size_hint: int | None = None) -> bytes:
-        """Return no more bytes: gunicorn's parser gets only those that have arrived."""
-        return b""
+        """Return more of the bytes that have arrived, for gunicorn's parser; it never waits.
+
+        The parser copies the rest of a piece for each chunk in it, so pieces are small.
+        """
+        size = max(size_hint or 0, _PIECE_BYTES)
+        piece, self._unread = self._unread[:size], self._unread[size:]
+        return bytes(piece)
 
     def end_request(self) -> bool:
         """Discard the rest of the body; return True if the connection can be reused."""
         if not self._parser.finish_body() or self._has_ended:
             return False
         self._has_begun, self._has_served = False, True
+        self.buf = io.BytesIO(self.take_buffered() + self._unread)
+        self._unread = memoryview(b"")
         self.held = len(self.buf.getvalue())
         self._ended = time.monotonic()
         self.expires = self._ended + self._keepalive
@@ -130,12 +143,18 @@ class Caller(Unreader):
         return self.expires < now and (self._has_begun or self.leaving or self.is_idle())
 
     def give_up(self) -> bool:
-        """End the time of the request; return True if its head deserves a reply."""
-        self._has_ended = True
-        return self._request is not None
+        """End the time of the request; return True if its head deserves a reply, the first time."""
+        is_first, self._has_ended = not self._has_ended, True
+        return is_first and self._request is not None
 
     def is_idle(self) -> bool:
-        """Return True if no byte from the caller is waiting to be read."""
+        """Return True if no byte of the caller waits to be read, nor a request for a thread.
+
+        A connection that was used just now is not idle: its next request may be on its way.
+        """
+        is_fresh = self._has_served and time.monotonic() < self._ended + IDLE_SECONDS
+        if is_fresh or (not self.leaving and self.has_request()):
+            return False
         try:
             return not self.socket.recv(1, socket.MSG_PEEK)  # b"": it closed the connection
         except OSError:  # BlockingIOError is one

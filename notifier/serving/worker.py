@@ -19,7 +19,7 @@ from gunicorn.workers import base
 
 from notifier.errors import is_shortage
 from notifier.logs import OncePerSecond
-from notifier.serving.caller import BodyReader, Caller
+from notifier.serving.caller import IDLE_SECONDS, BodyReader, Caller
 from notifier.serving.listening import plain
 from notifier.serving.poller import STOPPED
 from notifier.serving.refusals import Refusal, placeholder
@@ -66,6 +66,7 @@ class Worker(base.Worker):
         self._accepting = False
         # Connections to close when so few more would fill the worker.
         self._margin = max(1, min(self.cfg.threads, self.cfg.worker_connections // 4))
+        self._is_crowded = False  # no connection was idle when one had to be closed
         self._accept_from = 0.0  # when to accept connections again, on time.monotonic()
         self._shortages = OncePerSecond()
         self._next_look = 0.0  # when to check for expired connections, on time.monotonic()
@@ -82,8 +83,10 @@ class Worker(base.Worker):
         try:
             while self.alive and self.ppid == os.getppid():
                 self.notify()
-                self._accept(wanted=self._has_room())
-                self._wait(LOOK_SECONDS if self._accepting else SHORTAGE_SECONDS)
+                if self._is_full():
+                    self._make_room()
+                self._accept(wanted=not self._is_full() and time.monotonic() >= self._accept_from)
+                self._wait(LOOK_SECONDS if self._accepting else IDLE_SECONDS)
                 self._close_expired()
             self._finish()
         finally:
@@ -101,9 +104,9 @@ class Worker(base.Worker):
         for listener in self.sockets:
             listener.close()
 
-    def _has_room(self) -> bool:
-        is_full = len(self._connections) >= self.cfg.worker_connections
-        return not is_full and time.monotonic() >= self._accept_from
+    def _is_full(self) -> bool:
+        most: int = self.cfg.worker_connections
+        return len(self._connections) >= most
 
     def _accept(self, *, wanted: bool) -> None:
         """Start or stop accepting connections."""
@@ -150,7 +153,9 @@ class Worker(base.Worker):
         `_waiting` has them in the order of their last activity.
         """
         idle = (conn for conn in list(self._waiting.values()) if conn.is_idle())
+        self._is_crowded = True
         for conn in itertools.islice(idle, self._margin):
+            self._is_crowded = False
             if self._waiting.pop(conn.fd, None) is not None:
                 self._close(conn)
 
@@ -158,10 +163,10 @@ class Worker(base.Worker):
         now = time.monotonic()
         if self.alive and now < self._next_look:
             return
-        if not self.alive and not self._turns.idle:  # a request may wait for a thread
-            return
         self._next_look = now + LOOK_SECONDS
         self._turns.look()
+        if not self.alive and not self._turns.idle:  # a request may wait for a thread
+            return
         for conn in list(self._waiting.values()):
             if not self.alive:
                 conn.expires = min(conn.expires, now + LINGER_SECONDS)
@@ -255,9 +260,10 @@ class Worker(base.Worker):
         turn.arrival = conn.arrival()
         environ["notifier.turn"] = turn
         environ["notifier.refusal"] = refusal
-        if self._is_last() or not conn.is_whole():
-            reply.force_close()
+        self._count()
         chunks = self.wsgi(environ, reply.start_response)
+        if not self._keeps(conn):
+            reply.force_close()
         try:
             for chunk in chunks:
                 reply.write(chunk)
@@ -268,11 +274,16 @@ class Worker(base.Worker):
         conn.flush(turn.wait)
         return not reply.should_close()
 
-    def _is_last(self) -> bool:
-        """Count a request; return True if its reply must close the connection."""
+    def _count(self) -> None:
+        """Count a request, and let the worker end with it if it was the last."""
         self.nr += 1
         if self.nr >= self.max_requests and self.alive:
             self.log.info("restarting after %d requests", self.nr)
             self.alive = False
-        is_full = len(self._connections) >= self.cfg.worker_connections
-        return not self.alive or not self.cfg.keepalive or bool(self.draining[0]) or is_full
+
+    def _keeps(self, conn: Caller) -> bool:
+        """Return True if `conn` may be kept after the reply."""
+        is_stopping = not self.alive or bool(self.draining[0])
+        return (
+            bool(self.cfg.keepalive) and conn.is_whole() and not is_stopping and not self._is_full()
+        )
