@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import requests
 
@@ -440,6 +441,7 @@ def test_the_wait_for_a_thread_counts(
     (worker,) = service.booted()
     with socket.create_connection(("127.0.0.1", service.port), timeout=20) as sock:
         worker.suspend()
+        eventually(lambda: worker.status() == psutil.STATUS_STOPPED)
         sock.sendall(post(json.dumps(MESSAGE).encode()))
         time.sleep(1.5)  # the time that is measured
         worker.resume()

@@ -100,7 +100,11 @@ class TestWays:
             ({"outcome": "not_sent", "reason": "429", "ms": 3}, "429", "bad"),
             ({"outcome": "not_sent", "reason": "connect", "ms": 3}, "no connection", "bad"),
             ({"outcome": "not_sent", "reason": "proxy", "ms": 3}, "proxy failed", "bad"),
-            ({"outcome": "not_sent", "reason": "shortage"}, "this machine ran out", "bad"),
+            (
+                {"outcome": "not_sent", "reason": "shortage"},
+                "no free descriptor, port, thread or memory",
+                "bad",
+            ),
             ({"outcome": "unknown", "reason": "timeout", "ms": 5000}, "no answer in time", "bad"),
             ({"outcome": "unknown", "reason": "deadline"}, "cut short by the deadline", "bad"),
             ({"outcome": "unknown", "reason": "novel"}, "novel", "bad"),
