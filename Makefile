@@ -51,7 +51,7 @@ run: ## Start the service, PostgreSQL and the sandbox; Ctrl-C stops all.
 check: lint ## Check the style and types, and run every test that needs no server; takes a minute.
 	$(PYTEST) -m "not servers"
 
-test: lint ## Check the style and types, and run every test; takes six minutes.
+test: lint ## Check the style and types, and run every test; takes nine minutes.
 	$(PYTEST)
 
 lint: .venv/dev-installed ## Check style, format and types.
